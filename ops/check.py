@@ -1,5 +1,6 @@
 """Argument checks shared by the public operators: each failure is rule, fact and remedy in one sentence."""
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -45,7 +46,8 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
             first = (name, x)
         elif x.device != first[1].device:
             raise ValueError(
-                f"{operator}: all tensors must be on one device; {first[0]} is on {first[1].device}, {name} on {x.device}"
+                f"{operator}: all tensors must be on one device; "
+                f"{first[0]} is on {first[1].device}, {name} on {x.device}; move them with .to(device)"
             )
     return sizes
 
@@ -82,7 +84,7 @@ def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tu
         raise ValueError(
             f"{operator}: cu_seqlens must start at 0 and end at T = {length}; got {cuts[0]} and {cuts[-1]}"
         )
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in itertools.pairwise(cuts):
         if right < left:
             raise ValueError(f"{operator}: cu_seqlens must not decrease; got {left} followed by {right}, sort it")
     return cuts

@@ -6,6 +6,7 @@ ranges in the flattened (B * T) stream, nothing is moved. A batch is simply B do
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ class ChunkedTime:
             self.steps = [(j * batch, (j + 1) * batch) for j in range(n)]
         else:
             self.n_documents = len(cuts) - 1
-            lengths = [right - left for left, right in zip(cuts, cuts[1:], strict=False)]
+            lengths = [right - left for left, right in itertools.pairwise(cuts)]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
             n = -(-max(lengths) // size)
             begins: list[int] = []
@@ -110,7 +111,7 @@ def chunk_table(batch: int, length: int, size: int, cuts: tuple[int, ...] | None
     """Cut B documents of T tokens, or the documents between `cuts`, into chunks of at most `size` tokens."""
     bounds = range(0, (batch + 1) * length, length) if cuts is None and length else cuts or (0,) * (batch + 1)
     begin, end, document, offsets = [], [], [], [0]
-    for i, (left, right) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (left, right) in enumerate(itertools.pairwise(bounds)):
         starts = range(left, right, size)
         begin += starts
         end += [min(s + size, right) for s in starts]

@@ -1,5 +1,6 @@
 """The meaning of packing, written once: packed documents behave as if each ran alone."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ def each_document(
     if cuts is None:
         return run(*inputs, state)
     outputs, states = [], []
-    for i, (left, right) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (left, right) in enumerate(itertools.pairwise(cuts)):
         if left == right:
             states.append(state[i : i + 1])
             continue

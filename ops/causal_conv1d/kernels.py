@@ -47,7 +47,7 @@ def causal_conv1d_fwd_kernel(
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    begin, length, before, after, i_doc = _locate(begin_ptr, end_ptr, document_ptr, offsets_ptr, i_c)
+    begin, length, before, _after, i_doc = _locate(begin_ptr, end_ptr, document_ptr, offsets_ptr, i_c)
     before = tl.minimum(before, W).to(tl.int32)
     o_t = tl.arange(0, BLOCK_T)
     m_t = o_t < length
@@ -73,7 +73,7 @@ def causal_conv1d_bwd_weight_kernel(
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    begin, length, before, after, i_doc = _locate(begin_ptr, end_ptr, document_ptr, offsets_ptr, i_c)
+    begin, length, before, _after, i_doc = _locate(begin_ptr, end_ptr, document_ptr, offsets_ptr, i_c)
     before = tl.minimum(before, W).to(tl.int32)
     x_ptr += begin * D
     o_t = tl.arange(0, BLOCK_T)

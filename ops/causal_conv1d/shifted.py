@@ -1,5 +1,7 @@
 """Fast torch form: W shifted multiply-adds over the whole sequence, with no transposition to (B, D, T)."""
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +18,7 @@ def causal_conv1d_shifted(
         tail = history[:, length:]
     else:
         rows, outputs, tails = [], [], []  # of the stream that `history` is: indices into [x; state]
-        for i, (left, right) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (left, right) in enumerate(itertools.pairwise(cuts)):
             rows += [length + i * halo + j for j in range(halo)]
             outputs += range(len(rows) - halo, len(rows) - halo + right - left)
             rows += range(left, right)
