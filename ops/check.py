@@ -45,9 +45,9 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
         if first is None:
             first = (name, x)
         elif x.device != first[1].device:
+            here, there = first[1].device, x.device
             raise ValueError(
-                f"{operator}: all tensors must be on one device; "
-                f"{first[0]} is on {first[1].device}, {name} on {x.device}; move them with .to(device)"
+                f"{operator}: all tensors must be on one device; {first[0]} is on {here}, {name} on {there}"
             )
     return sizes
 
