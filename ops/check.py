@@ -35,7 +35,9 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
         for dim, size in zip(names, x.shape, strict=True):
             if sizes.setdefault(dim, size) != size:
                 since = f" as in {origin[dim]}" if origin[dim] else ""
-                raise ValueError(f"{operator}: {name} must be {wanted} with {dim} = {sizes[dim]}{since}; got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{operator}: {name} must be {wanted} with {dim} = {sizes[dim]}{since}; got {tuple(x.shape)}"
+                )
             origin.setdefault(dim, name)
         if not x.is_floating_point():
             raise ValueError(f"{operator}: {name} must be a floating tensor; got {x.dtype}, convert it with .float()")
@@ -63,7 +65,9 @@ def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tu
         ValueError: batch is not 1, or cu_seqlens is not a 1-D integer tensor 0 = c_0 <= c_1 <= ... <= c_n = length.
     """
     if batch != 1:
-        raise ValueError(f"{operator}: packed sequences have batch size 1; got B = {batch}, flatten them to (1, B * T, ...)")
+        raise ValueError(
+            f"{operator}: packed sequences have batch size 1; got B = {batch}, flatten them to (1, B * T, ...)"
+        )
     seen = _CHECKED_BOUNDARIES.get(cu_seqlens)
     if seen is None or seen[0] != cu_seqlens._version:
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
@@ -75,7 +79,9 @@ def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tu
         _CHECKED_BOUNDARIES[cu_seqlens] = seen
     cuts = seen[1]
     if cuts[0] != 0 or cuts[-1] != length:
-        raise ValueError(f"{operator}: cu_seqlens must start at 0 and end at T = {length}; got {cuts[0]} and {cuts[-1]}")
+        raise ValueError(
+            f"{operator}: cu_seqlens must start at 0 and end at T = {length}; got {cuts[0]} and {cuts[-1]}"
+        )
     for left, right in zip(cuts, cuts[1:], strict=False):
         if right < left:
             raise ValueError(f"{operator}: cu_seqlens must not decrease; got {left} followed by {right}, sort it")

@@ -122,7 +122,10 @@ def main(argv: list[str] | None = None) -> int:
             report = compile_case(case, target)
             red += bool(report.problem)
             mark = f"  RED: {report.problem}" if report.problem else ""
-            print(f"{target:>3} {report.registers:>5} {report.spills:>8} {report.shared:>9}  {report.name}{mark}", flush=True)
+            print(
+                f"{target:>3} {report.registers:>5} {report.spills:>8} {report.shared:>9}  {report.name}{mark}",
+                flush=True,
+            )
     print(f"{red} red" if red else "all within limits")
     return 1 if red else 0
 

@@ -41,11 +41,15 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
             return "torch"
         if HAS_TRITON:
             return "triton"
-        _say_once("Triton is not installed, so zoo's operators run their torch forms on this CUDA device; pip install triton")
+        _say_once(
+            "Triton is not installed, so zoo's operators run their torch forms on this CUDA device; pip install triton"
+        )
         return "torch"
     if backend == "triton":
         if not HAS_TRITON:
-            raise ValueError(f"{operator}: backend 'triton' needs the triton package; install it or use backend='torch'")
+            raise ValueError(
+                f"{operator}: backend 'triton' needs the triton package; install it or use backend='torch'"
+            )
         if not x.is_cuda and not INTERPRETED:
             raise ValueError(
                 f"{operator}: backend 'triton' needs CUDA tensors, got {x.device}; "

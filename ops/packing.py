@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def each_document(
-    run: Callable[..., tuple[Tensor, Tensor]], cuts: tuple[int, ...] | None, inputs: tuple[Tensor | None, ...], state: Tensor
+    run: Callable[..., tuple[Tensor, Tensor]],
+    cuts: tuple[int, ...] | None,
+    inputs: tuple[Tensor | None, ...],
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Call `run(*inputs, state)` on every document by itself and join outputs and states.
 

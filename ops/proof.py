@@ -74,7 +74,10 @@ def outputs_and_gradients(
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
     found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    found |= {f"d {name}": torch.zeros_like(x) if g is None else g for (name, x), g in zip(leaves.items(), gradients, strict=True)}
+    found |= {
+        f"d {name}": torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(leaves.items(), gradients, strict=True)
+    }
     return found
 
 

@@ -209,7 +209,8 @@ def compile_cases() -> list[KernelCase]:
             KernelCase(causal_conv1d_bwd_weight_kernel, io | {"dy_ptr": f"*{dtype}"} | partial | _TABLE, flags),
             KernelCase(
                 causal_conv1d_bwd_input_kernel,
-                {"weight_ptr": f"*{dtype}", "dz_ptr": "*fp32", "dx_ptr": f"*{dtype}", "dstate_ptr": f"*{dtype}"} | _TABLE,
+                {"weight_ptr": f"*{dtype}", "dz_ptr": "*fp32", "dx_ptr": f"*{dtype}", "dstate_ptr": f"*{dtype}"}
+                | _TABLE,
                 {"W": 4, **_BLOCKS},
             ),
         ]
