@@ -158,7 +158,7 @@ class SentencePieceTokenizer:
             UserError: the texts have too few different pieces, or too many characters, for this size.
         """
         texts = list(_first_bytes(texts, TRAINING_BYTES))
-        settings = {
+        settings: dict[str, Any] = {
             "model_type": "bpe",
             "vocab_size": vocab_size,
             "byte_fallback": True,
