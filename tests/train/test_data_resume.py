@@ -148,14 +148,19 @@ def fit(module: DataModule, folder: Path, resume: str | None = None, **kwargs: A
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SaveEveryStep(folder)],
+        callbacks=[SaveEveryStep(folder)] if resume is None else [],
         **{"max_epochs": 3, **kwargs},
     )
     trainer.fit(model, datamodule=module, ckpt_path=None if resume is None else str(folder / resume))
     return model.seen
 
 
-SETTINGS: list[dict[str, Any]] = [{}, {"max_epochs": -1, "max_steps": 27}, {"limit_train_batches": 4}, {"val_check_interval": 3}]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"max_epochs": -1, "max_steps": 27},
+    {"limit_train_batches": 4},
+    {"val_check_interval": 3},
+]
 
 
 @pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")

@@ -53,7 +53,7 @@ class Draws:
         return ((self.bits(n) * np.asarray(bound, np.uint64)) >> _SHIFT).astype(np.int64)
 
     def choice(self, options: int, n: int) -> np.ndarray:
-        """n different ones of [0, options) in random order, (B, n) int64: the first n steps of a Fisher-Yates shuffle."""
+        """n different ones of [0, options) in random order, (B, n) int64: the start of a Fisher-Yates shuffle."""
         rows = np.arange(len(self._low))
         pool = np.tile(np.arange(options), (len(rows), 1))
         swaps = np.arange(n) + self.integers(options - np.arange(n), n)

@@ -82,7 +82,7 @@ class DataModule(LightningDataModule):
             world=world,
             workers=self.num_workers,
             limit=self._limit(self.sources[0].steps(world)),
-            restart=self.trainer is not None and self.trainer.overfit_batches > 0,
+            restart=getattr(self.trainer, "overfit_batches", 0) > 0,
             in_flight=self._in_flight,
         )
         return self._loader
@@ -123,8 +123,8 @@ class DataModule(LightningDataModule):
         """1 while Lightning works on a batch: a checkpoint written then has not trained on it."""
         if self.trainer is None:
             return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return progress.ready - progress.processed
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.ready - progress.processed)
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -52,7 +52,9 @@ class Copying(SyntheticData):
             seed=seed,
         )
         if vocab_size < 3:
-            raise UserError(f"copying needs a token beside blank and copy symbol; got data.vocab_size={vocab_size}: 3 do")
+            raise UserError(
+                f"copying needs a token beside blank and copy symbol; got data.vocab_size={vocab_size}: 3 do"
+            )
         if n_tokens < 1 or 2 * n_tokens + 1 > seq_len:
             raise UserError(
                 f"copying needs 1 <= data.n_tokens and 2 * n_tokens + 1 <= seq_len; got {n_tokens} tokens and length "

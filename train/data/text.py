@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from zoo.train.data.corpus import Corpus, CutSource, PackedSource
 from zoo.train.data.loader import Source
 
 Packing = Literal["cut", "packed"]
+SEQ_LEN, BATCH_SIZE, VAL_FRACTION = 256, 8, 0.1  # defaults of every text source
 CACHED_TOKENS = 4 << 20  # smaller corpora tokenise in about a second, and are not worth a file
 
 
@@ -81,14 +83,14 @@ class TextData(TextSettings):
     def __init__(
         self,
         *,
-        seq_len: int = 256,
-        batch_size: int = 8,
+        seq_len: int = SEQ_LEN,
+        batch_size: int = BATCH_SIZE,
         tokenizer: str = "bytes",
         vocab_size: int | None = None,
         packing: Packing = "cut",
         num_workers: int = 0,
         seed: int = 0,
-        val_fraction: float = 0.1,
+        val_fraction: float = VAL_FRACTION,
     ):
         super().__init__(
             seq_len=seq_len,
@@ -207,9 +209,8 @@ def _store(key: str, train: Corpus, val: Corpus) -> None:
     """One .npy per array; the last one written says that all are there."""
     for part, corpus in (("val", val), ("train", train)):
         for name in ("extra", "starts", "tokens"):
-            array = getattr(corpus, name)
             path = cache_folder() / "tokens" / f"{key}.{part}.{name}.npy"
-            write_atomically(path, lambda file, array=array: np.save(file, array))
+            write_atomically(path, partial(np.save, arr=getattr(corpus, name)))
 
 
 def _load(key: str) -> tuple[Corpus, Corpus] | None:
