@@ -16,3 +16,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The clause "; did you mean 'x'?" when a known word is close to `word`, else an empty string."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def remedy(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of a refusal: "; did you mean 'x'? otherwise" when a known word is close, else "; otherwise"."""
+    hint = did_you_mean(word, known)
+    return f"{hint} {otherwise}" if hint else f"; {otherwise}"
