@@ -1,0 +1,27 @@
+"""Layers to compose models from, (B, T, D) -> (B, T, D); a mixer is `layer(x, state=None) -> (y, state)`."""
+
+from zoo.layers.backbone import SequenceConfig, SequenceModel
+from zoo.layers.block import Block
+from zoo.layers.conv import ShortConvolution
+from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.mixers.attention import Attention
+from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
+from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
+from zoo.layers.norms import GatedRMSNorm, RMSNorm
+from zoo.layers.pattern import layer_mixers, register_mixer
+
+__all__ = [
+    "Attention",
+    "Block",
+    "DeltaNet",
+    "GatedDeltaNet",
+    "GatedLinearAttention",
+    "GatedRMSNorm",
+    "RMSNorm",
+    "SequenceConfig",
+    "SequenceModel",
+    "ShortConvolution",
+    "SwiGLU",
+    "layer_mixers",
+    "register_mixer",
+]

@@ -101,6 +101,15 @@ def fixed(overrides: Sequence[str]) -> list[str]:
     return [override.input_line or "" for override in _parse(overrides) if not override.is_sweep_override()]
 
 
+def parse_fields(settings: Sequence[str]) -> dict[str, Any]:
+    """key=value words as plain values, for `zoo show`."""
+    parsed = _parse(settings)
+    for override in parsed:
+        if override.is_sweep_override() or override.is_delete():
+            raise UsageError(f"a field takes one value, got {override.input_line}")
+    return {override.key_or_group: override.value() for override in parsed}
+
+
 def to_yaml(config: Mapping[str, Any]) -> str:
     """The config as YAML, in its own order, numbers written so that YAML reads them back as numbers."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(config)))

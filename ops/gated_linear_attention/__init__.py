@@ -1,0 +1,66 @@
+"""Gated linear attention: a matrix-valued memory with a decay per key channel."""
+
+import torch
+from torch import Tensor
+
+from zoo.ops import check, dispatch
+from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked, gated_linear_attention_step
+from zoo.ops.gated_linear_attention.reference import gated_linear_attention_reference
+from zoo.ops.packing import each_document
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Read and write a decaying memory: S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T, o_t = S_t^T (scale q_t).
+
+    Args:
+        q, k: queries and keys, (B, T, H, K), any float dtype, shared by q, k and v. Any K and V.
+        v: values, (B, T, H, V).
+        g: log decay of each key channel, (B, T, H, K), <= 0 (not checked); its dtype may differ, float32 is best.
+        state: the memory before the first token, (B, H, K, V); zeros when omitted. With packed documents (n, H, K, V).
+        scale: factor on q; K**-0.5 when omitted.
+        cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
+        backend: "auto" (Triton on CUDA; torch elsewhere, for float64 and for a single token), "triton", "torch" or
+            "reference".
+
+    Returns:
+        o: (B, T, H, V), in the dtype of v.
+        S: the memory after the last token, (B, H, K, V) or (n, H, K, V), float32 (float64 for float64 inputs); feed it
+            back as `state` to continue.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
+
+    Cost: O(B T H K V) operations by chunks; the state is K V numbers per head. Sums and states are float32 at least.
+    Source: arXiv 2312.06635, equations 3 to 8; the scale is the official code's.
+    """
+    name = "gated_linear_attention"
+    sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")})
+    B, T, H, K, V = (sizes[dim] for dim in "BTHKV")
+    check.same_dtype(name, q=q, k=k, v=v)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
+    n = B if cuts is None else len(cuts) - 1
+    dtype = dispatch.state_dtype(q)
+    if state is None:
+        state = torch.zeros(n, H, K, V, dtype=dtype, device=q.device)
+    check.shapes(name, {"state": (state, "N H K V"), "q": (q, "B T H K")}, N=n, H=H, K=K, V=V)
+    state = state.to(dtype)
+    scale = K**-0.5 if scale is None else scale
+
+    chosen = dispatch.resolve(name, backend, q)
+    if chosen == "reference":
+        return each_document(
+            lambda q, k, v, g, S: gated_linear_attention_reference(q, k, v, g, S, scale), cuts, (q, k, v, g), state
+        )
+    if T == 1 and cuts is None and backend != "triton":
+        return gated_linear_attention_step(q, k, v, g, state, scale)
+    return gated_linear_attention_chunked(q, k, v, g, state, scale, cuts)

@@ -1,0 +1,38 @@
+# make train: install into .venv and train a DeltaNet on real text.  make test: install and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install train test lint types clean
+
+install: $(VENV)/.installed
+
+# The stamp is renewed when what is to be installed changes; the code itself is installed in place.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("zoo needs Python 3.11 to 3.13; this is %d.%d, try make PYTHON=python3.12" % sys.version_info[:2] if not (3, 11) <= sys.version_info[:2] <= (3, 13) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+train: install
+	$(BIN)/zoo train model=deltanet
+
+# Two workers, each with one thread: processes that both use all cores slow each other down several times.
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy reads the package as a user gets it: built as a wheel and installed, folders mapped to zoo.ops, zoo.layers, ...
+types: install
+	rm -rf build/types && mkdir -p build/types
+	$(BIN)/python -m build --wheel --outdir build/types . > build/types/build.log 2>&1 || (cat build/types/build.log; exit 1)
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/*.whl
+	cd build/types && MYPYPATH=site ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p zoo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

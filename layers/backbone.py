@@ -1,0 +1,136 @@
+"""The backbone that every causal sequence model shares: embedding, blocks, norm, head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.layers.block import Block
+from zoo.layers.conv import ShortConvolution
+from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.norms import RMSNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceConfig:
+    """What every SequenceModel is told; a model's configuration adds its mixer's fields.
+
+    d_model, n_layers, vocab_size: width, depth, number of tokens.
+    hidden_size: of the SwiGLU; None for LLaMA's rule (8/3 d_model, up to a multiple of 256), 0 for no feed-forward.
+    pattern: mixers by layer in the grammar of zoo.layers.pattern; empty for the model's own mixer everywhere.
+    tie_embeddings: the head uses the embedding's matrix.
+    norm_eps: of the block's and the final RMSNorm.
+    init_std: standard deviation of every linear, embedding and short convolution weight.
+    activation_checkpointing: recompute each block in the backward pass and keep only its input.
+    """
+
+    d_model: int = 128
+    n_layers: int = 4
+    vocab_size: int = 32000
+    hidden_size: int | None = None
+    pattern: str = ""
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+class SequenceModel(nn.Module):
+    """Tokens -> logits through a stack of blocks; time may be cut anywhere, the state carries on.
+
+    Args:
+        config: a SequenceConfig.
+        mixer: i -> the mixer of layer i.
+    """
+
+    def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):
+        super().__init__()
+        self.config = config
+        d, eps = config.d_model, config.norm_eps
+
+        def feed_forward() -> nn.Module | None:
+            return None if config.hidden_size == 0 else SwiGLU(d, hidden_size=config.hidden_size)
+
+        self.embedding = nn.Embedding(config.vocab_size, d)
+        self.blocks = nn.ModuleList(Block(d, mixer(i), feed_forward(), norm_eps=eps) for i in range(config.n_layers))
+        self.norm = RMSNorm(d, eps=eps)
+        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """Logits of the next token at every position, and the state after the last token.
+
+        Args:
+            tokens: (B, T) integers in [0, vocab_size).
+            state: what an earlier call returned, or None at the start.
+            mask: (B, T) bool, False for padding on either side; padding changes no state and its logits are zeros.
+            cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; the state then has n rows.
+
+        Returns:
+            logits: (B, T, vocab_size); state: one entry per layer.
+        """
+        x, state = self.encode(tokens, state, mask=mask, cu_seqlens=cu_seqlens)
+        return self.head(x), state
+
+    def encode(
+        self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        """As `forward`, without the head: the normalised hidden vectors, (B, T, D), and the state."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
+        if mask is not None:
+            return self._encode_masked(tokens, state, mask, cu_seqlens)
+        x = self.embedding(tokens)
+        states = []
+        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, block_state = checkpoint(block, x, block_state, cu_seqlens=cu_seqlens, use_reentrant=False)
+            else:
+                x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
+            states.append(block_state)
+        return self.norm(x), tuple(states)
+
+    def _encode_masked(self, tokens: Tensor, state: Any, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
+        """A masked step is the identity on every state because it is taken out: rows become packed documents."""
+        if cu_seqlens is not None or mask.shape != tokens.shape:
+            raise ValueError(
+                f"mask must be (B, T) = {tuple(tokens.shape)} and goes without cu_seqlens; got {tuple(mask.shape)}"
+            )
+        mask = mask.bool()
+        if mask.all():
+            return self.encode(tokens, state)
+        lengths = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.sum(dim=1)])
+        packed, state = self.encode(tokens[mask][None], state, cu_seqlens=lengths.cumsum(0))
+        x = packed.new_zeros(*tokens.shape, packed.shape[-1])
+        x[mask] = packed[0]
+        return x, state
+
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, vocab_size)."""
+        return self.lm_head(x)
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first token: what `state=None` stands for."""
+        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+
+    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
+        """Bytes of the state of all layers after `length` tokens."""
+        return sum(block.mixer.state_bytes(batch, length) for block in self.blocks)

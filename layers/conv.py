@@ -1,0 +1,40 @@
+"""The short causal convolution in front of a mixer's queries, keys and values."""
+
+import torch
+from torch import Tensor, nn
+
+from zoo.ops import causal_conv1d
+
+
+class ShortConvolution(nn.Module):
+    """Depthwise causal convolution over time, (B, T, D) -> (B, T, D); the state is its last width - 1 inputs."""
+
+    def __init__(
+        self,
+        d_model: int,
+        width: int = 4,
+        *,
+        bias: bool = False,
+        activation: str | None = "silu",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.activation, self.backend = activation, backend
+        self.weight = nn.Parameter(torch.empty(d_model, width))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
+        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)  # torch's own for a convolution with fan-in `width`
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return causal_conv1d(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), state,
+            activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
+
+    def init_state(self, batch: int) -> Tensor:
+        D, W = self.weight.shape
+        return self.weight.new_zeros(batch, W - 1, D)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"

@@ -1,0 +1,23 @@
+"""The token-wise half of a block."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def swiglu_size(d_model: int) -> int:
+    """LLaMA's hidden width: 8/3 of d_model, rounded up to a multiple of 256 (1024 -> 2816, 2048 -> 5632)."""
+    return 256 * -(-int(8 * d_model / 3) // 256)
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(W_gate x) * W_up x), without biases; (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, d_model: int, *, hidden_size: int | None = None):
+        super().__init__()
+        hidden_size = hidden_size or swiglu_size(d_model)
+        self.gate_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

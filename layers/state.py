@@ -1,0 +1,26 @@
+"""States are nested tuples of tensors; what is done to all of them alike."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply a function to every tensor of a state and keep its nesting, named tuples included."""
+    if isinstance(state, Tensor):
+        return function(state)
+    mapped = [map_state(function, part) for part in state]
+    return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all tensors of a state."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(state_bytes(part) for part in state)
+
+
+def detach(state: Any) -> Any:
+    """Cut the graph behind a state: truncated back-propagation through time."""
+    return map_state(lambda x: x.detach(), state)

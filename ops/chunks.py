@@ -1,0 +1,120 @@
+"""Time cut into chunks, for batches and for packed documents alike.
+
+Two views of the same cut. `ChunkedTime` is for the torch forms: it lays the chunks of all documents out as one axis, in
+the order in which a scan over chunks visits them, padded with zeros to full chunks. `chunk_table` is for kernels: token
+ranges in the flattened (B * T) stream, nothing is moved. A batch is simply B documents of equal length.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ChunkedTime:
+    """A cut of time into chunks of C tokens, position-major: all first chunks, then all second chunks, and so on.
+
+    Documents are ordered by falling length, so that the documents which still run at chunk position j are a prefix of
+    the documents and their chunks are one slice of the chunk axis: `steps[j] = (start, stop)`.
+
+    Args:
+        batch, length: the shape (B, T) of the token stream.
+        size: C, tokens per chunk.
+        cuts: document boundaries (B = 1), or None for B documents of T tokens.
+        device: where the index lives.
+    """
+
+    def __init__(self, batch: int, length: int, size: int, cuts: tuple[int, ...] | None, device: torch.device):
+        self.batch, self.length, self.size = batch, length, size
+        self.steps: list[tuple[int, int]] = []
+        self._index: Tensor | None = None
+        self._order: Tensor | None = None
+        if cuts is None:
+            self.n_documents = batch
+            n = -(-length // size)
+            self.steps = [(j * batch, (j + 1) * batch) for j in range(n)]
+        else:
+            self.n_documents = len(cuts) - 1
+            lengths = [right - left for left, right in itertools.pairwise(cuts)]
+            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            n = -(-max(lengths) // size)
+            begins: list[int] = []
+            ends: list[int] = []
+            for j in range(n):
+                running = [i for i in order if lengths[i] > j * size]
+                self.steps.append((len(begins), len(begins) + len(running)))
+                begins += [cuts[i] + j * size for i in running]
+                ends += [cuts[i + 1] for i in running]
+            begin, end = torch.tensor(begins, device=device), torch.tensor(ends, device=device)
+            index = begin[:, None] + torch.arange(size, device=device)
+            self._index = torch.where(index < end[:, None], index, length)  # (G, C); `length` points at a row of zeros
+            self._order = torch.tensor(order, device=device)
+        self.n_chunks = self.steps[-1][1] if self.steps else 0
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (G, H, C, ...): G chunks of all documents, missing tokens are zeros."""
+        if self._index is None:
+            n = -(-self.length // self.size)
+            pad = n * self.size - self.length
+            if pad:
+                x = torch.cat([x, x.new_zeros(self.batch, pad, *x.shape[2:])], dim=1)
+            x = x.unflatten(1, (n, self.size)).transpose(0, 1).flatten(0, 1)  # (n * B, C, H, ...)
+        else:
+            x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[self._index]  # (G, C, H, ...)
+        return x.transpose(1, 2).contiguous()
+
+    def merge(self, y: Tensor) -> Tensor:
+        """(G, H, C, ...) -> (B, T, H, ...), the inverse of `split`."""
+        y = y.transpose(1, 2)  # (G, C, H, ...)
+        if self._index is None:
+            n = -(-self.length // self.size)
+            y = y.unflatten(0, (n, self.batch)).transpose(0, 1).flatten(1, 2)  # (B, n * C, H, ...)
+            return y[:, : self.length]
+        where = self._index.new_empty(self.length + 1)
+        where[self._index.flatten()] = torch.arange(self._index.numel(), device=y.device)
+        return y.flatten(0, 1)[where[: self.length]].unsqueeze(0)
+
+    def order(self, state: Tensor) -> Tensor:
+        """States by document -> states in the order of the scan."""
+        return state if self._order is None else state[self._order]
+
+    def unorder(self, state: Tensor) -> Tensor:
+        """The inverse of `order`."""
+        return state if self._order is None else state[self._order.argsort()]
+
+
+class ChunkTable(NamedTuple):
+    """The cut of time for kernels; tokens are rows of the flattened (B * T) stream. All int64.
+
+    begin, end: (G,) token range of each chunk, document by document; document: (G,) whose chunk it is;
+    offsets: (n_documents + 1,) where each document's chunks start on the chunk axis.
+    """
+
+    begin: Tensor
+    end: Tensor
+    document: Tensor
+    offsets: Tensor
+
+    @property
+    def n_chunks(self) -> int:
+        return self.begin.shape[0]
+
+    @property
+    def n_documents(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+@functools.lru_cache(maxsize=64)
+def chunk_table(batch: int, length: int, size: int, cuts: tuple[int, ...] | None, device: torch.device) -> ChunkTable:
+    """Cut B documents of T tokens, or the documents between `cuts`, into chunks of at most `size` tokens."""
+    bounds = range(0, (batch + 1) * length, length) if cuts is None and length else cuts or (0,) * (batch + 1)
+    begin, end, document, offsets = [], [], [], [0]
+    for i, (left, right) in enumerate(itertools.pairwise(bounds)):
+        starts = range(left, right, size)
+        begin += starts
+        end += [min(s + size, right) for s in starts]
+        document += [i] * len(starts)
+        offsets.append(len(begin))
+    return ChunkTable(*(torch.tensor(x, dtype=torch.int64, device=device) for x in (begin, end, document, offsets)))

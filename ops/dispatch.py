@@ -1,0 +1,63 @@
+"""Which form of an operator runs: the loop ("reference"), fast torch ("torch") or Triton kernels ("triton")."""
+
+import functools
+import os
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError:  # no wheel for this platform (macOS, Windows): the torch forms carry everything
+    triton = None  # type: ignore[assignment]
+
+Backend = Literal["auto", "triton", "torch", "reference"]
+BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
+HAS_TRITON = triton is not None
+# Under TRITON_INTERPRET=1 kernels run in numpy on CPU tensors: slow, and exact enough to prove them without a GPU.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def resolve(operator: str, backend: str, x: Tensor) -> str:
+    """The backend that will run for tensors like `x`: "triton", "torch" or "reference".
+
+    "auto" is Triton on CUDA devices and torch elsewhere. An explicit request is kept or refused, never replaced; when
+    "auto" cannot take the fast road on a CUDA device it says so once.
+
+    Raises:
+        ValueError: an unknown backend, or "triton" where no kernel can run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "auto":
+        if not x.is_cuda:
+            return "torch"
+        if HAS_TRITON:
+            return "triton"
+        _say_once(
+            "Triton is not installed, so zoo's operators run their torch forms on this CUDA device; pip install triton"
+        )
+        return "torch"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise ValueError(
+                f"{operator}: backend 'triton' needs the triton package; install it or use backend='torch'"
+            )
+        if not x.is_cuda and not INTERPRETED:
+            raise ValueError(
+                f"{operator}: backend 'triton' needs CUDA tensors, got {x.device}; "
+                "move them, use backend='torch', or set TRITON_INTERPRET=1 before the start to test kernels on a CPU"
+            )
+    return backend
+
+
+def state_dtype(x: Tensor) -> torch.dtype:
+    """States are float32, and float64 for float64 inputs."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,222 @@
+"""Fast torch form: chunks of time, batched matrix products, a backward in closed form, all exponents <= 0.
+
+The weight of token j for token i >= j carries the decay of the steps between them, exp(g_{j+1} + ... + g_i). As a
+product of one factor for i and one for j it overflows under strong gates, unless the border r between both factors lies
+between j and i. So a chunk of C tokens is halved again and again: at the level where i is in the second half of a block
+and j in its first half,
+
+    P[i, j] = scale * (q_i * exp(F_i)) . (k_j * exp(R_j)),   F_i = sum of g from r to i,   R_j = sum of g after j up to r,
+
+one small matrix product per pair of halves. F and R double with the level by addition alone (no difference of running
+sums ever appears, so that nothing cancels), and their values at the full chunk are the factors of the state: q exp(F)
+reads the state before the chunk, k exp(R) writes to the state after it. The backward runs the same levels downwards.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.ops.chunks import ChunkedTime
+
+CHUNK = 32
+SEGMENT = 2**18
+
+
+def gated_linear_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token, T = 1, without the machinery of chunks: what decoding calls."""
+    q1, k1, v1, g1 = (x[:, 0].to(state.dtype) for x in (q, k, v, g))
+    S = torch.addcmul(k1.unsqueeze(-1) * v1.unsqueeze(-2), g1.exp().unsqueeze(-1), state)  # (B, H, K, V)
+    o = ((q1 * scale).unsqueeze(-2) @ S).squeeze(-2)  # (B, H, V)
+    return o.unsqueeze(1).to(v.dtype), S
+
+
+def gated_linear_attention_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: Tensor,
+    scale: float,
+    cuts: tuple[int, ...] | None,
+    *,
+    chunk: int = CHUNK,
+    segment: int = SEGMENT,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence over all documents at once, computed in the dtype of `state`.
+
+    Args:
+        chunk: tokens per chunk, a power of two.
+        segment: about how many numbers of one of q, k, v are worked on at a time; bounds the temporary memory.
+    """
+    B, T = q.shape[:2]
+    longest = T if cuts is None else max(right - left for left, right in zip(cuts, cuts[1:], strict=False))
+    chunk = min(chunk, 1 << max(0, longest - 1).bit_length())
+    time = ChunkedTime(B, T, chunk, cuts, q.device)
+    return _Chunked.apply(q, k, v, g, state, scale, time, segment)
+
+
+class _Level(NamedTuple):
+    """One halving of the chunk into pairs of halves of s rows; all (N, C / 2s, s, K)."""
+
+    q: Tensor  # q exp(F) of the second halves
+    k: Tensor  # k exp(R) of the first halves
+    read: Tensor  # exp(F)
+    write: Tensor  # exp(R)
+
+
+class _Factors(NamedTuple):
+    """What a stretch of chunks needs of q, k and g; N = chunks * heads."""
+
+    P: Tensor  # (N, C, C) weights inside the chunk, lower triangular, without the scale
+    q: Tensor  # (N, C, K) q exp(F)
+    k: Tensor  # (N, C, K) k exp(R)
+    read: Tensor  # (N, C, K) exp(F)
+    write: Tensor  # (N, C, K) exp(R)
+    levels: list[_Level]  # from the smallest halves to the largest
+
+
+def _halves(x: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """(N, C, K) -> first and second halves of its blocks of 2s rows, both views (N, C / 2s, s, K)."""
+    pairs = x.unflatten(1, (-1, 2, s))
+    return pairs[:, :, 0], pairs[:, :, 1]
+
+
+def _pairs(P: Tensor, s: int) -> Tensor:
+    """(N, C, C) -> the blocks [second half, first half], a view (N, C / 2s, s, s)."""
+    n = P.shape[1] // (2 * s)
+    blocks = P.view(-1, n, 2, s, n, 2, s)[:, :, 1, :, :, 0]  # (N, n, s, n, s)
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _factors(q: Tensor, k: Tensor, g: Tensor, keep: bool) -> _Factors:
+    """Weights and decays of a stretch of chunks, (N, C, K) each; `keep` the levels for a backward."""
+    N, C, K = q.shape
+    P = q.new_zeros(N, C, C)
+    P.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+    F, R, levels = g.clone(), torch.zeros_like(g), []
+    s = 1
+    while s < C:
+        (R1, _), (F1, F2) = _halves(R, s), _halves(F, s)
+        read, write = F2.exp(), R1.exp()
+        q2, k1 = _halves(q, s)[1] * read, _halves(k, s)[0] * write
+        _pairs(P, s).copy_(q2 @ k1.mT)
+        if keep:
+            levels.append(_Level(q2, k1, read, write))
+        R1 += F2[:, :, -1:]
+        F2 += F1[:, :, -1:]
+        s *= 2
+    read, write = F.exp_(), R.exp_()
+    return _Factors(P, q * read, k * write, read, write, levels)
+
+
+class _Chunked(torch.autograd.Function):
+    """The whole recurrence as one node. Saved for the backward: the inputs, and the states where segments begin."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        state: Tensor,
+        scale: float,
+        time: ChunkedTime,
+        segment: int,
+    ) -> tuple[Tensor, Tensor]:
+        qs, ks, vs, gs = (time.split(x).to(state.dtype) for x in (q, k, v, g))  # (G, H, C, K), v: (G, H, C, V)
+        out = torch.empty_like(vs)
+        S = time.order(state).clone()
+        segments, starts = _segments(time, segment, vs), []
+        for steps in segments:
+            starts.append(S.clone())
+            lo, hi = steps[0][0], steps[-1][1]
+            q_, k_, v_, g_ = (x[lo:hi].flatten(0, 1) for x in (qs, ks, vs, gs))
+            f = _factors(q_, k_, g_, keep=False)
+            before = _scan(steps, lo, f.read[:, -1], f.k.mT @ v_, S)
+            torch.baddbmm(f.P @ v_, f.q, before, beta=scale, alpha=scale, out=out[lo:hi].flatten(0, 1))
+        ctx.save_for_backward(q, k, v, g, *starts)
+        ctx.scale, ctx.time, ctx.segments, ctx.dtype = scale, time, segments, state.dtype
+        return time.merge(out).to(v.dtype), time.unorder(S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
+        (q, k, v, g, *starts), time = ctx.saved_tensors, ctx.time
+        qs, ks, vs, gs, dos = (time.split(x).to(ctx.dtype) for x in (q, k, v, g, do))
+        dS = time.order(dS).clone()
+        dqs, dks, dvs, dgs = (torch.empty_like(x) for x in (qs, ks, vs, gs))
+        for steps, S in zip(reversed(ctx.segments), reversed(starts), strict=True):
+            lo, hi = steps[0][0], steps[-1][1]
+            q_, k_, v_, g_, do_ = (x[lo:hi].flatten(0, 1) for x in (qs, ks, vs, gs, dos))
+            do_ = do_ * ctx.scale
+            f = _factors(q_, k_, g_, keep=True)
+            decay = f.read[:, -1]
+            before = _scan(steps, lo, decay, f.k.mT @ v_, S.clone())
+            after = _scan(steps[::-1], lo, decay, f.q.mT @ do_, dS)  # gradients of the states after each chunk
+            dP = do_ @ v_.mT
+            torch.baddbmm(f.P.mT @ do_, f.k, after, out=dvs[lo:hi].flatten(0, 1))
+            # read and write of the state; dF and dR are the gradients of the log decays F and R
+            dq = (do_ @ before.mT).mul_(f.read)
+            dk = (v_ @ after.mT).mul_(f.write)
+            dF, dR = dq * q_, dk * k_
+            dF[:, -1].addcmul_(decay, (before * after).sum(-1))
+            d = dP.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            dq.addcmul_(d, k_)
+            dk.addcmul_(d, q_)
+            for level in reversed(f.levels):
+                _level_backward(level, dP, q_, k_, dq, dk, dF, dR)
+            for grads, x in ((dqs, dq), (dks, dk), (dgs, dF)):
+                grads[lo:hi].flatten(0, 1).copy_(x)
+        dq, dk, dv, dg = (time.merge(x).to(like.dtype) for x, like in ((dqs, q), (dks, k), (dvs, v), (dgs, g)))
+        return dq, dk, dv, dg, time.unorder(dS), None, None, None
+
+
+def _level_backward(
+    level: _Level, dP: Tensor, q: Tensor, k: Tensor, dq: Tensor, dk: Tensor, dF: Tensor, dR: Tensor
+) -> None:
+    """Add one level's part to dq and dk, and turn dF and dR of the blocks of 2s rows into those of their halves."""
+    s = level.q.shape[2]
+    (dF1, dF2), (dR1, _) = _halves(dF, s), _halves(dR, s)
+    total1, total2 = dF2.sum(2), dR1.sum(2)  # F2 was raised by the last F1, R1 by the last F2
+    block = _pairs(dP, s).contiguous()
+    dq2, dk1 = (block @ level.k).mul_(level.read), (block.mT @ level.q).mul_(level.write)
+    _halves(dq, s)[1].add_(dq2)
+    _halves(dk, s)[0].add_(dk1)
+    dF2.addcmul_(dq2, _halves(q, s)[1])
+    dR1.addcmul_(dk1, _halves(k, s)[0])
+    dF1[:, :, -1] += total1
+    dF2[:, :, -1] += total2
+
+
+def _segments(time: ChunkedTime, numbers: int, x: Tensor) -> list[list[tuple[int, int]]]:
+    """Group chunk positions so that a group holds about `numbers` elements of x (G, H, C, V)."""
+    groups: list[list[tuple[int, int]]] = []
+    room = 0
+    for start, stop in time.steps:
+        size = (stop - start) * x[0].numel() if len(x) else 0
+        if not groups or size > room:
+            groups.append([])
+            room = numbers
+        groups[-1].append((start, stop))
+        room -= size
+    return groups
+
+
+def _scan(steps: list[tuple[int, int]], lo: int, decay: Tensor, write: Tensor, S: Tensor) -> Tensor:
+    """S -> decay * S + write over the chunks of `steps` in order; S in place, and the S that each chunk meets returned.
+
+    decay (N, K), write (N, K, V), with N = chunks * heads from chunk `lo` on; S (documents, H, K, V).
+    """
+    H = S.shape[1]
+    met = torch.empty_like(write)
+    decay, write_, met_ = (x.unflatten(0, (-1, H)) for x in (decay.unsqueeze(-1), write, met))
+    for start, stop in steps:
+        here, now = slice(start - lo, stop - lo), S[: stop - start]
+        met_[here] = now
+        torch.addcmul(write_[here], decay[here], now, out=now)
+    return met

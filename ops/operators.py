@@ -1,0 +1,74 @@
+"""The table of operators: one entry gives an operator every proof of the shared harness and a line in `zoo doctor`."""
+
+import torch
+from torch import Tensor
+
+from zoo.ops.causal_conv1d import causal_conv1d
+from zoo.ops.gated_linear_attention import gated_linear_attention
+from zoo.ops.proof import Inputs, OperatorSpec, Sizes
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def _conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    D, W = sizes["D"], sizes["W"]
+    return {
+        "x": _randn(generator, B, T, D),
+        "weight": _randn(generator, D, W) * W**-0.5,
+        "bias": _randn(generator, D),
+    }
+
+
+def _gla_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    K, V = sizes["K"], sizes["V"]
+    return {
+        "q": _randn(generator, B, T, 2, K),
+        "k": _randn(generator, B, T, 2, K),
+        "v": _randn(generator, B, T, 2, V),
+        "g": _log_decay(_randn(generator, B, T, 2, K)),
+    }
+
+
+def _log_decay(x: Tensor) -> Tensor:
+    """From hardly any decay to a strong one: the median step keeps half."""
+    return -torch.nn.functional.softplus(2 * x)
+
+
+def _some(i: Inputs, strong: float, share: float) -> Inputs:
+    """The gate of a random share of steps and channels becomes `strong`."""
+    chosen = torch.rand(i["g"].shape, generator=torch.Generator().manual_seed(3)) < share
+    return i | {"g": torch.where(chosen, torch.full_like(i["g"], strong), i["g"])}
+
+
+OPERATORS: dict[str, OperatorSpec] = {
+    spec.name: spec
+    for spec in (
+        OperatorSpec(
+            name="causal_conv1d",
+            function=causal_conv1d,
+            make=_conv_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["W"] - 1, sizes["D"]),
+            sizes=({"D": 8, "W": 4}, {"D": 70, "W": 2}, {"D": 5, "W": 1}),
+            time=("x",),
+            extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
+            cp_kind="halo",
+        ),
+        OperatorSpec(
+            name="gated_linear_attention",
+            function=gated_linear_attention,
+            make=_gla_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, 2, sizes["K"], sizes["V"]),
+            sizes=({"K": 8, "V": 16}, {"K": 64, "V": 64}, {"K": 100, "V": 128}, {"K": 128, "V": 100}),
+            time=("q", "k", "v", "g"),
+            extremes={
+                "forget everything": lambda i: i | {"g": torch.full_like(i["g"], -8.0)},
+                "forget nothing": lambda i: i | {"g": i["g"] * 0},
+                "resets": lambda i: _some(i, -50.0, 0.1),
+                "all gates at once": lambda i: _some(_some(_some(i, -8.0, 0.3), 0.0, 0.3), -50.0, 0.05),
+            },
+            cp_kind="affine",
+        ),
+    )
+}

@@ -1,0 +1,34 @@
+"""The meaning of packing, written once: packed documents behave as if each ran alone."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def each_document(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    cuts: tuple[int, ...] | None,
+    inputs: tuple[Tensor | None, ...],
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Call `run(*inputs, state)` on every document by itself and join outputs and states.
+
+    Args:
+        run: the unpacked form, (*(B, T, ...), (B, ...)) -> ((B, T, ...), (B, ...)).
+        cuts: document boundaries, or None for an ordinary batch (one call).
+        inputs: tensors with time in dimension 1 (B = 1 when packed); None is passed on.
+        state: (B, ...) or, packed, (n, ...): one state per document. An empty document hands its state through.
+    """
+    if cuts is None:
+        return run(*inputs, state)
+    outputs, states = [], []
+    for i, (left, right) in enumerate(itertools.pairwise(cuts)):
+        if left == right:
+            states.append(state[i : i + 1])
+            continue
+        y, s = run(*(None if x is None else x[:, left:right] for x in inputs), state[i : i + 1])
+        outputs.append(y)
+        states.append(s)
+    return torch.cat(outputs, dim=1), torch.cat(states)

@@ -1,0 +1,141 @@
+"""Every operator's proofs, from its one entry in zoo.ops.operators."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.ops import dispatch
+from zoo.ops.operators import OPERATORS
+from zoo.ops.proof import OperatorSpec, convert, parity, red, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    pytest.param(spec, sizes, id="-".join([name, *(f"{k}{v}" for k, v in sizes.items())]))
+    for name, spec in OPERATORS.items()
+    for sizes in spec.sizes
+]
+SPECS = [pytest.param(spec, id=name) for name, spec in OPERATORS.items()]
+STATEFUL = [pytest.param(spec, id=name) for name, spec in OPERATORS.items() if spec.state is not None]
+EXTREMES = [pytest.param(spec, edge, id=f"{name}-{edge}") for name, spec in OPERATORS.items() for edge in spec.extremes]
+LENGTHS = (1, 15, 16, 63, 64, 65, 200)
+PACKED = (0, 1, 17, 17, 81, 100)  # one token; an empty document; more than one chunk; a ragged end
+needs_triton = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("spec", "sizes"), CASES)
+def test_torch_equals_reference_in_float64(spec: OperatorSpec, sizes: dict[str, int], length: int) -> None:
+    errors = parity(spec, spec.inputs(2, length, sizes), backend="torch", dtype=torch.float64)
+    assert not red(errors, torch.float64)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_torch_equals_reference_in_float32(spec: OperatorSpec) -> None:
+    errors = parity(spec, spec.inputs(2, 200), backend="torch", dtype=torch.float32)
+    assert not red(errors, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("length", [1, 15, 65])
+@pytest.mark.parametrize(("spec", "sizes"), CASES)
+def test_kernels_equal_reference(spec: OperatorSpec, sizes: dict[str, int], length: int) -> None:
+    errors = parity(spec, spec.inputs(1, length, sizes), backend="triton", dtype=torch.float32, device=DEVICE)
+    assert not red(errors, torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", SPECS)
+def test_kernels_take_packed_documents(spec: OperatorSpec) -> None:
+    inputs, cu = spec.inputs(1, PACKED[-1], documents=len(PACKED) - 1), torch.tensor(PACKED)
+    errors = parity(spec, inputs, backend="triton", dtype=torch.float32, device=DEVICE, cu_seqlens=cu)
+    assert not red(errors, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(("spec", "sizes"), CASES)
+def test_kernels_equal_reference_on_the_device(
+    spec: OperatorSpec, sizes: dict[str, int], length: int, dtype: torch.dtype
+) -> None:
+    errors = parity(spec, spec.inputs(2, length, sizes), backend="triton", dtype=dtype, device="cuda")
+    assert not red(errors, dtype)
+
+
+@pytest.mark.parametrize(("spec", "edge"), EXTREMES)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_extreme_inputs(spec: OperatorSpec, edge: str, backend: str) -> None:
+    inputs = spec.extremes[edge](spec.inputs(1, 100))
+    device = DEVICE if backend == "triton" else "cpu"
+    errors = parity(spec, inputs, backend=backend, dtype=torch.float32, device=device)
+    assert not red(errors, torch.float32)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradcheck(spec: OperatorSpec) -> None:
+    inputs = {name: x.requires_grad_() for name, x in spec.inputs(1, 5).items()}
+
+    def run(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return spec.run(dict(zip(inputs, args, strict=True)), backend="torch")
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_any_cut_in_time_changes_nothing(spec: OperatorSpec, data: st.DataObject) -> None:
+    length = data.draw(st.integers(2, 150))
+    cut = data.draw(st.integers(0, length))
+    inputs = spec.inputs(2, length)
+    state = inputs.pop("state")
+    first = {name: x[:, :cut] if name in spec.time else x for name, x in inputs.items()}
+    second = {name: x[:, cut:] if name in spec.time else x for name, x in inputs.items()}
+    y, last = spec.run({**inputs, "state": state})
+    y1, middle = spec.run({**first, "state": state})
+    y2, end = spec.run({**second, "state": middle})
+    assert relative_error(torch.cat([y1, y2], dim=1), y) < 1e-10
+    assert relative_error(end, last) < 1e-10
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+@settings(deadline=None, max_examples=20)
+@given(cuts=st.lists(st.integers(0, 130), min_size=1, max_size=5))
+def test_packed_equals_separate(spec: OperatorSpec, cuts: list[int]) -> None:
+    bounds = [0, *sorted(cuts), 130]
+    inputs = spec.inputs(1, 130, documents=len(bounds) - 1)
+    errors = parity(spec, inputs, backend="torch", dtype=torch.float64, cu_seqlens=torch.tensor(bounds))
+    assert not red(errors, torch.float64)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_a_missing_state_is_zeros(spec: OperatorSpec) -> None:
+    inputs = spec.inputs(2, 20)
+    zeros = torch.zeros_like(inputs.pop("state"))
+    for without, given_zeros in zip(spec.run(inputs), spec.run({**inputs, "state": zeros}), strict=True):
+        assert torch.equal(without, given_zeros)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_half_precision_keeps_its_dtype(spec: OperatorSpec) -> None:
+    errors = parity(spec, spec.inputs(1, 200), backend="torch", dtype=torch.bfloat16)
+    assert not red(errors, torch.bfloat16)
+    assert spec.run(convert(spec.inputs(1, 20), torch.bfloat16), backend="torch")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_refusals_say_rule_fact_and_remedy(spec: OperatorSpec) -> None:
+    inputs = spec.inputs(1, 10)
+    name = spec.time[0]
+    with pytest.raises(ValueError, match=f"{spec.name}: {name} must be"):
+        spec.run({**inputs, name: inputs[name][0]})
+    with pytest.raises(ValueError, match=rf"{spec.name}: .* must be .*got"):
+        spec.run({**inputs, name: inputs[name].new_zeros(3, 7, *inputs[name].shape[2:-1], 3)})
+    with pytest.raises(ValueError, match=f"{spec.name}: backend must be one of .*got 'cuda'"):
+        spec.run(inputs, backend="cuda")
+    for bad in (torch.tensor([0, 5]), torch.tensor([0, 7, 3, 10]), torch.tensor([[0, 10]]), torch.tensor([0.0, 10.0])):
+        with pytest.raises(ValueError, match=f"{spec.name}: cu_seqlens must"):
+            spec.run(inputs, cu_seqlens=bad)
+    with pytest.raises(ValueError, match=f"{spec.name}: packed sequences have batch size 1"):
+        spec.run(spec.inputs(2, 10), cu_seqlens=torch.tensor([0, 10]))

@@ -1,0 +1,258 @@
+"""The command line: one verb per job. Everything heavy is imported inside the verb that needs it.
+
+Exit codes: 0 done, 1 failed, 2 the words of the command are off, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import zoo
+from zoo.errors import UsageError, UserError, remedy
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+EPILOG = """\
+Settings are key=value (Hydra's grammar): model=gla model.size=tiny optim.lr=1e-3 run_dir=runs/first.
+ZOO_TRACEBACK=1 shows where an error came from."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are ours: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help shows how")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: a line for `zoo --help`, its arguments, and what it does (returning the exit code)."""
+
+    line: str
+    arguments: Callable[[Parser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _settings(parser: Parser) -> None:
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="Hydra overrides; zoo config lists the keys")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with further YAML files by group")
+
+
+def _list_arguments(parser: Parser) -> None:
+    parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern such as '*delta*'")
+    parser.add_argument("--tag", action="append", default=[], help="only models with this tag; may be repeated")
+    parser.add_argument("--max-params", metavar="N", help="only models whose smallest size has at most N: 200M, 1.3B")
+    parser.add_argument("--json", action="store_true", help="all that is known, as JSON")
+
+
+def _list(args: argparse.Namespace) -> int:
+    from zoo.cli.models import list_command
+
+    return list_command(args.pattern, args.tag, args.max_params, as_json=args.json)
+
+
+def _show_arguments(parser: Parser) -> None:
+    parser.add_argument("name", help="a model of zoo list")
+    parser.add_argument("settings", nargs="*", metavar="field=value", help="size=NAME and any field of the config")
+
+
+def _show(args: argparse.Namespace) -> int:
+    from zoo.cli.show import show_command
+
+    return show_command(args.name, args.settings)
+
+
+def _train_arguments(parser: Parser) -> None:
+    _settings(parser)
+    parser.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b values")
+    parser.add_argument("--metric", help="with -m: the column of metrics.csv to sort by")
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.multirun:
+        from zoo.cli.sweep import sweep_command
+
+        return sweep_command(args.settings, args.config_dir, args.metric)
+    if args.metric is not None:
+        raise UsageError("--metric sorts the table of a sweep; add -m")
+    from zoo.cli.runs import train_command
+
+    return train_command(args.settings, args.config_dir)
+
+
+def _resume_arguments(parser: Parser) -> None:
+    parser.add_argument("run", type=Path, help="the folder of an interrupted run")
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from zoo.cli.runs import resume_command
+
+    return resume_command(args.run)
+
+
+def _eval_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="RUN|CKPT", help="a run's folder, or a checkpoint")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="for example data=text_files data.path=FILE")
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from zoo.cli.runs import eval_command
+
+    return eval_command(args.path, args.settings)
+
+
+def _generate_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="RUN|CKPT", help="a run's folder, or a checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, metavar="N", help="only the N most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="only the most likely tokens that sum to P")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same text again for the same seed")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from zoo.cli.generate import Sampling, generate_command
+
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    sampling = Sampling(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    return generate_command(args.path, prompt, sampling, stop=args.stop)
+
+
+def _config_arguments(parser: Parser) -> None:
+    _settings(parser)
+    parser.add_argument("--groups", action="store_true", help="list what can be chosen instead")
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.groups:
+        from zoo.cli.models import groups_command
+
+        if args.settings:
+            raise UsageError("--groups lists the choices and takes no settings")
+        return groups_command(args.config_dir)
+    from zoo.cli.runs import config_command
+
+    return config_command(args.settings, args.config_dir)
+
+
+def _doctor_arguments(parser: Parser) -> None:
+    parser.add_argument("--device", help="check operators there only: cpu, cuda, cuda:1")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from zoo.cli.doctor import doctor_command
+
+    return doctor_command(args.device)
+
+
+def _completion_arguments(parser: Parser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from zoo.cli.completion import completion_command
+
+    return completion_command(args.shell)
+
+
+VERBS = {
+    "list": Verb("models and their sizes", _list_arguments, _list),
+    "show": Verb("one model: config, parameters, FLOPs per token, state bytes", _show_arguments, _show),
+    "train": Verb("train a model: zoo train model=deltanet (-m: a sweep)", _train_arguments, _train),
+    "resume": Verb("continue an interrupted run as if it had not stopped", _resume_arguments, _resume),
+    "eval": Verb("measure a trained model on data", _eval_arguments, _eval),
+    "generate": Verb("continue a text, printed as it is sampled", _generate_arguments, _generate),
+    "config": Verb("print the settings that a command would use", _config_arguments, _config),
+    "doctor": Verb("versions, devices, and operators checked on this machine", _doctor_arguments, _doctor),
+    "completion": Verb("a completion script for bash, zsh or fish", _completion_arguments, _completion),
+}
+
+
+def usage() -> str:
+    """The text of `zoo --help`."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.line}" for name, verb in VERBS.items())
+    return f"usage: zoo VERB [...]; zoo VERB --help explains one\n\n{verbs}\n\n{EPILOG}\n"
+
+
+def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
+    """The verb and its arguments.
+
+    Raises:
+        UsageError: the words do not make a command.
+    """
+    name, *rest = arguments
+    if name not in VERBS:
+        what = "option" if name.startswith("-") else "verb"
+        raise UsageError(f"no {what} {name!r}{remedy(name, [*VERBS, '--help', '--version'], 'zoo --help lists the verbs')}")
+    verb = VERBS[name]
+    parser = Parser(prog=f"zoo {name}", description=verb.line, allow_abbrev=False)
+    verb.arguments(parser)
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in rest:
+        option = word.partition("=")[0]
+        if word.startswith("--") and len(word) > 2 and option not in options:
+            raise UsageError(f"zoo {name} has no option {option!r}{remedy(option, options, f'zoo {name} --help lists them')}")
+    return verb, parser.parse_intermixed_args(rest)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; see the module for the exit codes."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader has seen enough: zoo list | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("ZOO_TRACEBACK") == "1":
+            raise
+        print(f"zoo: {sentence}", file=sys.stderr)
+        return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        print(usage(), end="", file=sys.stderr)
+        return USAGE
+    if words[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return DONE
+    if words[0] == "--version":
+        print(f"zoo {zoo.__version__}")
+        return DONE
+    try:
+        verb, args = parse(words)
+    except SystemExit as end:  # argparse, after printing --help
+        return int(end.code or DONE)
+    return verb.run(args)
+
+
+def _sentence(error: Exception) -> str | None:
+    """The one sentence for an error that a user can cause; None for a bug, whose traceback is the message."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, UserError):
+        return text
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, for any device; torch may not be imported here
+        return f"the device is out of memory ({text}); lower data.batch_size or the model's size"
+    if type(error) in (ValueError, FileNotFoundError, PermissionError, OSError):
+        return f"{text or type(error).__name__} (ZOO_TRACEBACK=1 shows where)"
+    return None

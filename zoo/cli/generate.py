@@ -1,0 +1,98 @@
+"""`zoo generate`: text as it is sampled."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from zoo import checkpoint, decoding, tokenizers
+from zoo.errors import UsageError, UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; see `zoo.decoding.generate`."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UsageError(f"--max-tokens must be at least 1, got {self.max_tokens}")
+        if not self.temperature >= 0:
+            raise UsageError(f"--temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"--top-k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+
+
+class StopText:
+    """Lets text through up to the first of some stop texts, holding back what may yet become one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self.stops = [stop for stop in stops if stop]
+        self.held = ""
+        self.reached = False
+
+    def push(self, text: str) -> str:
+        """The text that can be shown now."""
+        text = self.held + text
+        ends = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.held, self.reached = "", True
+            return text[: min(ends)]
+        longest = max(map(len, self.stops), default=1)
+        keep = next((n for n in range(min(longest - 1, len(text)), 0, -1) if self._may_become(text[-n:])), 0)
+        self.held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """What was held back when no more text comes."""
+        held, self.held = self.held, ""
+        return held
+
+    def _may_become(self, end: str) -> bool:
+        return any(stop.startswith(end) for stop in self.stops)
+
+
+def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequence[str]) -> int:
+    """Print the continuation of a prompt piece by piece."""
+    found = checkpoint.locate(path)
+    tokenizer = tokenizers.load(_tokenizer_folder(found))
+    model = checkpoint.load(found)
+    size = model.config.vocab_size  # type: ignore[union-attr]
+    if tokenizer.vocab_size > size:
+        raise UserError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} symbols and the model only {size}; "
+            "they belong to different runs"
+        )
+    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # the end of a document is also the start of the next
+    pieces, text = tokenizer.stream(), StopText(stop)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    for token in decoding.generate(model, ids, **asdict(sampling), stop_ids=(tokenizer.eos_id,)):
+        _show(text.push(pieces.push(token)))
+        if text.reached:
+            break
+    else:
+        _show(text.push(pieces.finish()) + text.finish())
+    _show("\n")
+    return 0
+
+
+def _show(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _tokenizer_folder(found: Path) -> Path:
+    """A checkpoint folder holds its tokenizer; a trainer's .ckpt has it in the folder of its run."""
+    if found.suffix != ".ckpt":
+        return found
+    run = next((folder for folder in found.resolve().parents if (folder / "config.yaml").is_file()), found.parent)
+    return run / "tokenizer"

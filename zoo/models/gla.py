@@ -1,0 +1,48 @@
+"""GLA: gated linear attention in LLaMA's block."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from zoo.layers import GatedLinearAttention, SequenceConfig, SequenceModel, layer_mixers
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class GLAConfig(SequenceConfig):
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    expand_k: float = 0.5
+    expand_v: float = 1.0
+    gate_rank: int = 16
+    temperature: float = 16.0  # the paper's tau
+    gate_floor: float | None = None
+    conv_size: int | None = None  # the paper's models have no short convolution
+
+
+@register(
+    "gla",
+    config=GLAConfig,
+    sizes={
+        "tiny": {"n_heads": 2, "hidden_size": 256},
+        "340m": {"d_model": 1024, "n_layers": 24},
+        "1.3b": {"d_model": 2048, "n_layers": 24},
+        "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 16, "hidden_size": 11008},
+    },
+    tags=("causal", "linear", "recurrent"),
+    paper="Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
+)
+def gla(config: GLAConfig) -> SequenceModel:
+    """A memory whose rows decay at data-dependent rates."""
+    mixer = partial(
+        GatedLinearAttention,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        expand_k=config.expand_k,
+        expand_v=config.expand_v,
+        gate_rank=config.gate_rank,
+        temperature=config.temperature,
+        gate_floor=config.gate_floor,
+        conv_size=config.conv_size,
+    )
+    mixers = {"gla": mixer}
+    return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "gla", mixers))

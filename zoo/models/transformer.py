@@ -1,0 +1,42 @@
+"""Transformer++: LLaMA's block with full softmax attention, the baseline."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from zoo.layers import Attention, SequenceConfig, SequenceModel, layer_mixers
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(SequenceConfig):
+    n_heads: int = 2
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    window: int | None = None  # None: every layer sees the whole past
+    rope_base: float = 10000.0
+    qk_norm: bool = False
+
+
+@register(
+    "transformer",
+    config=TransformerConfig,
+    sizes={
+        "tiny": {"hidden_size": 256},
+        "340m": {"d_model": 1024, "n_layers": 24, "n_heads": 16},
+        "1.3b": {"d_model": 2048, "n_layers": 24, "n_heads": 32},
+        "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_size": 14336},
+    },
+    tags=("attention", "causal"),
+    paper="Touvron et al., LLaMA, arXiv 2302.13971; sizes of Yang et al., arXiv 2312.06635",
+)
+def transformer(config: TransformerConfig) -> SequenceModel:
+    """Rotary attention and SwiGLU under RMSNorm."""
+    attention = partial(
+        Attention,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        window=config.window,
+        rope_base=config.rope_base,
+        qk_norm=config.qk_norm,
+    )
+    mixers = {"attention": attention}
+    return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "attention", mixers))
