@@ -8,6 +8,7 @@ from zoo.ops.delta_rule.reference import delta_rule_reference
 from zoo.ops.packing import each_document
 
 
+@dispatch.keeps_its_precision
 def delta_rule(
     q: Tensor,
     k: Tensor,
