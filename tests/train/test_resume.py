@@ -16,7 +16,11 @@ CLOCK = {"tokens_per_second", "elapsed"}
 # The tiny epoch has 7 batches; validation at 6, 12, 18; checkpoints at every 4th step and with each validation.
 SETTINGS = {
     "dropout": config(
-        trainer__val_every=6, trainer__checkpoint_every=4, trainer__log_every=3, trainer__max_steps=20, model__dropout=0.3
+        trainer__val_every=6,
+        trainer__checkpoint_every=4,
+        trainer__log_every=3,
+        trainer__max_steps=20,
+        model__dropout=0.3,
     ),
     "accumulation": config(
         trainer__val_every=6,
