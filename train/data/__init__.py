@@ -1,0 +1,4 @@
+"""Data modules: text of one's own, of Python or of the hub, and the generated diagnostics of the field.
+
+One file per source, so that a source pays only for what it imports. `base` says what all of them share.
+"""
