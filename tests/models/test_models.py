@@ -1,4 +1,4 @@
-"""Every registered language model: published sizes, steps equal one pass, padding, streaming, save and load, learning."""
+"""Every registered language model: published sizes, steps, padding, packing, streaming, save and load, learning."""
 
 import itertools
 from pathlib import Path
