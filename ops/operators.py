@@ -120,7 +120,6 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta"),
             extremes=_DELTA_EXTREMES,
             cp_kind="affine",
-            kernels=False,
         ),
         OperatorSpec(
             name="gated_delta_rule",
@@ -131,7 +130,6 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta", "g"),
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
-            kernels=False,
         ),
     )
 }
