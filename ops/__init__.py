@@ -2,6 +2,7 @@
 
 from zoo.ops.attention import attention
 from zoo.ops.causal_conv1d import causal_conv1d
+from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_linear_attention import gated_linear_attention
 
-__all__ = ["attention", "causal_conv1d", "gated_linear_attention"]
+__all__ = ["attention", "causal_conv1d", "delta_rule", "gated_linear_attention"]

@@ -3,7 +3,8 @@
 import functools
 import os
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,24 @@ BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
 HAS_TRITON = triton is not None
 # Under TRITON_INTERPRET=1 kernels run in numpy on CPU tensors: slow, and exact enough to prove them without a GPU.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
+    """Switch autocast off inside a public operator: it accumulates in the dtypes that it documents."""
+
+    @functools.wraps(operator)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: tuple[Any, ...] = (*args, *kwargs.values())
+        device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return operator(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return operator(*args, **kwargs)
+
+    return run
 
 
 @functools.cache

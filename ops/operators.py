@@ -1,9 +1,13 @@
 """The table of operators: one entry gives an operator every proof of the shared harness and a line in `zoo doctor`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.ops.causal_conv1d import causal_conv1d
+from zoo.ops.delta_rule import delta_rule
 from zoo.ops.gated_linear_attention import gated_linear_attention
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
 
@@ -33,13 +37,49 @@ def _gla_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inp
 
 def _log_decay(x: Tensor) -> Tensor:
     """From hardly any decay to a strong one: the median step keeps half."""
-    return -torch.nn.functional.softplus(2 * x)
+    return -F.softplus(2 * x)
 
 
 def _some(i: Inputs, strong: float, share: float) -> Inputs:
     """The gate of a random share of steps and channels becomes `strong`."""
     chosen = torch.rand(i["g"].shape, generator=torch.Generator().manual_seed(3)) < share
     return i | {"g": torch.where(chosen, torch.full_like(i["g"], strong), i["g"])}
+
+
+def _delta_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    H, K, V = sizes["H"], sizes["K"], sizes["V"]
+    return {
+        "q": F.normalize(_randn(generator, B, T, H, K), dim=-1) * K**0.5,
+        "k": F.normalize(_randn(generator, B, T, H, K), dim=-1),
+        "v": _randn(generator, B, T, H, V),
+        "beta": 2 * torch.rand(B, T, H, generator=generator, dtype=torch.float64),
+    }
+
+
+def _gated_delta_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    made = _delta_inputs(B, T, sizes, generator)
+    return made | {"g": F.logsigmoid(_randn(generator, B, T, sizes["H"]) + 2)}
+
+
+_DELTA_SIZES = (
+    {"H": 2, "K": 64, "V": 64},
+    {"H": 1, "K": 8, "V": 16},
+    {"H": 1, "K": 100, "V": 128},
+    {"H": 1, "K": 128, "V": 100},
+)
+_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    "beta-0": lambda i: i | {"beta": i["beta"] * 0},
+    "beta-1": lambda i: i | {"beta": i["beta"] * 0 + 1},
+    "beta-2": lambda i: i | {"beta": i["beta"] * 0 + 2},
+    "one-key": lambda i: i | {"k": i["k"][:, :1].expand_as(i["k"]).contiguous()},
+    "one-key-beta-2": lambda i: i | {"k": i["k"][:, :1].expand_as(i["k"]).contiguous(), "beta": i["beta"] * 0 + 2},
+}
+_GATED_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    "g-0": lambda i: i | {"g": i["g"] * 0},
+    "g-8": lambda i: i | {"g": i["g"] * 0 - 8},
+    "g-8-beta-2": lambda i: i | {"g": i["g"] * 0 - 8, "beta": i["beta"] * 0 + 2},
+    "one-key-beta-1": lambda i: i | {"k": i["k"][:, :1].expand_as(i["k"]).contiguous(), "beta": i["beta"] * 0 + 1},
+}
 
 
 OPERATORS: dict[str, OperatorSpec] = {
@@ -69,6 +109,29 @@ OPERATORS: dict[str, OperatorSpec] = {
                 "all gates at once": lambda i: _some(_some(_some(i, -8.0, 0.3), 0.0, 0.3), -50.0, 0.05),
             },
             cp_kind="affine",
+            kernels=False,
+        ),
+        OperatorSpec(
+            name="delta_rule",
+            function=delta_rule,
+            make=_delta_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["H"], sizes["K"], sizes["V"]),
+            sizes=_DELTA_SIZES,
+            time=("q", "k", "v", "beta"),
+            extremes=_DELTA_EXTREMES,
+            cp_kind="affine",
+            kernels=False,
+        ),
+        OperatorSpec(
+            name="gated_delta_rule",
+            function=delta_rule,
+            make=_gated_delta_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["H"], sizes["K"], sizes["V"]),
+            sizes=_DELTA_SIZES,
+            time=("q", "k", "v", "beta", "g"),
+            extremes=_GATED_DELTA_EXTREMES,
+            cp_kind="affine",
+            kernels=False,
         ),
     )
 }

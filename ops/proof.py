@@ -22,13 +22,14 @@ class OperatorSpec:
     """One operator, as the harness sees it.
 
     Args:
-        name: the public name in zoo.ops.
+        name: the public name in zoo.ops; a second entry for another use of one function adds a word.
         function: the public function, called by keyword with the inputs, `cu_seqlens` and `backend`.
         make: (batch, length, sizes, generator) -> float64 CPU inputs with time in dimension 1, without the state.
         state: (documents, sizes, generator) -> a float64 initial state; None for operators that carry none.
         sizes: the sizes to prove, besides batch and length.
         time: names of the inputs that have time in dimension 1; the others are parameters.
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
+        kernels: whether the operator has Triton kernels already.
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
     """
 
@@ -40,6 +41,7 @@ class OperatorSpec:
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
+    kernels: bool = True
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0

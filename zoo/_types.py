@@ -87,7 +87,7 @@ def _fit(value: Any, node: ast.expr, exact: bool) -> Any:
         case ast.Subscript(value=ast.Name(id=("list" | "tuple") as name), slice=inner):
             _require(value, isinstance(value, list | tuple))
             items = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            if len(items) == 2 and isinstance(items[1], ast.Constant) and items[1].value is Ellipsis or name == "list":
+            if (len(items) == 2 and isinstance(items[1], ast.Constant) and items[1].value is ...) or name == "list":
                 items = items[:1] * len(value)
             _require(value, len(items) == len(value))
             fitted = [_fit(v, i, exact) for v, i in zip(value, items, strict=True)]

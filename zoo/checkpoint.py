@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.config import read_yaml
 from zoo.errors import UserError
 from zoo.registry import create_model
 
@@ -28,6 +27,7 @@ FORMAT, VERSION = "zoo", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FINISHED = "checkpoint"  # in a run's folder: the final model
 UNFINISHED = "checkpoints/last.ckpt"  # in a run's folder: the trainer's own
+IN_TRAINER = "zoo_model"  # the entry of a trainer's .ckpt that describes the model
 TASK_PREFIX = "model."  # the model's place inside the training task
 
 
@@ -54,17 +54,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer 
     Raises:
         UserError: the model is not from the registry, or the files cannot be written.
     """
-    for attribute in ("name", "size", "config"):
-        if not hasattr(model, attribute):
-            raise UserError(f"only models of zoo.create_model can be saved: {type(model).__name__} has no {attribute!r}")
-    folder = Path(folder)
-    described = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": model.name,
-        "size": model.size,
-        "config": asdict(model.config),  # type: ignore[arg-type]
-    }
+    folder, described = Path(folder), describe(model)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
@@ -81,12 +71,26 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer 
     return folder
 
 
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What config.json says of a model: enough to build it again. A trainer keeps it in its .ckpt under IN_TRAINER.
+
+    Raises:
+        UserError: the model is not from the registry.
+    """
+    for attribute in ("name", "size", "config"):
+        if not hasattr(model, attribute):
+            kind = type(model).__name__
+            raise UserError(f"only models of zoo.create_model can be saved: this {kind} has no {attribute!r}")
+    known = {"format": FORMAT, "version": VERSION, "model": model.name, "size": model.size}
+    return known | {"config": asdict(cast(Any, model.config))}
+
+
 def load(path: str | os.PathLike[str]) -> nn.Module:
     """Read a model, in eval mode and in the dtype of its file.
 
     Args:
         path: a checkpoint folder; a run's folder (its final model, or the last state of an unfinished run); a .ckpt
-            file inside a run's folder; or owner/name on the Hugging Face hub.
+            file of the trainer; or owner/name on the Hugging Face hub.
 
     Raises:
         UserError: nothing is there, or it is damaged, of another format, or not of the model that its config names.
@@ -102,9 +106,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder or .ckpt file that a path means; see `load`. Downloads owner/name when no such path exists."""
+    """The checkpoint folder or .ckpt file that a path means; owner/name is downloaded when no such path exists."""
     given = Path(path)
-    if (given / CONFIG).is_file() or given.suffix == ".ckpt" and given.is_file():
+    if (given / CONFIG).is_file() or (given.suffix == ".ckpt" and given.is_file()):
         return given
     if (given / FINISHED / CONFIG).is_file():
         return given / FINISHED
@@ -135,44 +139,41 @@ def read_config(folder: Path) -> dict[str, Any]:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}); take another copy of this checkpoint") from error
+    return _checked(described, path)
+
+
+def _checked(described: Any, source: Path) -> dict[str, Any]:
+    """A description of a model, if it is one."""
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         kind = described.get("model_type") if isinstance(described, dict) else None
-        says = f"its {CONFIG} says model_type {kind!r}" if kind else f"its {CONFIG} has no format {FORMAT!r}"
-        raise UserError(f"{folder} is not a checkpoint of zoo: {says}; give a folder that zoo.save wrote")
+        says = f"it says model_type {kind!r}" if kind else f"it does not say format {FORMAT!r}"
+        raise UserError(f"{source} does not describe a model of zoo: {says}; give a folder that zoo.save wrote")
     if described.get("version") != VERSION:
-        raise UserError(
-            f"{folder} has version {described.get('version')!r} of the format and this zoo reads {VERSION}; update seqzoo"
-        )
-    shape = {"model": str, "size": str, "config": dict}
-    for key, kind in shape.items():
+        version = described.get("version")
+        raise UserError(f"{source} has version {version!r} of the format, and this zoo reads {VERSION}; update seqzoo")
+    for key, kind in {"model": str, "size": str, "config": dict}.items():
         if not isinstance(described.get(key), kind):
-            raise UserError(f"{path} is damaged: {key!r} must be {kind.__name__}; take another copy of this checkpoint")
+            raise UserError(f"{source} is damaged: {key!r} must be {kind.__name__}; take another copy")
     return described
 
 
 def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The model inside a trainer's .ckpt, described by the config.yaml of the run that it lies in.
+    """The model inside a trainer's .ckpt.
 
     Raises:
-        UserError: it lies in no run, or it is damaged.
+        UserError: the file is damaged, or not from zoo train.
     """
-    run = next((folder for folder in path.resolve().parents if (folder / "config.yaml").is_file()), None)
-    if run is None:
-        raise UserError(f"{path} lies in no run's folder, so its model is unknown; give a folder that zoo train wrote")
-    config = read_yaml(run / "config.yaml").get("model")
-    if not isinstance(config, dict) or not {"name", "size"} <= set(config):
-        raise UserError(f"{run / 'config.yaml'} names no model; give a folder that zoo train wrote")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {
-            name.removeprefix(TASK_PREFIX).removeprefix("_orig_mod."): tensor
-            for name, tensor in content["state_dict"].items()
-            if name.startswith(TASK_PREFIX)
-        }
+        described, weights = content.get(IN_TRAINER), content["state_dict"]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or not a trainer's checkpoint ({_first_line(error)}); try another") from error
-    fields = {key: value for key, value in config.items() if key not in ("name", "size")}
-    return {"model": config["name"], "size": str(config["size"]), "config": fields}, tensors
+        raise UserError(f"{path} is damaged or no trainer's checkpoint ({_first_line(error)}); try another") from error
+    tensors = {
+        name.removeprefix(TASK_PREFIX).removeprefix("_orig_mod."): tensor  # _orig_mod: a compiled model
+        for name, tensor in weights.items()
+        if name.startswith(TASK_PREFIX)
+    }
+    return _checked(described, path), tensors
 
 
 def _download(name: str) -> Path:

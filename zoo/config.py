@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
@@ -60,23 +59,28 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 f"{override.input_line} gives several values, and one run takes one; "
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
-    _check_choices(parsed, choices([config_dir] if config_dir else []))
-    config = _compose([_unlocked(override) for override in parsed], config_dir)
-    base = _compose([_unlocked(o) for o in parsed if _is_choice(o)], config_dir)
+    known = choices([config_dir] if config_dir else [])
+    _check_choices(parsed, known)
+    words = [(o, _without_file(o, known) or [_unlocked(o)]) for o in parsed]
+    config = _compose([word for _, replaced in words for word in replaced], config_dir)
+    base = _compose([word for o, replaced in words if _is_choice(o) for word in replaced], config_dir)
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
     _check_keys(config, {*GROUPS, *base, *extra}, "")
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
+    config["seed"] = _fit("seed", config.get("seed"), "int", raw)
+    config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
             config[group] = _fill_model(section)
         elif isinstance(section, dict) and TARGET in section:
             config[group] = _fill(group, section, parameters(section[TARGET]), raw)
+            if "seed" in config[group] and "seed" not in section:
+                config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
         elif isinstance(section, dict):
             _check_keys(section, base.get(group) or (), f"{group}.")
         elif section is not None:
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
-    _check_root(config, raw)
     _check_missing(config, "")
     return config
 
@@ -152,14 +156,16 @@ def parameters(target: str) -> dict[str, Parameter]:
 
 def _hints(owner: Any) -> dict[str, str]:
     """{parameter: its type}, as far as the annotations can be read."""
-    init = inspect.unwrap(owner.__init__ if isinstance(owner, type) else owner)
+    init = inspect.unwrap(getattr(owner, "__init__") if isinstance(owner, type) else owner)  # noqa: B009 - may be inherited
     try:
         return {name: spell(hint) for name, hint in typing.get_type_hints(init).items()}
     except NameError:  # a name imported for type checkers only, as in Lightning's loggers
         return {}
 
 
-def _fill(group: str, section: dict[str, Any], known: Mapping[str, Parameter], raw: Mapping[str, str]) -> dict[str, Any]:
+def _fill(
+    group: str, section: dict[str, Any], known: Mapping[str, Parameter], raw: Mapping[str, str]
+) -> dict[str, Any]:
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
         _check_keys(given, known, f"{group}.")
@@ -183,11 +189,6 @@ def _fill_model(section: Any) -> dict[str, Any]:
     if "vocab_size" in filled:
         filled["vocab_size"] = None
     return filled | {name: _plain(value) for name, value in fields.items()}
-
-
-def _check_root(config: dict[str, Any], raw: Mapping[str, str]) -> None:
-    config["seed"] = _fit("seed", config.get("seed"), "int", raw)
-    config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
 
 
 def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
@@ -222,9 +223,8 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
             continue
         if not isinstance(choice, str):
             raise UsageError(f"{group}= chooses by name, got {choice!r}; to change one setting write {group}.KEY=VALUE")
-        if group == "model" and choice in list_models():  # another package's model, without a YAML file here
-            ConfigStore.instance().store(group=group, name=choice, node={"name": choice, "size": "tiny"})
-            continue
+        if group == "model" and choice in list_models():
+            continue  # another package's model, without a YAML file here: see _without_file
         names = sorted({*known[group], *(list_models() if group == "model" else ())})
         end = remedy(choice, names, f"{group} can be {', '.join(names) or 'nothing yet'}")
         raise UsageError(f"no {group} {choice!r}{end}")
@@ -254,12 +254,19 @@ def _is_choice(override: Override) -> bool:
 
 
 def _unlocked(override: Override) -> str:
-    """A plain key=value as Hydra's ++key=value: which keys exist is for our own checks, with better messages, to say."""
+    """A plain key=value as Hydra's ++key=value: which keys exist is for our own checks to say, in better words."""
     line = override.input_line or ""
     if _is_choice(override):
         return line.removeprefix("+").removeprefix("+") if override.is_add() or override.is_force_add() else line
     is_plain_change = not (override.is_add() or override.is_force_add() or override.is_delete())
     return f"++{line}" if is_plain_change and _root(override) != "hydra" else line
+
+
+def _without_file(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """model=NAME for a model that has no YAML file, written out; else nothing."""
+    if override.key_or_group != "model" or override.is_delete() or override.value() in known["model"]:
+        return []
+    return ["~model", f"++model.name={override.value()}", "++model.size=tiny"]
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:

@@ -119,9 +119,7 @@ def register(
     return decorate
 
 
-def list_models(
-    pattern: str = "*", *, tags: Iterable[str] | None = None, max_params: float | None = None
-) -> list[str]:
+def list_models(pattern: str = "*", *, tags: Iterable[str] | None = None, max_params: float | None = None) -> list[str]:
     """Names of models, sorted.
 
     Args:
@@ -177,7 +175,8 @@ def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Modu
         raise
     except ValueError as error:
         raise UserError(f"model {name!r}: {error}") from error
-    model.name, model.size, model.config = name, size, config
+    for attribute, value in {"name": name, "size": size, "config": config}.items():
+        setattr(model, attribute, value)
     return model
 
 

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from zoo.ops import check
+from zoo.ops import check, dispatch
 from zoo.ops.attention.reference import attention_reference
 from zoo.ops.attention.sdpa import attention_sdpa
 
 BACKENDS = ("auto", "torch", "reference")
 
 
+@dispatch.keeps_its_precision
 def attention(
     q: Tensor,
     k: Tensor,

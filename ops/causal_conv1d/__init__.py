@@ -15,6 +15,7 @@ if dispatch.HAS_TRITON:
 ACTIVATIONS = (None, "silu")
 
 
+@dispatch.keeps_its_precision
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,

@@ -1,0 +1,76 @@
+"""The delta rule: linear attention that reads before it writes, and writes only the correction."""
+
+from torch import Tensor
+
+from zoo.ops import check, dispatch
+from zoo.ops.delta_rule.chunked import delta_rule_chunked, delta_rule_step
+from zoo.ops.delta_rule.reference import delta_rule_reference
+from zoo.ops.packing import each_document
+
+
+@dispatch.keeps_its_precision
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run S' = exp(g_t) S; u = beta_t (v_t - S'^T k_t); S = S' + k_t u^T; o_t = S^T (scale q_t) along time.
+
+    Without g this is DeltaNet's rule, with g Gated DeltaNet's. The state stays bounded when beta_t |k_t|^2 <= 2.
+
+    Args:
+        q, k: queries and keys, (B, T, H, K), of one float dtype with v. Keys are used as they come: normalise before.
+        v: values, (B, T, H, V).
+        beta: write strength per token and head, (B, T, H), usually in (0, 1), or (0, 2) to allow reflections.
+        g: log decay per token and head, (B, T, H), <= 0; None for no decay. beta and g may have a wider dtype than q.
+        state: the memory before the first token, (B, H, K, V); zeros when omitted. With packed documents (n, H, K, V).
+        scale: factor on q; K**-0.5 when None.
+        cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
+        backend: "auto" (Triton on CUDA, else torch; float64 always torch), "triton", "torch" or "reference".
+
+    Returns:
+        o: (B, T, H, V), in the dtype of v.
+        S: the memory after the last token, (B, H, K, V) or (n, H, K, V), in float32 (float64 for float64 inputs); feed
+            it back as `state`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
+
+    Cost: O(T (C K + C V + K V + C^2)) per head with chunks of C tokens. States and triangular factors are float32.
+    Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, arXiv 2412.06464, section 3.
+    """
+    name = "delta_rule"
+    sizes = check.shapes(
+        name,
+        {
+            "q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H"), "g": (g, "B T H"),
+        },
+    )  # fmt: skip
+    B, T, H, K, V = (sizes[dim] for dim in "BTHKV")
+    check.same_dtype(name, q=q, k=k, v=v)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
+    n = B if cuts is None else len(cuts) - 1
+    dtype = dispatch.state_dtype(q)
+    if state is None:
+        state = q.new_zeros(n, H, K, V, dtype=dtype)
+    check.shapes(name, {"state": (state, "N H K V"), "q": (q, "B T H K")}, N=n, H=H, K=K, V=V)
+    state = state.to(dtype)
+    scale = K**-0.5 if scale is None else scale
+
+    chosen = dispatch.resolve(name, backend, q)
+    if chosen == "triton" and backend == "triton":
+        raise ValueError(f"{name}: backend 'triton' has no kernels yet; use backend='torch'")
+    if T == 0:
+        return v, state
+    if chosen == "reference":
+        return each_document(lambda *x: delta_rule_reference(*x, scale), cuts, (q, k, v, beta, g), state)
+    if T == 1 and cuts is None:
+        return delta_rule_step(q, k, v, beta, g, state, scale)
+    return delta_rule_chunked(q, k, v, beta, g, state, scale, cuts)

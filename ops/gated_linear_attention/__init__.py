@@ -9,6 +9,7 @@ from zoo.ops.gated_linear_attention.reference import gated_linear_attention_refe
 from zoo.ops.packing import each_document
 
 
+@dispatch.keeps_its_precision
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,

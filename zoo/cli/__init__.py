@@ -113,7 +113,9 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("--top-k", type=int, metavar="N", help="only the N most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="only the most likely tokens that sum to P")
     parser.add_argument("--seed", type=int, metavar="N", help="the same text again for the same seed")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -196,7 +198,9 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     name, *rest = arguments
     if name not in VERBS:
         what = "option" if name.startswith("-") else "verb"
-        raise UsageError(f"no {what} {name!r}{remedy(name, [*VERBS, '--help', '--version'], 'zoo --help lists the verbs')}")
+        raise UsageError(
+            f"no {what} {name!r}{remedy(name, [*VERBS, '--help', '--version'], 'zoo --help lists the verbs')}"
+        )
     verb = VERBS[name]
     parser = Parser(prog=f"zoo {name}", description=verb.line, allow_abbrev=False)
     verb.arguments(parser)
@@ -204,7 +208,9 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     for word in rest:
         option = word.partition("=")[0]
         if word.startswith("--") and len(word) > 2 and option not in options:
-            raise UsageError(f"zoo {name} has no option {option!r}{remedy(option, options, f'zoo {name} --help lists them')}")
+            raise UsageError(
+                f"zoo {name} has no option {option!r}{remedy(option, options, f'zoo {name} --help lists them')}"
+            )
     return verb, parser.parse_intermixed_args(rest)
 
 

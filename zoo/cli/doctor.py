@@ -1,4 +1,4 @@
-"""`zoo doctor`: what is installed, which devices there are, and whether the operators compute the right thing on them."""
+"""`zoo doctor`: what is installed, which devices there are, and whether the operators are right on them."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ def doctor_command(device: str | None) -> int:
     """Print the report; 1 when an operator is wrong on a device."""
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     out.print(f"zoo {zoo.__version__}, Python {platform.python_version()}, {platform.platform()}")
-    out.print(_versions())
+    out.print(_versions(), soft_wrap=True)
     places = devices() if device is None else [_device(device)]
     for place in devices():
         out.print(f"device {place}: {_describe(place)}")
@@ -39,9 +39,7 @@ def devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
-def check(
-    spec: OperatorSpec, backend: str, dtype: torch.dtype, device: torch.device
-) -> tuple[str, float, str | None]:
+def check(spec: OperatorSpec, backend: str, dtype: torch.dtype, device: torch.device) -> tuple[str, float, str | None]:
     """Compare one form of an operator with the float64 loop, values and gradients.
 
     Returns:
@@ -73,7 +71,9 @@ def cases(device: torch.device) -> list[tuple[str, torch.dtype]]:
 
 
 def _report(out: Console, places: list[torch.device]) -> bool:
-    table = Table("operator", "device", "runs by default", "checked", "dtype", "worst error", "", box=None, pad_edge=False)
+    table = Table(
+        "operator", "device", "runs by default", "checked", "dtype", "worst error", "", box=None, pad_edge=False
+    )
     fine, findings = True, []
     for spec in OPERATORS.values():
         for place in places:
@@ -108,7 +108,9 @@ def _versions() -> str:
 
 def _describe(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        return (
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        )
     p = torch.cuda.get_device_properties(device)
     return f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 

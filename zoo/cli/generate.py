@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from zoo import checkpoint, decoding, tokenizers
+from zoo.config import read_yaml
 from zoo.errors import UsageError, UserError
+from zoo.registry import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class StopText:
 def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequence[str]) -> int:
     """Print the continuation of a prompt piece by piece."""
     found = checkpoint.locate(path)
-    tokenizer = tokenizers.load(_tokenizer_folder(found))
+    tokenizer = _tokenizer(found)
     model = checkpoint.load(found)
     size = model.config.vocab_size  # type: ignore[union-attr]
     if tokenizer.vocab_size > size:
@@ -90,9 +92,15 @@ def _show(text: str) -> None:
         sys.stdout.flush()
 
 
-def _tokenizer_folder(found: Path) -> Path:
-    """A checkpoint folder holds its tokenizer; a trainer's .ckpt has it in the folder of its run."""
+def _tokenizer(found: Path) -> tokenizers.Tokenizer:
+    """A checkpoint folder holds its tokenizer; a trainer's .ckpt lies in a run that says which data made it."""
     if found.suffix != ".ckpt":
-        return found
-    run = next((folder for folder in found.resolve().parents if (folder / "config.yaml").is_file()), found.parent)
-    return run / "tokenizer"
+        return tokenizers.load(found)
+    run = next((folder for folder in found.resolve().parents if (folder / "config.yaml").is_file()), None)
+    if run is None:
+        raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
+    settings = dict(read_yaml(run / "config.yaml")["data"])
+    data = resolve(settings.pop("_target_"))(**settings)
+    if getattr(data, "tokenizer", None) is None:
+        raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
+    return data.tokenizer

@@ -36,7 +36,9 @@ def eval_command(path: str, settings: list[str]) -> int:
     """Measure a model; prints one line per metric."""
     from zoo.train import fit
 
-    return fit.evaluate(path, settings)
+    for name, value in fit.evaluate(path, settings).items():
+        print(f"{name} {value:.6g}")
+    return 0
 
 
 def check_run(run: Path) -> None:
@@ -44,7 +46,9 @@ def check_run(run: Path) -> None:
     if not run.is_dir():
         raise UserError(f"no run at {run}: there is no such folder; zoo train prints the folder of each run")
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not the folder of a run: it has no config.yaml; zoo train prints the folder of each run")
+        raise UserError(
+            f"{run} is not the folder of a run: it has no config.yaml; zoo train prints the folder of each run"
+        )
 
 
 def fresh_folder(name: str, root: Path = Path("runs")) -> Path:

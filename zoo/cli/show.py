@@ -17,7 +17,7 @@ from zoo.config import parse_fields
 from zoo.errors import UsageError
 from zoo.registry import create_model, model_info
 
-LENGTH = 2048  # tokens of context at which work and state are counted
+LENGTH = 1024  # tokens of context at which work and state are counted
 
 
 def show_command(name: str, settings: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""`zoo train -m`: every combination of the listed values, one process and one folder per run, a sorted table at the end."""
+"""`zoo train -m`: every combination of the listed values, a process and a folder each, and a sorted table."""
 
 import csv
 import hashlib
@@ -23,7 +23,7 @@ from zoo.config import compose, fixed, sweep
 from zoo.errors import UsageError, UserError, remedy
 
 # The columns of metrics.csv to sort by when none is named, best first; a larger value is better where True.
-METRICS = {"val/bits_per_byte": False, "val/accuracy": True, "val/perplexity": False, "val/loss": False}
+METRICS = {"val_bits_per_byte": False, "val_accuracy": True, "val_perplexity": False, "val_loss": False}
 COMMON = "sweep.txt"  # in the folder of a sweep: the settings that all its runs share
 TABLE = "sweep.csv"
 
@@ -82,7 +82,9 @@ def folder_name(values: dict[str, str]) -> str:
     return f"{safe[:100]}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
-def collect(runs: Sequence[Run], status: dict[Path, str], metric: str | None) -> tuple[list[dict[str, str]], str | None]:
+def collect(
+    runs: Sequence[Run], status: dict[Path, str], metric: str | None
+) -> tuple[list[dict[str, str]], str | None]:
     """One row per run, sorted by the metric (the last value in metrics.csv), runs without it last; and the column."""
     last = {run.folder: last_values(run.folder / "metrics.csv") for run in runs}
     columns = list(dict.fromkeys(name for values in last.values() for name in values))
@@ -168,7 +170,7 @@ def _claim(folder: Path, common: list[str], config_dir: Path | None) -> None:
 
 def _command(run: Run, common: list[str], config_dir: Path | None) -> list[str]:
     zoo = [sys.executable, "-P", "-m", "zoo"]
-    if (run.folder / "checkpoints" / "last.ckpt").is_file():
+    if (run.folder / "config.yaml").is_file():
         return [*zoo, "resume", str(run.folder)]
     where = ["--config-dir", str(config_dir)] if config_dir else []
     quoted = "'" + str(run.folder).replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,191 @@
+"""Fast torch form: the UT transform turns a chunk of C tokens into matrix products and one triangular inverse.
+
+With b the cumulative log decay inside a chunk and G_ij = exp(b_i - b_j) for i >= j (1 without decay),
+
+    A = strictly lower(diag(beta) K K^T * G)        X = (I + A)^-1        P = scale lower(Q K^T * G)
+    U = X diag(beta) (V - diag(e^b) K S)            what the chunk's tokens write, given the state S before them
+    O = scale diag(e^b) Q S + P U                   S_next = e^{b_C} S + (diag(e^{b_C - b}) K)^T U
+
+All exponents are <= 0. X and the products of keys and queries need no state: they are computed for all chunks of all
+documents at once, and only U and S run over the chunk positions. The backward pass is written out: autograd would keep
+every intermediate and walk the loop with many small operations.
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.ops.chunks import ChunkedTime
+
+CHUNK = 64
+SMALLEST_LOG_DECAY = -100.0  # e^-100 is 4e-44: nothing is left, while b stays finite and its differences exact
+
+
+def delta_rule_step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token, T = 1: the definition in four products; the same arguments and results as the other forms."""
+    B, H, K, V = S0.shape
+    S, (q, k, u, beta) = S0, (x.to(S0.dtype).reshape(B * H, -1, 1) for x in (q, k, v, beta))
+    if g is not None:
+        S = S * g.to(S0.dtype).exp().reshape(B, H, 1, 1)
+    S = S.reshape(B * H, K, V)
+    u = beta * torch.baddbmm(u.mT, k.mT, S, alpha=-1)  # (B * H, 1, V)
+    S = torch.baddbmm(S, k, u)
+    o = torch.bmm((scale * q).mT, S)
+    return o.reshape(B, 1, H, V).to(v.dtype), S.reshape(B, H, K, V)
+
+
+def delta_rule_chunked(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, scale: float,
+    cuts: tuple[int, ...] | None = None, size: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The whole sequence in chunks of `size` tokens (CHUNK when None, less for short documents); T >= 1."""
+    lengths = [q.shape[1]] if cuts is None else [right - left for left, right in itertools.pairwise(cuts)]
+    size = size or min(CHUNK, 1 << max(0, max(lengths) - 1).bit_length())
+    return _Chunked.apply(q, k, v, beta, g, S0, scale, cuts, size)
+
+
+class _Decay(NamedTuple):
+    """The gates of all chunks, with b the cumulative log decay."""
+
+    between: Tensor  # (N, C, C) G, zero above the diagonal
+    before: Tensor  # (N, C, 1) e^b
+    after: Tensor  # (N, C, 1) e^{b_C - b}
+    total: Tensor  # (N, 1, 1) e^{b_C}
+
+
+class _Pieces(NamedTuple):
+    """What both directions need of all chunks, N = chunks * heads; the state plays no part."""
+
+    q: Tensor  # (N, C, K) scale Q
+    read: Tensor  # (N, C, K) diag(e^b) scale Q
+    k: Tensor  # (N, C, K)
+    v: Tensor  # (N, C, V)
+    beta: Tensor  # (N, C, 1)
+    erase: Tensor  # (N, C, K) diag(beta e^b) K
+    write: Tensor  # (N, C, K) diag(e^{b_C - b}) K
+    P: Tensor  # (N, C, C) scale lower(Q K^T * G)
+    M: Tensor  # (N, C, C) strictly lower(K K^T * G), so that A = diag(beta) M
+    decay: _Decay | None
+
+
+def _pieces(
+    time: ChunkedTime, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float
+) -> _Pieces:
+    q, k, v = (time.split(x.to(dtype)).flatten(0, 1) for x in (q, k, v))
+    beta = time.split(beta.to(dtype)).flatten(0, 1).unsqueeze(-1)
+    q = q * scale
+    P, M = torch.bmm(q, k.mT), torch.bmm(k, k.mT)
+    if g is None:
+        return _Pieces(q, q, k, v, beta, beta * k, k, P.tril_(), M.tril_(-1), None)
+    b = time.split(g.to(dtype).clamp_min(SMALLEST_LOG_DECAY)).flatten(0, 1).cumsum(-1).unsqueeze(-1)
+    future = torch.ones(time.size, time.size, dtype=torch.bool, device=q.device).triu_(1)
+    between = (b - b.mT).masked_fill_(future, float("-inf")).exp_()
+    decay = _Decay(between, b.exp(), (b[:, -1:] - b).exp(), b[:, -1:].exp())
+    erase, write = (beta * decay.before) * k, decay.after * k
+    return _Pieces(q, q * decay.before, k, v, beta, erase, write, P.mul_(between), M.mul_(between).tril_(-1), decay)
+
+
+def _unit_lower_inverse(A: Tensor) -> Tensor:
+    """(I + A)^-1 for strictly lower A, (N, C, C)."""
+    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, scale: float,
+        cuts: tuple[int, ...] | None, size: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        (B, T, H, K), V = q.shape, v.shape[-1]
+        time = ChunkedTime(B, T, size, cuts, q.device)
+        p = _pieces(time, S0.dtype, q, k, v, beta, g, scale)
+        X = _unit_lower_inverse(p.beta * p.M)
+        U = p.beta * p.v  # (N, C, V), becomes X (U - erase S) below
+        before = U.new_empty(len(U), K, V)  # the state before each chunk
+        S = time.order(S0).flatten(0, 1).clone()  # (documents * H, K, V)
+        for start, stop in time.steps:
+            rows, running = slice(start * H, stop * H), S[: (stop - start) * H]
+            before[rows] = running
+            U[rows] = torch.bmm(X[rows], torch.baddbmm(U[rows], p.erase[rows], running, alpha=-1))
+            if p.decay is not None:
+                running.mul_(p.decay.total[rows])
+            running.baddbmm_(p.write[rows].mT, U[rows])
+        o = torch.bmm(p.read, before).baddbmm_(p.P, U)
+        ctx.save_for_backward(q, k, v, beta, g, before, X, U)
+        ctx.time, ctx.scale, ctx.heads = time, scale, H
+        return time.merge(o.unflatten(0, (-1, H))).to(v.dtype), time.unorder(S.unflatten(0, (-1, H)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, beta, g, before, X, U = ctx.saved_tensors
+        time, H = ctx.time, ctx.heads
+        p = _pieces(time, U.dtype, q, k, v, beta, g, ctx.scale)
+        do = time.split(do.to(U.dtype)).flatten(0, 1)  # (N, C, V)
+
+        # against time: dU, dR = X^T dU (of the right-hand side R = diag(beta) V - erase S) and dS
+        dU, dR = torch.bmm(p.P.mT, do), torch.empty_like(U)
+        asked = torch.bmm(p.read.mT, do)  # (N, K, V) what the outputs ask of the state before their chunk
+        after = torch.empty_like(before)  # gradient of the state after each chunk
+        running = time.order(dS).flatten(0, 1).clone()
+        for start, stop in reversed(time.steps):
+            rows = slice(start * H, stop * H)
+            d = running[: (stop - start) * H]
+            after[rows] = d
+            dR[rows] = torch.bmm(X[rows].mT, dU[rows].baddbmm_(p.write[rows], d))
+            if p.decay is not None:
+                d.mul_(p.decay.total[rows])
+            d.add_(asked[rows]).baddbmm_(p.erase[rows].mT, dR[rows], alpha=-1)
+        del dU, asked
+
+        # all chunks at once; d... names gradients of the pieces
+        dP = torch.bmm(do, U.mT).tril_()
+        dA = torch.bmm(dR, U.mT).tril_(-1).neg_()
+        dread = torch.bmm(do, before.mT)
+        derase = torch.bmm(dR, before.mT).neg_()
+        dwrite = torch.bmm(U, after.mT)
+        dv = p.beta * dR
+        dbeta = (dR * p.v).sum(-1).add_((dA * p.M).sum(-1))
+        dg = None
+        if p.decay is None:
+            dbeta.add_((derase * p.k).sum(-1))
+            dM = dA.mul_(p.beta)
+            derase.mul_(p.beta)
+        else:
+            # b_i - b_j is the sum of g from j + 1 to i: sums over open ranges, so that nothing cancels
+            ends = (dread * p.read).sum(-1) + (derase * p.erase).sum(-1)  # of b_i, which sums g up to i
+            starts = (dwrite * p.write).sum(-1)  # of b_C - b_j, which sums g after j
+            F = (dP * p.P).add_(dA * (p.beta * p.M)).tril_(-1)  # of b_i - b_j
+            ends = ends.add_(F.sum(2)).sub_(F.sum(1))
+            dg = _sum_from(ends).add_(_sum_before(starts))
+            dg.add_(p.decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
+            dread.mul_(p.decay.before)
+            derase.mul_(p.decay.before)
+            dbeta.add_((derase * p.k).sum(-1))
+            derase.mul_(p.beta)
+            dwrite.mul_(p.decay.after)
+            dP.mul_(p.decay.between)
+            dM = dA.mul_(p.beta).mul_(p.decay.between)
+        dq = dread.baddbmm_(dP, p.k).mul_(ctx.scale)
+        dk = derase.add_(dwrite).baddbmm_(dP.mT, p.q).baddbmm_(dM + dM.mT, p.k)
+        grads = [time.merge(x.unflatten(0, (-1, H))) for x in (dq, dk, dv, dbeta)]
+        dq, dk, dv, dbeta = (x.to(like.dtype) for x, like in zip(grads, (q, k, v, beta), strict=True))
+        if dg is not None:
+            dg = time.merge(dg.unflatten(0, (-1, H))).to(g.dtype)
+        return dq, dk, dv, dbeta, dg, time.unorder(running.unflatten(0, (-1, H))), None, None, None
+
+
+def _sum_from(x: Tensor) -> Tensor:
+    """Sum over the places i >= m, (N, C) -> (N, C)."""
+    return x.flip(1).cumsum(1).flip(1)
+
+
+def _sum_before(x: Tensor) -> Tensor:
+    """Sum over the places j < m, (N, C) -> (N, C)."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1].cumsum(1)], dim=1)

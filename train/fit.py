@@ -1,0 +1,374 @@
+"""From a composed config to a trained model in a run's folder, and back to it after an interruption."""
+
+import inspect
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.loggers.logger import Logger
+from rich.console import Console
+from torch import nn
+
+from zoo.checkpoint import load, save
+from zoo.config import compose
+from zoo.decoding import generate
+from zoo.errors import UsageError, UserError, remedy
+from zoo.registry import create_model, resolve
+from zoo.train.callbacks.checkpoints import Checkpoints
+from zoo.train.callbacks.limits import StopAtLimits
+from zoo.train.callbacks.log import LogMetrics
+from zoo.train.callbacks.plot import plot_loss
+from zoo.train.callbacks.progress import Bar, describe
+from zoo.train.callbacks.sample import SampleText, sample
+from zoo.train.checkpoint_io import AtomicCheckpointIO
+from zoo.train.interrupt import Interrupted, Interrupts
+from zoo.train.loggers import CsvLog
+from zoo.train.optim import Limits
+from zoo.train.quiet import quiet_lightning
+from zoo.train.rng import seed_all
+from zoo.train.run_folder import RunFolder, is_main_process
+from zoo.train.stream import EndlessData
+from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.trainer import TrainerConfig
+
+__all__ = ["evaluate", "resume", "run"]
+
+DONE, FAILED, INTERRUPTED = 0, 1, 130
+RUN_DIR = "ZOO_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", RUN_DIR)  # set for those processes
+
+
+def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> int:
+    """Train what a composed config asks for.
+
+    Args:
+        config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, logger, seed.
+        run_dir: the run's folder; made, or empty.
+
+    Returns:
+        the exit code: 0 done, 1 the final model could not be written, 130 interrupted with a checkpoint written.
+
+    Raises:
+        UserError: what a user can cause; the run's log has it, too.
+    """
+    if is_main_process():
+        folder = RunFolder(Path(run_dir))
+        folder.check_free()
+    else:
+        folder = RunFolder(Path(os.environ.get(RUN_DIR, run_dir)))
+    return _train(config, folder, checkpoint=None)
+
+
+def resume(run_dir: str | os.PathLike[str]) -> int:
+    """Go on with a run from its last checkpoint, to the same numbers as if it had never stopped; as `run`."""
+    folder = RunFolder.existing(Path(run_dir))
+    if folder.finished:
+        folder.say(f"the run {folder.path} is finished; its model is in {folder.final}")
+        return DONE
+    if not folder.last.is_file():
+        folder.say(f"the run {folder.path} has no checkpoint yet and starts from the beginning")
+        if is_main_process():
+            folder.table.unlink(missing_ok=True)
+        return _train(folder.read_config(), folder, checkpoint=None)
+    return _train(folder.read_config(), folder, checkpoint=folder.last)
+
+
+def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Measure a run or a checkpoint on the held-out part of its own data or of others.
+
+    Args:
+        path: the folder of a run, or a checkpoint as `zoo.load` takes it.
+        overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for devices and batch limits.
+
+    Returns:
+        the metrics, by name: loss and what the data can be judged by.
+    """
+    model = load(path)
+    run_config = Path(path) / "config.yaml"
+    known = RunFolder.existing(Path(path)).read_config() if run_config.is_file() else None
+    config = _evaluation_config(known, overrides)
+    seed_all(config["seed"])
+    data = _build_data(config)
+    _check_vocabulary(model, data)
+    trainer_config = _trainer_config(config["trainer"])
+    task = LanguageModelling(model, resolve(config["optim"]["_target_"])(**_settings(config["optim"])), Limits(), data)
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator=trainer_config.accelerator,
+            devices=1,
+            precision=_precision(trainer_config),  # type: ignore[arg-type]
+            limit_val_batches=trainer_config.limit_val_batches,
+            inference_mode=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.validate(task, datamodule=data, verbose=False)
+    return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
+
+
+# -- one sitting ------------------------------------------------------------------------------------------------
+
+
+def _train(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None) -> int:
+    try:
+        with _launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
+            return _fit(config, folder, checkpoint, interrupts)
+    except Interrupted as stop:
+        if not stop.saved and folder.last.exists():
+            folder.say(
+                f"interrupted; the newest checkpoint is an earlier one, zoo resume {folder.path} goes on from it"
+            )
+        elif not stop.saved:
+            folder.say(f"interrupted before there was a checkpoint; zoo resume {folder.path} starts again")
+        else:
+            folder.say(f"interrupted; zoo resume {folder.path} goes on from here")
+        # Lightning kills every process when one that it started ends with an error.
+        return INTERRUPTED if is_main_process() else DONE
+    except UserError as error:
+        folder.note(f"error: {error}")
+        raise
+
+
+def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, interrupts: Interrupts) -> int:
+    seed_all(config["seed"])
+    options = _trainer_config(config["trainer"])
+    data = _build_data(config)
+    data.prepare_data()
+    model = _build_model(config["model"], data)
+    limits = options.limits(_batches_per_epoch(options, data) if options.max_epochs is not None else None)
+    optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
+    task = resolve(config["task"]["_target_"])(model, optim, limits, data, **_settings(config["task"]))
+    assert isinstance(task, LanguageModelling)
+
+    keeps = not options.fast_dev_run
+    table = CsvLog(folder.table, task.columns)
+    io = AtomicCheckpointIO()
+    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io)
+    callbacks: list[Callback] = [StopAtLimits(limits, task.clock, interrupts)]
+    show = partial(_show_line, folder, limits)
+    on_terminal = sys.stdout.isatty() and is_main_process()
+    if on_terminal:
+        bar = Bar(limits, task.clock, Console())
+        callbacks.append(bar)
+        show = partial(_show_bar, folder, bar)
+    log = LogMetrics(options.log_every, table if keeps else None, show)
+    callbacks.append(log)
+    draw = partial(sample, generate, tokenizer=data.tokenizer) if getattr(data, "tokenizer", None) is not None else None
+    if draw is not None:
+        callbacks.append(SampleText(options.sample_every, draw, folder.say))
+    if keeps:
+        callbacks.append(checkpoints)
+    trainer = _build_trainer(config, options, limits, callbacks, [table, *_loggers(config, folder)], io, folder)
+
+    if not folder.config.is_file():
+        vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
+        folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
+    if checkpoint is None:
+        parameters = sum(p.numel() for p in model.parameters())
+        folder.say(f"training {config['model']['name']} ({parameters:,} parameters) in {folder.path}")
+    else:
+        folder.say(f"going on with {folder.path}")
+    try:
+        trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
+    except OSError as error:
+        raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
+    if not trainer.is_global_zero or not keeps:
+        return DONE
+    return _finish(folder, model, data, draw, log.final, checkpoints.failed)
+
+
+def _finish(
+    folder: RunFolder, model: nn.Module, data: LightningDataModule, draw: Any, final: Mapping[str, float], failed: bool
+) -> int:
+    """The final model, the plot, the report."""
+    try:
+        save(model, folder.final, tokenizer=getattr(data, "tokenizer", None))
+    except (OSError, UserError) as error:
+        kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
+        raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error
+    plot_loss(folder.table, folder.plot)
+    if draw is not None:
+        folder.say(f"sample: {draw(model)}")
+    if final:
+        folder.say(describe(dict(final)))
+    folder.say(f"run: {folder.path}")
+    return FAILED if failed else DONE
+
+
+def _show_line(folder: RunFolder, limits: Limits, step: int, row: dict[str, float]) -> None:
+    of = f"/{limits.max_steps}" if limits.max_steps else ""
+    folder.say(f"step {step}{of}  {describe(row)}")
+
+
+def _show_bar(folder: RunFolder, bar: Bar, step: int, row: dict[str, float]) -> None:
+    folder.note(f"step {step}  {describe(row)}")
+    bar.show(step, row)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------
+
+
+def _build_data(config: Mapping[str, Any]) -> Any:
+    owner = resolve(config["data"]["_target_"])
+    settings = _settings(config["data"])
+    if "seed" in inspect.signature(owner).parameters:
+        settings.setdefault("seed", config["seed"])
+    return owner(**settings)
+
+
+def _build_model(section: Mapping[str, Any], data: Any) -> nn.Module:
+    """The model, with the vocabulary of the data unless the user wants a larger one."""
+    fields = {key: value for key, value in section.items() if key not in ("name", "size")}
+    if fields.get("vocab_size") is None:
+        fields["vocab_size"] = data.vocab_size
+    model = create_model(section["name"], section["size"], **fields)
+    _check_vocabulary(model, data)
+    return model
+
+
+def _check_vocabulary(model: nn.Module, data: Any) -> None:
+    size: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
+    if size < data.vocab_size:
+        raise UserError(
+            f"the model's vocabulary must hold that of the data: model.vocab_size is {size} and the data have "
+            f"{data.vocab_size} tokens; leave model.vocab_size out or choose other data"
+        )
+
+
+def _build_trainer(
+    config: Mapping[str, Any],
+    options: TrainerConfig,
+    limits: Limits,
+    callbacks: list[Callback],
+    loggers: list[Logger],
+    io: AtomicCheckpointIO,
+    folder: RunFolder,
+) -> Trainer:
+    """Lightning's Trainer: one endless epoch, our callbacks, our limits."""
+    return Trainer(
+        accelerator=options.accelerator,
+        strategy=_strategy(config.get("strategy")),
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        precision=_precision(options),  # type: ignore[arg-type]
+        fast_dev_run=options.fast_dev_run,
+        max_epochs=-1,
+        max_steps=limits.max_steps or -1,
+        limit_val_batches=options.limit_val_batches,
+        val_check_interval=options.val_every * options.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        accumulate_grad_batches=options.accumulate_grad_batches,
+        gradient_clip_val=options.gradient_clip_val,
+        gradient_clip_algorithm=options.gradient_clip_algorithm,
+        deterministic=options.deterministic,
+        benchmark=options.benchmark,
+        inference_mode=False,  # tables that a model makes on first use must be usable in training
+        use_distributed_sampler=False,  # the data module knows its ranks
+        profiler=options.profiler,
+        detect_anomaly=options.detect_anomaly,
+        sync_batchnorm=options.sync_batchnorm,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[io],
+        enable_checkpointing=not options.fast_dev_run,
+        enable_progress_bar=False,
+        enable_model_summary=options.enable_model_summary,
+        default_root_dir=folder.path,
+    )
+
+
+def _trainer_config(section: Mapping[str, Any]) -> TrainerConfig:
+    owner = resolve(section["_target_"]) if "_target_" in section else TrainerConfig
+    options = owner(**_settings(section))
+    assert isinstance(options, TrainerConfig)
+    return options
+
+
+def _precision(options: TrainerConfig) -> str:
+    if options.precision is not None:
+        return options.precision
+    on_cuda = torch.cuda.is_available() and options.accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _strategy(section: Any) -> Any:
+    if isinstance(section, Mapping):
+        return resolve(section["_target_"])(**_settings(section)) if "_target_" in section else "auto"
+    return section or "auto"
+
+
+def _loggers(config: Mapping[str, Any], folder: RunFolder) -> list[Logger]:
+    """The chosen logger beside metrics.csv, writing into the run's folder unless told otherwise."""
+    section = config.get("logger")
+    if not isinstance(section, Mapping) or "_target_" not in section:
+        return []
+    settings = _settings(section)
+    if settings.get("save_dir") in (None, "."):
+        settings["save_dir"] = str(folder.path)
+    return [resolve(section["_target_"])(**settings)]
+
+
+def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key != "_target_"}
+
+
+def _batches_per_epoch(options: TrainerConfig, data: Any) -> int:
+    """Batches of an epoch on each rank; a throw-away trainer knows how many ranks there will be."""
+    data.setup("fit")
+    probe = Trainer(
+        accelerator=options.accelerator,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return len(data.train_dataloader()) // probe.world_size
+
+
+def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The run's own config with these overrides, or the defaults with them."""
+    chosen = [o for o in overrides if o.startswith("data=")]
+    if known is None or chosen:
+        composed = compose(list(overrides))
+        return composed if known is None else {**known, "data": composed["data"], "trainer": composed["trainer"]}
+    config = {**known, "data": dict(known["data"]), "trainer": dict(known["trainer"])}
+    for override in overrides:
+        key, _, text = override.partition("=")
+        group, _, name = key.partition(".")
+        if group not in ("data", "trainer") or name not in config[group]:
+            known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g]]
+            raise UsageError(
+                f"no setting {key!r} for an evaluation{remedy(key, known_keys, 'data=NAME takes other data')}"
+            )
+        config[group][name] = yaml.safe_load(text)
+    return config
+
+
+@contextmanager
+def _launch_environment(folder: RunFolder) -> Iterator[None]:
+    """Lightning starts further processes with the same command; they must find this run's folder, not make one.
+
+    What it sets for them is taken back, so that the next run of this process starts like the first.
+    """
+    before = {name: os.environ.get(name) for name in LAUNCH}
+    os.environ[RUN_DIR] = str(folder.path.resolve())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, leave with exit code 130."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+__all__ = ["Interrupted", "Interrupts"]
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; `saved` says whether its checkpoint holds the last step."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__("interrupted")
+        self.saved = saved
+
+
+class Interrupts:
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one ends the process at once.
+
+    Before training has begun there is nothing to finish: `Interrupted` is raised right away until `defer()`.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def defer(self) -> None:
+        """From now on somebody looks at `requested` after every step."""
+        self._deferred = True
+        for number in self._previous:  # Lightning has put its own handler around ours meanwhile
+            if not self.requested:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for each in self.SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if not self._deferred:
+            raise Interrupted(saved=False)

@@ -1,0 +1,125 @@
+"""The optimiser's recipe: which parameters decay, and how the learning rate moves."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["AdamW", "Limits", "learning_rate_factor", "parameter_groups"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When training ends: after `max_steps` updates or `max_seconds`, whichever comes first; None is no limit."""
+
+    max_steps: int | None = None
+    max_seconds: float | None = None
+
+    def progress(self, step: int, elapsed: float) -> float:
+        """The part of the training that is behind us, in [0, 1], by the limit that is nearer."""
+        by_steps = step / self.max_steps if self.max_steps else 0.0
+        by_time = elapsed / self.max_seconds if self.max_seconds else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def reached(self, step: int, elapsed: float) -> bool:
+        """Whether training should end now."""
+        return (self.max_steps is not None and step >= self.max_steps) or (
+            self.max_seconds is not None and elapsed >= self.max_seconds
+        )
+
+
+def learning_rate_factor(step: int, progress: float, *, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Linear warm-up times a cosine from 1 to `min_lr_ratio`.
+
+    Args:
+        step: updates done so far; the first update has step 0.
+        progress: the part of the training that is behind us, in [0, 1].
+        warmup_steps: the update at which the warm-up reaches 1; 0 for none.
+        min_lr_ratio: the floor of the cosine.
+    """
+    warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    return warm * (min_lr_ratio + (1.0 - min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Sort the trainable parameters into "decay" and "no_decay", each a list of (name, parameter).
+
+    Only the weight matrices of Linear and Embedding decay. Norms, biases, decay rates and other vectors, short
+    convolutions, and parameters marked with `parameter._no_weight_decay = True` do not. A tied parameter counts once.
+    """
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            decays = (
+                isinstance(module, nn.Linear | nn.Embedding)
+                and parameter.ndim == 2
+                and not getattr(parameter, "_no_weight_decay", False)
+            )
+            full_name = f"{prefix}.{name}" if prefix else name
+            groups["decay" if decays else "no_decay"].append((full_name, parameter))
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW with weight decay on matrices only, linear warm-up and a cosine to a floor.
+
+    Args:
+        lr: the peak learning rate; 2e-3 suits the tiny sizes, large models want less.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, per unit of learning rate, on the "decay" group of `parameter_groups`.
+        warmup_steps: updates until the peak.
+        min_lr_ratio: the cosine ends at this part of the peak.
+    """
+
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser for `model`; fused, so that a step can be skipped on the device without asking the host."""
+        groups = parameter_groups(model)
+        return torch.optim.AdamW(
+            [
+                {"params": [p for _, p in groups["decay"]], "weight_decay": self.weight_decay},
+                {"params": [p for _, p in groups["no_decay"]], "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=(self.betas[0], self.betas[1]),
+            eps=self.eps,
+            fused=True,
+        )
+
+    def lr_at(self, step: int, progress: float) -> float:
+        """The learning rate of the update that follows `step` updates."""
+        return self.lr * learning_rate_factor(
+            step, progress, warmup_steps=self.warmup_steps, min_lr_ratio=self.min_lr_ratio
+        )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group of the optimiser this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients of all parameters that have one, in the order of the optimiser."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

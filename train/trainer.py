@@ -1,0 +1,107 @@
+"""The trainer's options: a handful of our own, and Lightning's by their own names."""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from zoo.errors import UserError
+from zoo.train.optim import Limits
+
+__all__ = ["TrainerConfig"]
+
+DEFAULT_STEPS = 1000
+DEFAULT_SECONDS = 240.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, where and how often.
+
+    A run is counted in updates ("steps"), whatever the batches per update and the epochs of the data. The second
+    block holds arguments of `lightning.Trainer`, with their meaning there. Those that would make an epoch something
+    else than one pass over the data (limit_train_batches, overfit_batches, ...) have no place here.
+
+    Args:
+        max_steps: updates; the schedule ends there.
+        max_time: "DD:HH:MM:SS", "HH:MM:SS" or "MM:SS" of training, over all sittings; the schedule ends by then, so
+            that a run limited by time is only as repeatable as the machine's speed. With none of max_steps, max_time
+            and max_epochs: 1000 steps or 4 minutes, whichever comes first.
+        max_epochs: passes over the data; turned into steps.
+        log_every: steps between two rows of metrics.
+        val_every: steps between two validations; one more follows the last step.
+        checkpoint_every: steps between two checkpoints; every validation writes one, too. 0: only those.
+        sample_every: steps between two text samples; 0: only the one at the end.
+    """
+
+    max_steps: int | None = None
+    max_time: str | None = None
+    max_epochs: int | None = None
+    log_every: int = 20
+    val_every: int = 200
+    checkpoint_every: int = 200
+    sample_every: int = 500
+
+    accelerator: str = "auto"
+    devices: int | str | list[int] = "auto"
+    num_nodes: int = 1
+    precision: str | None = None  # None: bf16-mixed on CUDA, 32-true elsewhere
+    fast_dev_run: int | bool = False
+    limit_val_batches: int | float = 1.0
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = 1.0
+    gradient_clip_algorithm: str = "norm"
+    deterministic: bool | str = False
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    sync_batchnorm: bool = False
+    profiler: str | None = None
+    enable_model_summary: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "val_every", "accumulate_grad_batches", "num_nodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("checkpoint_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"trainer.{name} must be 0 (never) or more, got {getattr(self, name)}")
+        for name in ("max_steps", "max_epochs"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        if self.precision is not None and str(self.precision).startswith("16"):
+            raise UserError(
+                f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "
+                "gradients already are: use bf16-mixed"
+            )
+        if self.gradient_clip_algorithm != "norm":
+            raise UserError(
+                f"trainer.gradient_clip_algorithm must be norm, got {self.gradient_clip_algorithm}: gradients are "
+                "clipped by their global norm, see trainer.gradient_clip_val"
+            )
+        if self.max_time is not None:
+            parse_time(self.max_time)
+
+    def limits(self, batches_per_epoch: int | None) -> Limits:
+        """The limits in steps and seconds; `batches_per_epoch` is only needed with `max_epochs`."""
+        if self.fast_dev_run:
+            return Limits(max_steps=int(self.fast_dev_run))
+        if self.max_steps is None and self.max_time is None and self.max_epochs is None:
+            return Limits(max_steps=DEFAULT_STEPS, max_seconds=DEFAULT_SECONDS)
+        steps = self.max_steps
+        if self.max_epochs is not None:
+            if batches_per_epoch is None:
+                raise UserError("trainer.max_epochs needs data of a known length, these stream: use trainer.max_steps")
+            by_epochs = max(1, self.max_epochs * batches_per_epoch // self.accumulate_grad_batches)
+            steps = by_epochs if steps is None else min(steps, by_epochs)
+        seconds = parse_time(self.max_time).total_seconds() if self.max_time is not None else None
+        return Limits(max_steps=steps, max_seconds=seconds)
+
+
+def parse_time(text: str) -> timedelta:
+    """ "DD:HH:MM:SS" with leading parts left out."""
+    parts = str(text).split(":")
+    if not 2 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
+        raise UserError(f"trainer.max_time must read like 00:01:30:00 (days, hours, minutes, seconds), got {text!r}")
+    days, hours, minutes, seconds = [0] * (4 - len(parts)) + [int(part) for part in parts]
+    duration = timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if not duration:
+        raise UserError(f"trainer.max_time must be longer than zero, got {text!r}")
+    return duration
