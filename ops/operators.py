@@ -109,7 +109,6 @@ OPERATORS: dict[str, OperatorSpec] = {
                 "all gates at once": lambda i: _some(_some(_some(i, -8.0, 0.3), 0.0, 0.3), -50.0, 0.05),
             },
             cp_kind="affine",
-            kernels=False,
         ),
         OperatorSpec(
             name="delta_rule",
