@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.compile import KernelCase
+from zoo.ops.kernel_case import KernelCase
 
 MAX_K = 256  # keys of one head live in one block of the sequential kernels
 
