@@ -21,6 +21,7 @@ from zoo.errors import UserError
 from zoo.files import cache_folder, write_atomically
 
 DESCRIPTION = "zoo_tokenizer.json"  # what kind of tokenizer a saved folder holds
+FILES = (DESCRIPTION, "tokenizer.json", "tokenizer.model")  # a folder with one of them holds a tokenizer
 TRAINING_BYTES = 32 << 20  # SentencePiece sees at most this much of a corpus: BPE counts settle long before
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 

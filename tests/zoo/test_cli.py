@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 
 import zoo
 import zoo.train
-from zoo import cli
+from zoo import cli, tokenizers
 from zoo.cli import sweep as sweep_module
 from zoo.cli.generate import Sampling, StopText
 from zoo.cli.models import parse_count, short_count
@@ -411,7 +412,7 @@ def test_metrics_where_more_is_better_sort_the_other_way(tmp_path):
     assert (column, [row["x"] for row in rows]) == ("val_accuracy", ["0.9", "0.5", "0.1"])
     rows, column = sweep_module.collect(runs, {}, "val_loss")
     assert [row["x"] for row in rows] == ["0.1", "0.5", "0.9"]
-    with pytest.raises(UserError, match="no column 'val_los' in metrics.csv; did you mean 'val_loss'"):
+    with pytest.raises(UserError, match=r"no column 'val_los' in metrics.csv; did you mean 'val_loss'"):
         sweep_module.collect(runs, {}, "val_los")
 
 
@@ -433,6 +434,63 @@ def test_stop_text_is_never_shown_even_in_pieces():
 def test_sampling_is_checked(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} must be"):
         Sampling(**{"max_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": None, "seed": None} | wrong)
+
+
+@pytest.fixture
+def talker(tmp_path):
+    """A model of bytes with its tokenizer, untrained."""
+    torch.manual_seed(0)
+    model = zoo.create_model("transformer", d_model=16, n_layers=1, n_heads=2, vocab_size=257)
+    return zoo.save(model, tmp_path / "talker", tokenizer=tokenizers.ByteTokenizer())
+
+
+def test_generate_is_the_same_for_the_same_seed(capsys, talker):
+    words = ["generate", str(talker), "--prompt", "The ", "--max-tokens", "9"]
+    code, first, err = run(capsys, *words, "--seed", "3")
+    assert (code, err) == (0, "")
+    assert first.endswith("\n")
+    assert 1 < len(first) <= 10
+    assert run(capsys, *words, "--seed", "3")[1] == first
+    assert run(capsys, *words, "--seed", "4")[1] != first
+    assert run(capsys, *words, "--seed", "3", "--stop", first[2])[1] == first[:2] + "\n"
+    greedy = run(capsys, *words, "--temperature", "0")[1]
+    assert run(capsys, *words, "--top-k", "1", "--seed", "8")[1] == greedy
+
+
+def test_generate_prints_a_token_before_it_computes_the_next(talker, monkeypatch):
+    class Output(io.StringIO):
+        flushed = ""
+
+        def flush(self):
+            self.flushed = self.getvalue()
+
+    shown = Output()
+
+    def generate(model, ids, *, max_tokens, stop_ids, **sampling):
+        assert list(ids) == [256, *b"ab"]
+        assert list(stop_ids) == [256]
+        for n, token in enumerate("x\u00e9y".encode()):
+            assert shown.flushed == ["", "x", "x", "x\u00e9"][n]  # never half a character
+            yield token
+
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr("zoo.decoding.generate", generate)
+    assert cli.main(["generate", str(talker), "--prompt", "ab", "--max-tokens", "4"]) == 0
+    assert shown.getvalue() == "x\u00e9y\n"
+
+
+def test_generate_refuses_a_tokenizer_of_another_model(capsys, talker):
+    tokenizers.ByteTokenizer().save(talker)
+    zoo.save(zoo.create_model("toy"), talker)
+    tokenizers.ByteTokenizer().save(talker)
+    code, said = refused(capsys, "generate", str(talker))
+    assert (code, said.split("; ")[0]) == (1, f"the tokenizer of {talker} has 257 symbols and the model only 11")
+
+
+def test_generate_reads_its_prompt_from_a_pipe(capsys, talker, monkeypatch):
+    words = ["generate", str(talker), "--max-tokens", "5", "--seed", "1"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The "))
+    assert run(capsys, *words, "--prompt", "-")[1] == run(capsys, *words, "--prompt", "The ")[1]
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,9 @@ def folder(tmp_path):
         "trainer/plain.yaml": "steps: 3\n",
         "task/plain.yaml": "{}\n",
         "model/toy.yaml": "name: toy\nsize: tiny\n",
-        "experiment/row.yaml": "# @package _global_\ndefaults:\n  - override /model: toy\nmodel:\n  d_model: 24\nseed: 7\n",
+        "experiment/row.yaml": "\n".join(
+            ["# @package _global_", "defaults:", "  - override /model: toy", "model:", "  d_model: 24", "seed: 7"]
+        ),
     }
     for name, text in written.items():
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
