@@ -18,7 +18,7 @@ import sentencepiece
 import tokenizers
 
 from zoo.errors import UserError
-from zoo.files import cache_folder, write_atomically
+from zoo.files import cache_folder, keep_in_cache, write_atomically
 
 DESCRIPTION = "zoo_tokenizer.json"  # what kind of tokenizer a saved folder holds
 TRAINING_BYTES = 32 << 20  # SentencePiece sees at most this much of a corpus: BPE counts settle long before
@@ -194,7 +194,7 @@ class SentencePieceTokenizer:
                 f"a SentencePiece vocabulary must fit its corpus; {vocab_size} pieces do not fit these {len(texts)} "
                 f"documents ({reason}): choose another data.vocab_size or data.tokenizer=bytes"
             ) from error
-        write_atomically(path, lambda file: file.write(model.getvalue()))
+        keep_in_cache(path, lambda file: file.write(model.getvalue()))
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
