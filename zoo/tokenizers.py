@@ -190,6 +190,7 @@ class SentencePieceTokenizer:
             )
         except RuntimeError as error:
             reason = str(error).rsplit("] ", 1)[-1].strip() or "no text to learn from"
+            reason = ". ".join(reason.split(". ")[:2]).rstrip(".")  # what follows is advice in terms of its own options
             raise UserError(
                 f"a SentencePiece vocabulary must fit its corpus; {vocab_size} pieces do not fit these {len(texts)} "
                 f"documents ({reason}): choose another data.vocab_size or data.tokenizer=bytes"
