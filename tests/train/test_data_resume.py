@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,18 @@ def test_ranks_validate_on_everything_once_in_equally_many_steps(kind: str, monk
     ranks = [scored(rank, 3) for rank in range(3)]
     assert len({len(counts) for counts in ranks}) == 1
     assert sum(map(sum, ranks)) == alone > 0
+
+
+def test_who_shares_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = PyDocs()
+    assert data._shard() == (0, 1)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 5)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    assert data._shard() == (5, 8)
+    # a strategy with groups of four ranks that share a sample
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": 1, "num_replicas": 2})  # type: ignore[assignment]
+    assert data._shard() == (1, 2)
 
 
 class Recorder(LightningModule):
