@@ -11,7 +11,7 @@ import numpy as np
 
 from zoo import tokenizers
 from zoo.errors import UserError
-from zoo.files import cache_folder, write_atomically
+from zoo.files import cache_folder, keep_in_cache
 from zoo.train.data.base import DataModule, Metric, at_least
 from zoo.train.data.corpus import Corpus, CutSource, PackedSource
 from zoo.train.data.loader import Source
@@ -215,7 +215,7 @@ def _store(key: str, train: Corpus, val: Corpus) -> None:
     for part, corpus in (("val", val), ("train", train)):
         for name in ("extra", "starts", "tokens"):
             path = cache_folder() / "tokens" / f"{key}.{part}.{name}.npy"
-            write_atomically(path, partial(np.save, arr=getattr(corpus, name)))
+            keep_in_cache(path, partial(np.save, arr=getattr(corpus, name)))
 
 
 def _load(key: str) -> tuple[Corpus, Corpus] | None:
