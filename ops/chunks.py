@@ -53,17 +53,28 @@ class ChunkedTime:
             self._order = torch.tensor(order, device=device)
         self.n_chunks = self.steps[-1][1] if self.steps else 0
 
-    def split(self, x: Tensor) -> Tensor:
-        """(B, T, H, ...) -> (G, H, C, ...): G chunks of all documents, missing tokens are zeros."""
+    def split(self, x: Tensor, positions: tuple[int, int] | None = None) -> Tensor:
+        """(B, T, H, ...) -> (G, H, C, ...): G chunks of all documents, missing tokens are zeros.
+
+        `positions` (first, last + 1) restricts the result to chunks steps[first][0] ... steps[last][1] - 1.
+        """
         if self._index is None:
-            n = -(-self.length // self.size)
-            pad = n * self.size - self.length
+            first, stop = positions or (0, len(self.steps))
+            x = x[:, first * self.size : stop * self.size]
+            pad = (stop - first) * self.size - x.shape[1]
             if pad:
                 x = torch.cat([x, x.new_zeros(self.batch, pad, *x.shape[2:])], dim=1)
-            x = x.unflatten(1, (n, self.size)).transpose(0, 1).flatten(0, 1)  # (n * B, C, H, ...)
-        else:
-            x = torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[self._index]  # (G, C, H, ...)
+            x = x.unflatten(1, (stop - first, self.size)).movedim(3, 2).transpose(0, 1)  # (n, B, H, C, ...)
+            return x.contiguous().flatten(0, 1)
+        index = self._index if positions is None else self._index[self._chunks(positions)]  # (G, C)
+        missing = (index == self.length).view(*index.shape, *(1 for _ in x.shape[2:]))
+        x = x[0][index.clamp_max(self.length - 1)].masked_fill(missing, 0)
         return x.transpose(1, 2).contiguous()
+
+    def _chunks(self, positions: tuple[int, int]) -> slice:
+        """The slice of the chunk axis that a range of positions is."""
+        first, stop = positions
+        return slice(self.steps[first][0], self.steps[stop - 1][1])
 
     def merge(self, y: Tensor) -> Tensor:
         """(G, H, C, ...) -> (B, T, H, ...), the inverse of `split`."""
@@ -75,6 +86,22 @@ class ChunkedTime:
         where = self._index.new_empty(self.length + 1)
         where[self._index.flatten()] = torch.arange(self._index.numel(), device=y.device)
         return y.flatten(0, 1)[where[: self.length]].unsqueeze(0)
+
+    def put(self, out: Tensor, y: Tensor, positions: tuple[int, int]) -> None:
+        """Write the chunks y (G', H, C, ...) of a range of positions to their places in out (B, T, H, ...)."""
+        y = y.transpose(1, 2)  # (G', C, H, ...)
+        if self._index is None:
+            place = out[:, positions[0] * self.size : positions[1] * self.size]
+            y = y.unflatten(0, (-1, self.batch))  # (n', B, C, H, ...)
+            whole = place.shape[1] // self.size
+            place[:, : whole * self.size].unflatten(1, (whole, self.size)).copy_(y[:whole].transpose(0, 1))
+            if whole < len(y):
+                rest = place[:, whole * self.size :]
+                rest.copy_(y[whole, :, : rest.shape[1]])
+        else:
+            index = self._index[self._chunks(positions)].flatten()
+            there = index < self.length
+            out[0, index[there]] = y.flatten(0, 1)[there].to(out.dtype)
 
     def order(self, state: Tensor) -> Tensor:
         """States by document -> states in the order of the scan."""

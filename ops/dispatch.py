@@ -31,7 +31,7 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)

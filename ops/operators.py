@@ -109,7 +109,6 @@ OPERATORS: dict[str, OperatorSpec] = {
                 "all gates at once": lambda i: _some(_some(_some(i, -8.0, 0.3), 0.0, 0.3), -50.0, 0.05),
             },
             cp_kind="affine",
-            kernels=False,
         ),
         OperatorSpec(
             name="delta_rule",
@@ -120,7 +119,6 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta"),
             extremes=_DELTA_EXTREMES,
             cp_kind="affine",
-            kernels=False,
         ),
         OperatorSpec(
             name="gated_delta_rule",
@@ -131,7 +129,6 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta", "g"),
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
-            kernels=False,
         ),
     )
 }

@@ -16,7 +16,8 @@ from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
 from torch import nn
 
-from zoo.checkpoint import load, save
+from zoo import tokenizers
+from zoo.checkpoint import load, locate, run_of, save
 from zoo.config import compose
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError, remedy
@@ -85,15 +86,18 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
 
     Args:
         path: the folder of a run, or a checkpoint as `zoo.load` takes it.
+            Text is cut into tokens as in its training, unless `data.tokenizer` says otherwise.
         overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for devices and batch limits.
 
     Returns:
         the metrics, by name: loss and what the data can be judged by.
     """
-    model = load(path)
-    run_config = Path(path) / "config.yaml"
-    known = RunFolder.existing(Path(path)).read_config() if run_config.is_file() else None
+    found = locate(path)
+    model = load(found)
+    run_folder = run_of(found)
+    known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
     config = _evaluation_config(known, overrides)
+    config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
     data = _build_data(config)
     _check_vocabulary(model, data)
@@ -363,6 +367,25 @@ def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -
             )
         config[group][name] = yaml.safe_load(text)
     return config
+
+
+def _with_own_tokenizer(
+    data: dict[str, Any], found: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The settings of text to measure, with the tokenizer that the model in `found` was trained with."""
+    if "tokenizer" not in data or any(override.startswith("data.tokenizer=") for override in overrides):
+        return data
+    if any((found / name).is_file() for name in tokenizers.FILES):
+        return {**data, "tokenizer": str(found), "vocab_size": None}
+    own = (trained_on or {}).get("tokenizer")
+    if own is None or not any(override.startswith("data=") for override in overrides):
+        return data
+    if own == "sentencepiece":
+        raise UserError(
+            f"other data need the run's own tokenizer, which {found} does not hold; zoo resume finishes the run and "
+            "saves it"
+        )
+    return {**data, "tokenizer": own, "vocab_size": None}
 
 
 @contextmanager

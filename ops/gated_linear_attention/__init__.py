@@ -4,9 +4,13 @@ import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch
+from zoo.ops.chunks import chunk_table
 from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked, gated_linear_attention_step
 from zoo.ops.gated_linear_attention.reference import gated_linear_attention_reference
 from zoo.ops.packing import each_document
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.gated_linear_attention import kernels
 
 
 @dispatch.keeps_its_precision
@@ -56,6 +60,8 @@ def gated_linear_attention(
     check.shapes(name, {"state": (state, "N H K V"), "q": (q, "B T H K")}, N=n, H=H, K=K, V=V)
     state = state.to(dtype)
     scale = K**-0.5 if scale is None else scale
+    if backend == "triton" and dtype == torch.float64:
+        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
 
     chosen = dispatch.resolve(name, backend, q)
     if chosen == "reference":
@@ -64,4 +70,7 @@ def gated_linear_attention(
         )
     if T == 1 and cuts is None and backend != "triton":
         return gated_linear_attention_step(q, k, v, g, state, scale)
+    if chosen == "triton" and T and q.dtype != torch.float64:
+        begin, end, _, offsets = chunk_table(B, T, kernels.CHUNK, cuts, q.device)
+        return kernels.gla_fwd(q, k, v, g, state, begin, end, offsets, scale)
     return gated_linear_attention_chunked(q, k, v, g, state, scale, cuts)

@@ -5,13 +5,14 @@ product of one factor for i and one for j it overflows under strong gates, unles
 between j and i. So a chunk of C tokens is halved again and again: at the level where i is in the second half of a block
 and j in its first half,
 
-    P[i, j] = scale * (q_i * exp(F_i)) . (k_j * exp(R_j)),   F_i = sum of g from r to i,   R_j = sum of g after j up to r,
+    P[i, j] = scale * (q_i * exp(F_i)) . (k_j * exp(R_j)),   F_i = sum of g after r to i,   R_j = sum of g after j to r,
 
 one small matrix product per pair of halves. F and R double with the level by addition alone (no difference of running
 sums ever appears, so that nothing cancels), and their values at the full chunk are the factors of the state: q exp(F)
 reads the state before the chunk, k exp(R) writes to the state after it. The backward runs the same levels downwards.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def gated_linear_attention_chunked(
         segment: about how many numbers of one of q, k, v are worked on at a time; bounds the temporary memory.
     """
     B, T = q.shape[:2]
-    longest = T if cuts is None else max(right - left for left, right in zip(cuts, cuts[1:], strict=False))
+    longest = T if cuts is None else max(right - left for left, right in itertools.pairwise(cuts))
     chunk = min(chunk, 1 << max(0, longest - 1).bit_length())
     time = ChunkedTime(B, T, chunk, cuts, q.device)
     return _Chunked.apply(q, k, v, g, state, scale, time, segment)
@@ -94,7 +95,7 @@ def _pairs(P: Tensor, s: int) -> Tensor:
 
 def _factors(q: Tensor, k: Tensor, g: Tensor, keep: bool) -> _Factors:
     """Weights and decays of a stretch of chunks, (N, C, K) each; `keep` the levels for a backward."""
-    N, C, K = q.shape
+    N, C, _ = q.shape
     P = q.new_zeros(N, C, C)
     P.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
     F, R, levels = g.clone(), torch.zeros_like(g), []
@@ -103,7 +104,7 @@ def _factors(q: Tensor, k: Tensor, g: Tensor, keep: bool) -> _Factors:
         (R1, _), (F1, F2) = _halves(R, s), _halves(F, s)
         read, write = F2.exp(), R1.exp()
         q2, k1 = _halves(q, s)[1] * read, _halves(k, s)[0] * write
-        _pairs(P, s).copy_(q2 @ k1.mT)
+        _pairs(P, s).copy_(q2 @ k1.mT if s > 1 else (q2 * k1).sum(-1, keepdim=True))
         if keep:
             levels.append(_Level(q2, k1, read, write))
         R1 += F2[:, :, -1:]
@@ -128,52 +129,49 @@ class _Chunked(torch.autograd.Function):
         time: ChunkedTime,
         segment: int,
     ) -> tuple[Tensor, Tensor]:
-        qs, ks, vs, gs = (time.split(x).to(state.dtype) for x in (q, k, v, g))  # (G, H, C, K), v: (G, H, C, V)
-        out = torch.empty_like(vs)
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
         S = time.order(state).clone()
-        segments, starts = _segments(time, segment, vs), []
-        for steps in segments:
+        segments, starts = _segments(time, segment, q.shape[2] * max(q.shape[3], v.shape[3])), []
+        for positions in segments:
             starts.append(S.clone())
-            lo, hi = steps[0][0], steps[-1][1]
-            q_, k_, v_, g_ = (x[lo:hi].flatten(0, 1) for x in (qs, ks, vs, gs))
+            q_, k_, v_, g_ = (_part(time, x, positions, state.dtype) for x in (q, k, v, g))
             f = _factors(q_, k_, g_, keep=False)
-            before = _scan(steps, lo, f.read[:, -1], f.k.mT @ v_, S)
-            torch.baddbmm(f.P @ v_, f.q, before, beta=scale, alpha=scale, out=out[lo:hi].flatten(0, 1))
+            before = _scan(_steps(time, positions), f.read[:, -1], f.k.mT @ v_, S)
+            o = (f.P @ v_).baddbmm_(f.q, before, beta=scale, alpha=scale)
+            time.put(out, o.unflatten(0, (-1, q.shape[2])), positions)
         ctx.save_for_backward(q, k, v, g, *starts)
-        ctx.scale, ctx.time, ctx.segments, ctx.dtype = scale, time, segments, state.dtype
-        return time.merge(out).to(v.dtype), time.unorder(S)
+        ctx.scale, ctx.time, ctx.segments = scale, time, segments
+        return out, time.unorder(S)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, g, *starts), time = ctx.saved_tensors, ctx.time
-        qs, ks, vs, gs, dos = (time.split(x).to(ctx.dtype) for x in (q, k, v, g, do))
+        grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
         dS = time.order(dS).clone()
-        dqs, dks, dvs, dgs = (torch.empty_like(x) for x in (qs, ks, vs, gs))
-        for steps, S in zip(reversed(ctx.segments), reversed(starts), strict=True):
-            lo, hi = steps[0][0], steps[-1][1]
-            q_, k_, v_, g_, do_ = (x[lo:hi].flatten(0, 1) for x in (qs, ks, vs, gs, dos))
-            do_ = do_ * ctx.scale
+        for positions, S in zip(reversed(ctx.segments), reversed(starts), strict=True):
+            q_, k_, v_, g_, do_ = (_part(time, x, positions, dS.dtype) for x in (q, k, v, g, do))
+            do_.mul_(ctx.scale)
             f = _factors(q_, k_, g_, keep=True)
-            decay = f.read[:, -1]
-            before = _scan(steps, lo, decay, f.k.mT @ v_, S.clone())
-            after = _scan(steps[::-1], lo, decay, f.q.mT @ do_, dS)  # gradients of the states after each chunk
+            decay, steps = f.read[:, -1], _steps(time, positions)
+            before = _scan(steps, decay, f.k.mT @ v_, S.clone())
+            after = _scan(steps[::-1], decay, f.q.mT @ do_, dS)  # gradients of the states after each chunk
             dP = do_ @ v_.mT
-            torch.baddbmm(f.P.mT @ do_, f.k, after, out=dvs[lo:hi].flatten(0, 1))
-            # read and write of the state; dF and dR are the gradients of the log decays F and R
+            dv = (f.P.mT @ do_).baddbmm_(f.k, after)
+            # through the states; dF and dR are the gradients of the log decays F and R
             dq = (do_ @ before.mT).mul_(f.read)
             dk = (v_ @ after.mT).mul_(f.write)
             dF, dR = dq * q_, dk * k_
-            dF[:, -1].addcmul_(decay, (before * after).sum(-1))
-            d = dP.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-            dq.addcmul_(d, k_)
-            dk.addcmul_(d, q_)
+            dF[:, -1].addcmul_(decay, before.mul_(after).sum(-1))
+            # inside the chunk
+            diagonal = dP.diagonal(dim1=1, dim2=2).unsqueeze(-1)
+            dq.addcmul_(diagonal, k_)
+            dk.addcmul_(diagonal, q_)
             for level in reversed(f.levels):
                 _level_backward(level, dP, q_, k_, dq, dk, dF, dR)
-            for grads, x in ((dqs, dq), (dks, dk), (dgs, dF)):
-                grads[lo:hi].flatten(0, 1).copy_(x)
-        dq, dk, dv, dg = (time.merge(x).to(like.dtype) for x, like in ((dqs, q), (dks, k), (dvs, v), (dgs, g)))
-        return dq, dk, dv, dg, time.unorder(dS), None, None, None
+            for out, y in zip(grads, (dq, dk, dv, dF), strict=True):
+                time.put(out, y.unflatten(0, (-1, q.shape[2])), positions)
+        return *grads, time.unorder(dS), None, None, None
 
 
 def _level_backward(
@@ -184,7 +182,7 @@ def _level_backward(
     (dF1, dF2), (dR1, _) = _halves(dF, s), _halves(dR, s)
     total1, total2 = dF2.sum(2), dR1.sum(2)  # F2 was raised by the last F1, R1 by the last F2
     block = _pairs(dP, s).contiguous()
-    dq2, dk1 = (block @ level.k).mul_(level.read), (block.mT @ level.q).mul_(level.write)
+    dq2, dk1 = _product(block, level.k).mul_(level.read), _product(block.mT, level.q).mul_(level.write)
     _halves(dq, s)[1].add_(dq2)
     _halves(dk, s)[0].add_(dk1)
     dF2.addcmul_(dq2, _halves(q, s)[1])
@@ -193,30 +191,48 @@ def _level_backward(
     dF2[:, :, -1] += total2
 
 
-def _segments(time: ChunkedTime, numbers: int, x: Tensor) -> list[list[tuple[int, int]]]:
-    """Group chunk positions so that a group holds about `numbers` elements of x (G, H, C, V)."""
-    groups: list[list[tuple[int, int]]] = []
-    room = 0
-    for start, stop in time.steps:
-        size = (stop - start) * x[0].numel() if len(x) else 0
-        if not groups or size > room:
-            groups.append([])
-            room = numbers
-        groups[-1].append((start, stop))
-        room -= size
-    return groups
+def _product(a: Tensor, x: Tensor) -> Tensor:
+    """a @ x for squares a (..., s, s); batched products of the tiniest ones are slower than their sum written out."""
+    s = a.shape[-1]
+    if s > 2:
+        return a @ x
+    y = a[..., :1] * x[..., :1, :]
+    return y if s == 1 else y.addcmul_(a[..., 1:], x[..., 1:, :])
 
 
-def _scan(steps: list[tuple[int, int]], lo: int, decay: Tensor, write: Tensor, S: Tensor) -> Tensor:
+def _segments(time: ChunkedTime, numbers: int, width: int) -> list[tuple[int, int]]:
+    """Cut the chunk positions into ranges that hold about `numbers` elements at `width` elements per token."""
+    ranges: list[tuple[int, int]] = []
+    first, held = 0, 0
+    for position, (start, stop) in enumerate(time.steps):
+        size = (stop - start) * time.size * width
+        if held and held + size > numbers:
+            ranges.append((first, position))
+            first, held = position, 0
+        held += size
+    return [*ranges, (first, len(time.steps))] if time.steps else []
+
+
+def _part(time: ChunkedTime, x: Tensor, positions: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(B, T, H, K) -> the chunks of a range of positions, (N, C, K)."""
+    return time.split(x, positions).flatten(0, 1).to(dtype)
+
+
+def _steps(time: ChunkedTime, positions: tuple[int, int]) -> list[tuple[int, int]]:
+    """The slices of the chunk axis at each position, counted from the first of them."""
+    steps = time.steps[slice(*positions)]
+    return [(start - steps[0][0], stop - steps[0][0]) for start, stop in steps]
+
+
+def _scan(steps: list[tuple[int, int]], decay: Tensor, write: Tensor, S: Tensor) -> Tensor:
     """S -> decay * S + write over the chunks of `steps` in order; S in place, and the S that each chunk meets returned.
 
-    decay (N, K), write (N, K, V), with N = chunks * heads from chunk `lo` on; S (documents, H, K, V).
+    decay (N, K), write (N, K, V), with N = chunks * heads; S (documents, H, K, V).
     """
-    H = S.shape[1]
     met = torch.empty_like(write)
-    decay, write_, met_ = (x.unflatten(0, (-1, H)) for x in (decay.unsqueeze(-1), write, met))
+    decay, write_, met_ = (x.unflatten(0, (-1, S.shape[1])) for x in (decay.unsqueeze(-1), write, met))
     for start, stop in steps:
-        here, now = slice(start - lo, stop - lo), S[: stop - start]
+        here, now = slice(start, stop), S[: stop - start]
         met_[here] = now
         torch.addcmul(write_[here], decay[here], now, out=now)
     return met

@@ -7,7 +7,7 @@ from torch import Tensor
 def gated_linear_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T (scale q_t), one step at a time, in the dtype of state."""
+    """S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = S_t^T (scale q_t), step by step, in the dtype of state."""
     S, out = state, []
     for t in range(q.shape[1]):
         q_t, k_t, v_t, g_t = (x[:, t].to(S.dtype) for x in (q, k, v, g))  # (B, H, K) or (B, H, V)
