@@ -127,19 +127,25 @@ def _train(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None
         with _launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
             return _fit(config, folder, checkpoint, interrupts)
     except Interrupted as stop:
-        if not stop.saved and folder.last.exists():
-            folder.say(
-                f"interrupted; the newest checkpoint is an earlier one, zoo resume {folder.path} goes on from it"
-            )
-        elif not stop.saved:
-            folder.say(f"interrupted before there was a checkpoint; zoo resume {folder.path} starts again")
-        else:
-            folder.say(f"interrupted; zoo resume {folder.path} goes on from here")
-        # Lightning kills every process when one that it started ends with an error.
-        return INTERRUPTED if is_main_process() else DONE
+        if not is_main_process():
+            return DONE  # Lightning kills every process when one that it started ends with an error
+        return _report_interrupt(folder, stop)
     except UserError as error:
         folder.note(f"error: {error}")
         raise
+
+
+def _report_interrupt(folder: RunFolder, stop: Interrupted) -> int:
+    path = folder.path
+    if stop.saved:
+        folder.say(f"interrupted; zoo resume {path} goes on from here")
+        return INTERRUPTED
+    if stop.training:
+        earlier = f"; zoo resume {path} goes on from the one before" if folder.last.exists() else ""
+        folder.say(f"interrupted, and no checkpoint could be written{earlier}")
+        return FAILED
+    folder.say("interrupted before training began, nothing was lost")
+    return INTERRUPTED
 
 
 def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, interrupts: Interrupts) -> int:
@@ -156,7 +162,7 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
     io = AtomicCheckpointIO()
-    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io)
+    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io, folder.say)
     callbacks: list[Callback] = [StopAtLimits(limits, task.clock, interrupts)]
     show = partial(_show_line, folder, limits)
     on_terminal = sys.stdout.isatty() and is_main_process()
@@ -199,11 +205,14 @@ def _finish(
     except (OSError, UserError) as error:
         kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
         raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error
-    plot_loss(folder.table, folder.plot)
+    try:
+        plot_loss(folder.table, folder.plot)
+    except OSError as error:
+        folder.say(f"warning: {folder.plot} could not be drawn ({error.strerror or error})")
     if draw is not None:
-        folder.say(f"sample: {draw(model)}")
+        folder.say(f"sample:\n{draw(model)}")
     if final:
-        folder.say(describe(dict(final)))
+        folder.say(f"final {describe(dict(final))}")
     folder.say(f"run: {folder.path}")
     return FAILED if failed else DONE
 

@@ -3,6 +3,7 @@ and forks one process per job, so that ten killed runs cost one import."""
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from zoo.train import fit
 def run_jobs(folder: Path, jobs: list[dict[str, Any]]) -> list[tuple[int, str]]:
     """Run jobs one after the other; (exit code, or minus the signal; what it printed) of each.
 
-    A job is {"do": "run" or "resume", "run_dir": ..., "config": ..., "environment": {...}}.
+    A job is {"do": "run" or "resume", "run_dir": ..., "config": ..., "environment": {...}, "file_size": ...}.
     """
     listed = folder / "jobs.json"
     listed.write_text(json.dumps(jobs))
@@ -37,6 +38,8 @@ def _job(job: dict[str, Any], output: Path) -> int:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(job.get("environment", {}))
+    if "file_size" in job:  # a file that grows beyond it fails like one on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], job["file_size"]))
     try:
         return fit.run(job["config"], job["run_dir"]) if job["do"] == "run" else fit.resume(job["run_dir"])
     except UserError as error:

@@ -117,17 +117,18 @@ class TinyData(LightningDataModule):
         if torch.distributed.is_initialized() and rank is None:
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         rank, world = rank or 0, world or 1
-        rows = []
+        rows, unscored = [], []
         for row in range(self.batch_size):
             number = (epoch * 10_000 + index) * self.batch_size * world + row * world + rank
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
             start = torch.randint(10, (1,), generator=generator)
             noise = (torch.rand(self.seq_len + 1, generator=generator) < 0.2).long()
+            unscored.append(number % 5)
             rows.append((start + torch.arange(self.seq_len + 1) + noise) % 10)
         text = torch.stack(rows)
         targets = text[:, 1:].clone()
-        if self.pad:  # ranks and batches with different numbers of scored targets
-            targets[:, : 1 + (index * world + rank) % 5] = -100
+        if self.pad:  # rows, and so batches and ranks, with different numbers of scored targets
+            targets[torch.arange(self.seq_len) < torch.tensor(unscored)[:, None]] = -100
         batch = {"tokens": text[:, :-1].contiguous(), "targets": targets}
         if self.metrics != ("accuracy",):
             batch["n_bytes"] = (targets != -100).sum()

@@ -1,7 +1,7 @@
 """checkpoints/last.ckpt and best.ckpt, from which a run goes on exactly."""
 
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ class Checkpoints(Checkpoint):
     file, warns once, and the run goes on; `failed` says whether the newest save failed.
     """
 
-    def __init__(self, folder: Path, every: int, interrupts: Interrupts, io: AtomicCheckpointIO) -> None:
+    def __init__(
+        self, folder: Path, every: int, interrupts: Interrupts, io: AtomicCheckpointIO, say: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self.last = folder / "last.ckpt"
         self.best = folder / "best.ckpt"
         self.every = every
         self.interrupts = interrupts
         self.io = io
+        self.say = say
         self.best_loss = float("inf")
         self.failed = False
         self._saved_step = -1
@@ -58,7 +61,7 @@ class Checkpoints(Checkpoint):
         if stop or trainer.should_stop or (self.every and step % self.every == 0):
             self._save(trainer, pl_module)
         if stop:
-            raise Interrupted(saved=not self.failed)
+            raise Interrupted(training=True, saved=not self.failed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and save as the best when it is."""
@@ -76,7 +79,7 @@ class Checkpoints(Checkpoint):
             except OSError as error:
                 self._complain(self.best, error)
         if self._stop_requested(trainer, batch_idx):
-            raise Interrupted(saved=not self.failed)
+            raise Interrupted(training=True, saved=not self.failed)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved."""
@@ -115,11 +118,8 @@ class Checkpoints(Checkpoint):
     def _complain(self, path: Path, error: OSError) -> None:
         if not self.failed:
             kept = "the one before stays" if path.exists() else "there is none yet"
-            warnings.warn(
-                f"checkpoint {path} could not be written ({error.strerror or error}); {kept} and training goes on: "
-                "free some space",
-                stacklevel=2,
-            )
+            why = error.strerror or str(error)
+            self.say(f"warning: {path} could not be written ({why}); {kept} and training goes on, free some space")
         self.failed = True
 
 
