@@ -240,7 +240,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
             raise UsageError(
-                f"{text!r} cannot be read: {_first_line(error)}; quote text with signs in it: key='\"text\"'"
+                f"{text!r} cannot be read: {_first_line(error).rpartition('HydraException while evaluating ')[2]}; quote text with signs in it: key='\"text\"'"
             ) from error
     return parsed
 

@@ -20,7 +20,9 @@ def causal_conv1d_shifted(
         y = _Taps.apply(history, weight, bias, silu)
         tail = history[:, length:]
     else:
-        rows, outputs, tails = [], [], []  # of the stream that `history` is: indices into [x; state]
+        rows: list[int] = []  # of the stream that `history` is: indices into [x; state]
+        outputs: list[int] = []
+        tails: list[int] = []
         for i, (left, right) in enumerate(itertools.pairwise(cuts)):
             rows += [length + i * halo + j for j in range(halo)]
             outputs += range(len(rows) - halo, len(rows) - halo + right - left)

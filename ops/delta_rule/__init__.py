@@ -74,7 +74,12 @@ def delta_rule(
     if T == 0:
         return v, state
     if chosen == "reference":
-        return each_document(lambda *x: delta_rule_reference(*x, scale), cuts, (q, k, v, beta, g), state)
+        return each_document(
+            lambda q, k, v, beta, g, S: delta_rule_reference(q, k, v, beta, g, S, scale),
+            cuts,
+            (q, k, v, beta, g),
+            state,
+        )
     if T == 1 and cuts is None:
         return delta_rule_step(q, k, v, beta, g, state, scale)
     if chosen == "torch":

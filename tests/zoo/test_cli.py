@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import zoo
 import zoo.train
@@ -167,6 +168,7 @@ def test_groups(capsys):
         (UsageError("no such key"), 2, "no such key"),
         (ValueError("K must be\nat most 256"), 1, "K must be (ZOO_TRACEBACK=1 shows where)"),
         (OSError(28, "No space left"), 1, "[Errno 28] No space left (ZOO_TRACEBACK=1 shows where)"),
+        (MisconfigurationException("No supported gpu backend"), 1, "No supported gpu backend (ZOO_TRACEBACK=1"),
         (torch.OutOfMemoryError("CUDA out of memory"), 1, "the device is out of memory (CUDA out of memory)"),
     ],
 )
