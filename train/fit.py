@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
@@ -177,7 +178,11 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
-    trainer = _build_trainer(config, options, limits, callbacks, [table, *_loggers(config, folder)], io, folder)
+    loggers = [table, *_loggers(config, folder)]
+    try:
+        trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
 
     if not folder.config.is_file():
         vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]

@@ -27,6 +27,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self.agreed = False  # the other ranks know, too
         self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
 

@@ -9,4 +9,5 @@ from zoo.train import fit
 
 if __name__ == "__main__":
     assert tiny.V
-    sys.exit(fit.run(json.loads(sys.argv[2]), sys.argv[1]))
+    settings = json.loads(sys.argv[2])
+    sys.exit(fit.run(settings, sys.argv[1]) if settings else fit.resume(sys.argv[1]))

@@ -251,10 +251,10 @@ def test_on_a_terminal_there_is_a_bar(
     assert "step 4  loss" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def launch(run: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def launch(run: Path, settings: dict[str, Any] | None, signals: str = "") -> subprocess.CompletedProcess[str]:
     """A run started as a console script is: Lightning starts the second process with the same command."""
     script = Path(__file__).parent / "console_script.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TINY_SIGNALS": signals}
     return subprocess.run(
         [sys.executable, str(script), str(run), json.dumps(settings)],
         capture_output=True,
@@ -264,6 +264,7 @@ def launch(run: Path, settings: dict[str, Any]) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     two = config(trainer__max_steps=3, trainer__devices=2, data__batch_size=2, data__pad=True)
     one = config(trainer__max_steps=3, trainer__devices=1, data__batch_size=4, data__pad=True)
@@ -276,3 +277,24 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
         for name in ("loss", "bits_per_byte", "lr", "grad_norm", "val_loss"):
             if want[name]:
                 assert float(ours[name]) == pytest.approx(float(want[name]), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
+    settings = config(trainer__max_steps=14, trainer__devices=2, trainer__val_every=50, model__dropout=0.3)
+    settings["trainer"]["accumulate_grad_batches"] = 2
+    whole, stopped = (launch(tmp_path / name, settings, signals) for name, signals in (("whole", ""), ("cut", "2@5")))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert stopped.stdout.splitlines()[-1] == f"interrupted; zoo resume {tmp_path / 'cut'} goes on from here"
+    resumed = launch(tmp_path / "cut", None)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    for ours, want in zip(rows(tmp_path / "cut"), rows(tmp_path / "whole"), strict=True):
+        assert {k: v for k, v in ours.items() if k not in ("tokens_per_second", "elapsed")} == {
+            k: v for k, v in want.items() if k not in ("tokens_per_second", "elapsed")
+        }
+
+
+def test_settings_that_lightning_refuses_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trainer settings that Lightning refuses"):
+        fit.run(config(trainer__accelerator="abacus"), tmp_path / "run")

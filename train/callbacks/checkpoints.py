@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from zoo.train.callbacks.limits import AGREE_EVERY, update_done
+from zoo.train.callbacks.limits import update_done
 from zoo.train.checkpoint_io import AtomicCheckpointIO, link_over
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.rng import get_rng_states, set_rng_states
@@ -54,7 +54,7 @@ class Checkpoints(Checkpoint):
         """Save when it is time, unless a validation comes first."""
         if not update_done(trainer, batch_idx):
             return
-        stop = self._stop_requested(trainer, batch_idx)
+        stop = self._stop_requested(trainer)
         if validation_is_next(trainer):
             return
         step = trainer.global_step
@@ -78,7 +78,7 @@ class Checkpoints(Checkpoint):
                 link_over(self.last, self.best)
             except OSError as error:
                 self._complain(self.best, error)
-        if self._stop_requested(trainer, batch_idx):
+        if self._stop_requested(trainer):
             raise Interrupted(training=True, saved=not self.failed)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,10 +99,9 @@ class Checkpoints(Checkpoint):
         self.best_loss = state_dict["best_loss"]
         self._rng_states = state_dict["rng"]
 
-    def _stop_requested(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether all ranks know of a signal: with several, only where `StopAtLimits` has just made them agree."""
-        agreed = trainer.world_size == 1 or batch_idx % AGREE_EVERY == 0
-        return agreed and self.interrupts.requested
+    def _stop_requested(self, trainer: Trainer) -> bool:
+        """Whether there was a signal that all ranks know of; a single process also heeds one during validation."""
+        return self.interrupts.agreed or (trainer.world_size == 1 and self.interrupts.requested)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start = time.monotonic()
