@@ -70,8 +70,9 @@ class SequenceModel(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -129,8 +130,11 @@ class SequenceModel(nn.Module):
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for."""
-        return tuple(block.mixer.init_state(batch) for block in self.blocks)
+        return tuple(mixer.init_state(batch) for mixer in self._mixers())
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of all layers after `length` tokens."""
-        return sum(block.mixer.state_bytes(batch, length) for block in self.blocks)
+        return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
+
+    def _mixers(self) -> list[Any]:
+        return [block.mixer for block in self.blocks]

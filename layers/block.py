@@ -20,7 +20,7 @@ class Block(nn.Module):
     def __init__(self, d_model: int, mixer: nn.Module, feed_forward: nn.Module | None, *, norm_eps: float = 1e-6):
         super().__init__()
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
-        self.mixer = mixer
+        self.mixer: Any = mixer  # a module with init_state and state_bytes
         self.feed_forward_norm = RMSNorm(d_model, eps=norm_eps) if feed_forward is not None else None
         self.feed_forward = feed_forward
 

@@ -1,5 +1,7 @@
 """The short causal convolution in front of a mixer's queries, keys and values."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -38,3 +40,8 @@ class ShortConvolution(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"
+
+
+def initial_tails(convs: Iterable[nn.Module], batch: int) -> tuple[Tensor, ...]:
+    """The states of several short convolutions before the first token."""
+    return tuple(conv.init_state(batch) for conv in convs if isinstance(conv, ShortConvolution))

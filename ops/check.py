@@ -70,14 +70,15 @@ def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tu
         raise ValueError(
             f"{operator}: packed sequences have batch size 1; got B = {batch}, flatten them to (1, B * T, ...)"
         )
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version  # inference tensors count no versions
     seen = _CHECKED_BOUNDARIES.get(cu_seqlens)
-    if seen is None or seen[0] != cu_seqlens._version:
+    if seen is None or version is None or seen[0] != version:
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
             raise ValueError(
                 f"{operator}: cu_seqlens must be a 1-D int32 or int64 tensor of at least 2 boundaries; "
                 f"got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
             )
-        seen = (cu_seqlens._version, tuple(cu_seqlens.tolist()))
+        seen = (version, tuple(cu_seqlens.tolist()))
         _CHECKED_BOUNDARIES[cu_seqlens] = seen
     cuts = seen[1]
     if cuts[0] != 0 or cuts[-1] != length:

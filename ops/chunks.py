@@ -137,7 +137,10 @@ class ChunkTable(NamedTuple):
 def chunk_table(batch: int, length: int, size: int, cuts: tuple[int, ...] | None, device: torch.device) -> ChunkTable:
     """Cut B documents of T tokens, or the documents between `cuts`, into chunks of at most `size` tokens."""
     bounds = range(0, (batch + 1) * length, length) if cuts is None and length else cuts or (0,) * (batch + 1)
-    begin, end, document, offsets = [], [], [], [0]
+    begin: list[int] = []
+    end: list[int] = []
+    document: list[int] = []
+    offsets = [0]
     for i, (left, right) in enumerate(itertools.pairwise(bounds)):
         starts = range(left, right, size)
         begin += starts

@@ -12,13 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import zoo.ops
 from zoo.ops import dispatch
+from zoo.ops.kernel_case import KernelCase
 
 if dispatch.HAS_TRITON:
     import triton
@@ -27,29 +27,6 @@ if dispatch.HAS_TRITON:
 
 # Shared memory one block may use, in bytes: CUDA C++ programming guide, table of compute capabilities.
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    """One specialisation of a kernel, as a published model launches it.
-
-    Args:
-        kernel: the triton.jit function.
-        signature: types of the run-time arguments, "*bf16", "i32", "fp32".
-        constants: the constexpr arguments.
-        num_warps, num_stages: as in the launch.
-        spills: bytes of register spills that are accepted; more than 0 needs a reason beside the case.
-        label: what the case stands for, shown in the table.
-    """
-
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 2
-    spills: int = 0
-    label: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Report(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 try:
     import triton
 except ImportError:  # no wheel for this platform (macOS, Windows): the torch forms carry everything
-    triton = None  # type: ignore[assignment]
+    triton = None
 
 Backend = Literal["auto", "triton", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
@@ -21,7 +21,8 @@ HAS_TRITON = triton is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
@@ -31,7 +32,7 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
-        if not torch.is_autocast_enabled(device):
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)

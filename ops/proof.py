@@ -29,7 +29,6 @@ class OperatorSpec:
         sizes: the sizes to prove, besides batch and length.
         time: names of the inputs that have time in dimension 1; the others are parameters.
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
-        kernels: whether the operator has Triton kernels already.
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
     """
 
@@ -41,7 +40,6 @@ class OperatorSpec:
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
-    kernels: bool = True
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0

@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from zoo.errors import UserError
 
 __all__ = ["AtomicCheckpointIO", "link_over"]
 
@@ -48,7 +51,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read tensors and plain values only, whatever the caller asks for."""
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"the checkpoint {path} is damaged or not of a run ({str(error).splitlines()[0]}); put another in its "
+                "place, such as best.ckpt beside it"
+            ) from error
         return checkpoint
 
 

@@ -13,10 +13,12 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
-from zoo.checkpoint import load, save
+from zoo import tokenizers
+from zoo.checkpoint import load, locate, run_of, save
 from zoo.config import compose
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError, remedy
@@ -85,15 +87,18 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
 
     Args:
         path: the folder of a run, or a checkpoint as `zoo.load` takes it.
+            Text is cut into tokens as in its training, unless `data.tokenizer` says otherwise.
         overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for devices and batch limits.
 
     Returns:
         the metrics, by name: loss and what the data can be judged by.
     """
-    model = load(path)
-    run_config = Path(path) / "config.yaml"
-    known = RunFolder.existing(Path(path)).read_config() if run_config.is_file() else None
+    found = locate(path)
+    model = load(found)
+    run_folder = run_of(found)
+    known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
     config = _evaluation_config(known, overrides)
+    config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
     data = _build_data(config)
     _check_vocabulary(model, data)
@@ -123,19 +128,25 @@ def _train(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None
         with _launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
             return _fit(config, folder, checkpoint, interrupts)
     except Interrupted as stop:
-        if not stop.saved and folder.last.exists():
-            folder.say(
-                f"interrupted; the newest checkpoint is an earlier one, zoo resume {folder.path} goes on from it"
-            )
-        elif not stop.saved:
-            folder.say(f"interrupted before there was a checkpoint; zoo resume {folder.path} starts again")
-        else:
-            folder.say(f"interrupted; zoo resume {folder.path} goes on from here")
-        # Lightning kills every process when one that it started ends with an error.
-        return INTERRUPTED if is_main_process() else DONE
+        if not is_main_process():
+            return DONE  # Lightning kills every process when one that it started ends with an error
+        return _report_interrupt(folder, stop)
     except UserError as error:
         folder.note(f"error: {error}")
         raise
+
+
+def _report_interrupt(folder: RunFolder, stop: Interrupted) -> int:
+    path = folder.path
+    if stop.saved:
+        folder.say(f"interrupted; zoo resume {path} goes on from here")
+        return INTERRUPTED
+    if stop.training:
+        earlier = f"; zoo resume {path} goes on from the one before" if folder.last.exists() else ""
+        folder.say(f"interrupted, and no checkpoint could be written{earlier}")
+        return FAILED
+    folder.say("interrupted before training began, nothing was lost")
+    return INTERRUPTED
 
 
 def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, interrupts: Interrupts) -> int:
@@ -152,7 +163,7 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
     io = AtomicCheckpointIO()
-    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io)
+    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io, folder.say)
     callbacks: list[Callback] = [StopAtLimits(limits, task.clock, interrupts)]
     show = partial(_show_line, folder, limits)
     on_terminal = sys.stdout.isatty() and is_main_process()
@@ -167,7 +178,11 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
-    trainer = _build_trainer(config, options, limits, callbacks, [table, *_loggers(config, folder)], io, folder)
+    loggers = [table, *_loggers(config, folder)]
+    try:
+        trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
 
     if not folder.config.is_file():
         vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
@@ -195,11 +210,14 @@ def _finish(
     except (OSError, UserError) as error:
         kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
         raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error
-    plot_loss(folder.table, folder.plot)
+    try:
+        plot_loss(folder.table, folder.plot)
+    except OSError as error:
+        folder.say(f"warning: {folder.plot} could not be drawn ({error.strerror or error})")
     if draw is not None:
-        folder.say(f"sample: {draw(model)}")
+        folder.say(f"sample:\n{draw(model)}")
     if final:
-        folder.say(describe(dict(final)))
+        folder.say(f"final {describe(dict(final))}")
     folder.say(f"run: {folder.path}")
     return FAILED if failed else DONE
 
@@ -354,6 +372,25 @@ def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -
             )
         config[group][name] = yaml.safe_load(text)
     return config
+
+
+def _with_own_tokenizer(
+    data: dict[str, Any], found: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The settings of text to measure, with the tokenizer that the model in `found` was trained with."""
+    if "tokenizer" not in data or any(override.startswith("data.tokenizer=") for override in overrides):
+        return data
+    if any((found / name).is_file() for name in tokenizers.FILES):
+        return {**data, "tokenizer": str(found), "vocab_size": None}
+    own = (trained_on or {}).get("tokenizer")
+    if own is None or not any(override.startswith("data=") for override in overrides):
+        return data
+    if own == "sentencepiece":
+        raise UserError(
+            f"other data need the run's own tokenizer, which {found} does not hold; zoo resume finishes the run and "
+            "saves it"
+        )
+    return {**data, "tokenizer": own, "vocab_size": None}
 
 
 @contextmanager

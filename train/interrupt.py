@@ -9,10 +9,11 @@ __all__ = ["Interrupted", "Interrupts"]
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; `saved` says whether its checkpoint holds the last step."""
+    """The run was asked to stop; `training` had begun or not, and its last step is `saved` or not."""
 
-    def __init__(self, saved: bool) -> None:
+    def __init__(self, *, training: bool, saved: bool) -> None:
         super().__init__("interrupted")
+        self.training = training
         self.saved = saved
 
 
@@ -26,6 +27,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self.agreed = False  # the other ranks know, too
         self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -51,4 +53,4 @@ class Interrupts:
         for each in self.SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if not self._deferred:
-            raise Interrupted(saved=False)
+            raise Interrupted(training=False, saved=False)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import UserError
+
 __all__ = ["AdamW", "Limits", "learning_rate_factor", "parameter_groups"]
 
 
@@ -87,11 +89,11 @@ class AdamW:
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
-            raise ValueError(f"optim.lr must be above 0, got {self.lr}")
+            raise UserError(f"optim.lr must be above 0, got {self.lr}")
         if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
+            raise UserError(f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
         if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+            raise UserError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser for `model`; fused, so that a step can be skipped on the device without asking the host."""

@@ -49,7 +49,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     gradient_clip_val: float | None = 1.0
     gradient_clip_algorithm: str = "norm"
-    deterministic: bool | str = False
+    deterministic: bool = False
     benchmark: bool | None = None
     detect_anomaly: bool = False
     sync_batchnorm: bool = False

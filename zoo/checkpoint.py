@@ -123,6 +123,12 @@ def locate(path: str | os.PathLike[str]) -> Path:
     raise UserError(f"no checkpoint at {given}: there is no such folder; give a run's folder or a checkpoint's")
 
 
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of the run that a path is, or lies in."""
+    given = Path(path).resolve()
+    return next((folder for folder in (given, *given.parents) if (folder / "config.yaml").is_file()), None)
+
+
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What config.json says, and the tensors beside it."""
     return read_config(folder), _read_weights(folder)

@@ -156,7 +156,7 @@ def parameters(target: str) -> dict[str, Parameter]:
 
 def _hints(owner: Any) -> dict[str, str]:
     """{parameter: its type}, as far as the annotations can be read."""
-    init = inspect.unwrap(vars(owner).get("__init__", owner) if isinstance(owner, type) else owner)
+    init = inspect.unwrap(getattr(owner, "__init__") if isinstance(owner, type) else owner)  # noqa: B009 - may be inherited
     try:
         return {name: spell(hint) for name, hint in typing.get_type_hints(init).items()}
     except NameError:  # a name imported for type checkers only, as in Lightning's loggers
@@ -239,9 +239,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            raise UsageError(
-                f"{text!r} cannot be read: {_first_line(error)}; quote text with signs in it: key='\"text\"'"
-            ) from error
+            why = _first_line(error).removeprefix("HydraException while evaluating ")
+            raise UsageError(f"{text!r} cannot be read: {why}; quote text with signs in it: key='\"text\"'") from error
     return parsed
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -31,3 +32,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def keep_in_cache(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """As `write_atomically`, for a file that only saves time: where it cannot be written, say so and go on."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        warnings.warn(
+            f"{path} could not be written ({error.strerror}), so the same work is done again next time; "
+            "set ZOO_CACHE to a folder with room",
+            stacklevel=2,
+        )

@@ -18,9 +18,10 @@ import sentencepiece
 import tokenizers
 
 from zoo.errors import UserError
-from zoo.files import cache_folder, write_atomically
+from zoo.files import cache_folder, keep_in_cache, write_atomically
 
 DESCRIPTION = "zoo_tokenizer.json"  # what kind of tokenizer a saved folder holds
+FILES = (DESCRIPTION, "tokenizer.json", "tokenizer.model")  # a folder with one of them holds a tokenizer
 TRAINING_BYTES = 32 << 20  # SentencePiece sees at most this much of a corpus: BPE counts settle long before
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 
@@ -190,11 +191,12 @@ class SentencePieceTokenizer:
             )
         except RuntimeError as error:
             reason = str(error).rsplit("] ", 1)[-1].strip() or "no text to learn from"
+            reason = ". ".join(reason.split(". ")[:2]).rstrip(".")  # what follows is advice in terms of its own options
             raise UserError(
                 f"a SentencePiece vocabulary must fit its corpus; {vocab_size} pieces do not fit these {len(texts)} "
                 f"documents ({reason}): choose another data.vocab_size or data.tokenizer=bytes"
             ) from error
-        write_atomically(path, lambda file: file.write(model.getvalue()))
+        keep_in_cache(path, lambda file: file.write(model.getvalue()))
         return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:

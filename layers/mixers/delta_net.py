@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.layers.conv import ShortConvolution
+from zoo.layers.conv import ShortConvolution, initial_tails
 from zoo.layers.norms import GatedRMSNorm, RMSNorm, l2_norm
 from zoo.layers.state import state_bytes
 from zoo.ops import delta_rule
@@ -73,7 +73,7 @@ class _DeltaMixer(nn.Module):
         weight = self.o_proj.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, self.n_v_heads, self.head_k, self.head_v, dtype=dtype, device=weight.device)
-        return DeltaNetState(memory, tuple(conv.init_state(batch) for conv in self.convs))
+        return DeltaNetState(memory, initial_tails(self.convs, batch))
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state; the same for every length."""

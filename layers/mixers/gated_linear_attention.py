@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.layers.conv import ShortConvolution
+from zoo.layers.conv import ShortConvolution, initial_tails
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import state_bytes
 from zoo.ops import gated_linear_attention
@@ -108,7 +108,7 @@ class GatedLinearAttention(nn.Module):
         weight = self.o_proj.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, self.n_heads, self.head_k, self.head_v, dtype=dtype, device=weight.device)
-        return GatedLinearAttentionState(memory, tuple(conv.init_state(batch) for conv in self.convs))
+        return GatedLinearAttentionState(memory, initial_tails(self.convs, batch))
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state; the same for every length."""

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.compile import KernelCase
+from zoo.ops.kernel_case import KernelCase
 
 BLOCK_T = 32  # not tuned on a device yet; at 64 x 64 the backward kernels need 254 registers a thread on sm_80
 BLOCK_D = 64

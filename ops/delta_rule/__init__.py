@@ -1,11 +1,16 @@
 """The delta rule: linear attention that reads before it writes, and writes only the correction."""
 
+import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch
+from zoo.ops.chunks import chunk_table
 from zoo.ops.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.delta_rule.reference import delta_rule_reference
 from zoo.ops.packing import each_document
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.delta_rule import kernels
 
 
 @dispatch.keeps_its_precision
@@ -41,7 +46,8 @@ def delta_rule(
             it back as `state`.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
+        ValueError: shapes, dtypes or devices disagree, keys too large for the kernels (K > 256), or the
+            backend cannot run here.
 
     Cost: O(T (C K + C V + K V + C^2)) per head with chunks of C tokens. States and triangular factors are float32.
     Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, arXiv 2412.06464, section 3.
@@ -64,13 +70,36 @@ def delta_rule(
     state = state.to(dtype)
     scale = K**-0.5 if scale is None else scale
 
-    chosen = dispatch.resolve(name, backend, q)
-    if chosen == "triton" and backend == "triton":
-        raise ValueError(f"{name}: backend 'triton' has no kernels yet; use backend='torch'")
+    chosen = _backend(backend, q)
     if T == 0:
         return v, state
     if chosen == "reference":
-        return each_document(lambda *x: delta_rule_reference(*x, scale), cuts, (q, k, v, beta, g), state)
+        return each_document(
+            lambda q, k, v, beta, g, S: delta_rule_reference(q, k, v, beta, g, S, scale),
+            cuts,
+            (q, k, v, beta, g),
+            state,
+        )
     if T == 1 and cuts is None:
         return delta_rule_step(q, k, v, beta, g, state, scale)
-    return delta_rule_chunked(q, k, v, beta, g, state, scale, cuts)
+    if chosen == "torch":
+        return delta_rule_chunked(q, k, v, beta, g, state, scale, cuts)
+    table = chunk_table(B, T, kernels.chunk_size(K, V, q.dtype), cuts, q.device)
+    return kernels.delta_fwd(q, k, v, beta, g, state, table.begin, table.end, table.offsets, scale)
+
+
+def _backend(backend: str, q: Tensor) -> str:
+    """What runs; kernels hold keys up to a size and compute in float32."""
+    chosen = dispatch.resolve("delta_rule", backend, q)
+    if chosen == "triton" and q.dtype == torch.float64:
+        if backend == "auto":
+            return "torch"
+        raise ValueError(
+            "delta_rule: the kernels compute in float32; got float64 tensors, use backend='torch' for them"
+        )
+    if chosen == "triton" and q.shape[-1] > kernels.MAX_K:
+        raise ValueError(
+            f"delta_rule: the kernels take keys of at most {kernels.MAX_K} numbers per head; got K = {q.shape[-1]}, "
+            "use more heads or backend='torch'"
+        )
+    return chosen

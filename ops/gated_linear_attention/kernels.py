@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.compile import KernelCase
+from zoo.ops.kernel_case import KernelCase
 
 CHUNK = 64
 SUB = 16

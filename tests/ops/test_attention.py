@@ -118,5 +118,5 @@ def test_refuses_shapes_that_do_not_fit() -> None:
         attention(q[:, :, :3], k, v)
     with pytest.raises(ValueError, match="T <= S; got T = 9, S = 4"):
         attention(q, k[:, :4], v[:, :4])
-    with pytest.raises(ValueError, match="v must be .* with S = 9 as in k"):
+    with pytest.raises(ValueError, match=r"v must be .* with S = 9 as in k"):
         attention(q, k, v[:, :4])

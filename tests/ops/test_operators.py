@@ -43,8 +43,6 @@ def test_torch_equals_reference_in_float32(spec: OperatorSpec) -> None:
 @pytest.mark.parametrize("length", [1, 15, 65])
 @pytest.mark.parametrize(("spec", "sizes"), CASES)
 def test_kernels_equal_reference(spec: OperatorSpec, sizes: dict[str, int], length: int) -> None:
-    if not spec.kernels:
-        pytest.skip("no kernels yet")
     errors = parity(spec, spec.inputs(1, length, sizes), backend="triton", dtype=torch.float32, device=DEVICE)
     assert not red(errors, torch.float32)
 
@@ -52,8 +50,6 @@ def test_kernels_equal_reference(spec: OperatorSpec, sizes: dict[str, int], leng
 @needs_triton
 @pytest.mark.parametrize("spec", SPECS)
 def test_kernels_take_packed_documents(spec: OperatorSpec) -> None:
-    if not spec.kernels:
-        pytest.skip("no kernels yet")
     inputs, cu = spec.inputs(1, PACKED[-1], documents=len(PACKED) - 1), torch.tensor(PACKED)
     errors = parity(spec, inputs, backend="triton", dtype=torch.float32, device=DEVICE, cu_seqlens=cu)
     assert not red(errors, torch.float32)
@@ -97,8 +93,6 @@ def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
 def test_kernels_equal_reference_on_the_device(
     spec: OperatorSpec, sizes: dict[str, int], length: int, dtype: torch.dtype
 ) -> None:
-    if not spec.kernels:
-        pytest.skip("no kernels yet")
     errors = parity(spec, spec.inputs(2, length, sizes), backend="triton", dtype=dtype, device="cuda")
     assert not red(errors, dtype)
 
@@ -106,8 +100,6 @@ def test_kernels_equal_reference_on_the_device(
 @pytest.mark.parametrize(("spec", "edge"), EXTREMES)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_extreme_inputs(spec: OperatorSpec, edge: str, backend: str) -> None:
-    if backend == "triton" and not spec.kernels:
-        pytest.skip("no kernels yet")
     inputs = spec.extremes[edge](spec.inputs(1, 100))
     device = DEVICE if backend == "triton" else "cpu"
     errors = parity(spec, inputs, backend=backend, dtype=torch.float32, device=device)

@@ -175,9 +175,9 @@ def test_a_damaged_or_foreign_checkpoint_is_one_sentence(folder, damage):
 
 
 def test_paths_that_hold_no_checkpoint(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no checkpoint at .*: there is no such folder"):
+    with pytest.raises(UserError, match=r"no checkpoint at .*: there is no such folder"):
         zoo.load(tmp_path / "none")
-    with pytest.raises(UserError, match="is no checkpoint: it has no config.json"):
+    with pytest.raises(UserError, match=r"is no checkpoint: it has no config.json"):
         zoo.load(tmp_path)
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError, match="has not saved a model yet; zoo resume"):

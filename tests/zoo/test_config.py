@@ -33,6 +33,12 @@ class Data:
         self.path = path
 
 
+class InheritedData(Data):
+    """A class annotation is not the type of the constructor's parameter of the same name."""
+
+    path: nn.Module
+
+
 class Anything:
     def __init__(self, **settings: object):
         self.settings = settings
@@ -44,13 +50,15 @@ def folder(tmp_path):
     mine = tmp_path / "my configs"
     written = {
         "optim/mine.yaml": f"_target_: {__name__}.Optim\nlr: 1e-3\n",
-        "data/mine.yaml": f"_target_: {__name__}.Data\npath: ???\n",
+        "data/mine.yaml": f"_target_: {__name__}.InheritedData\npath: ???\n",
         "logger/any.yaml": f"_target_: {__name__}.Anything\nproject: zoo\n",
         "strategy/none.yaml": "_target_: no.such.module\n",
         "trainer/plain.yaml": "steps: 3\n",
         "task/plain.yaml": "{}\n",
         "model/toy.yaml": "name: toy\nsize: tiny\n",
-        "experiment/row.yaml": "# @package _global_\ndefaults:\n  - override /model: toy\nmodel:\n  d_model: 24\nseed: 7\n",
+        "experiment/row.yaml": "\n".join(
+            ["# @package _global_", "defaults:", "  - override /model: toy", "model:", "  d_model: 24", "seed: 7"]
+        ),
     }
     for name, text in written.items():
         (mine / name).parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +79,7 @@ def composed(folder, monkeypatch):
 
 def resolve_here(resolve):
     """Classes of this file by name: test modules are not importable by their path."""
-    here = {f"{__name__}.{c.__name__}": c for c in (Optim, Data, Anything)}
+    here = {f"{__name__}.{c.__name__}": c for c in (Optim, InheritedData, Anything)}
     return lambda target: here.get(target) or resolve(target)
 
 
@@ -85,7 +93,7 @@ def test_every_default_is_filled_in(composed):
         "_target_": f"{__name__}.Optim", "lr": 1e-3, "betas": [0.9, 0.95], "warmup_steps": 50, "precision": None,
         "kind": "a",
     }  # fmt: skip
-    assert config["data"] == {"_target_": f"{__name__}.Data", "path": "x", "folders": [], "seed": 0}
+    assert config["data"] == {"_target_": f"{__name__}.InheritedData", "path": "x", "folders": [], "seed": 0}
     assert config["trainer"] == {"steps": 3}
     assert (config["seed"], config["run_dir"]) == (0, None)
     assert set(config) == {*GROUPS, "seed", "run_dir"} - {"experiment"}
@@ -160,7 +168,7 @@ def test_a_model_without_a_yaml_file_can_be_chosen(folder, monkeypatch):
         ("optim=3", "optim= chooses by name, got 3; to change one setting write optim.KEY=VALUE"),
         ("optim={lr: 1}", "optim= chooses by name, got {'lr': 1}"),
         ("seed", "settings are written key=value, got 'seed'; zoo config prints all settings"),
-        ("model.pattern=a(b=1)", "'model.pattern=a(b=1)' cannot be read: "),
+        ("model.pattern=a(b=1)", "'model.pattern=a(b=1)' cannot be read: 'a(b=1)': Unknown function 'a'; quote text"),
         ("model.d_model=${nowhere}", "the settings do not compose: Interpolation key 'nowhere' not found"),
         ("~model", "a config needs a model; add model=NAME, zoo list shows all"),
         ("~optim.no", "the settings do not compose: Could not delete"),

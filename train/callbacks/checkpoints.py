@@ -1,7 +1,7 @@
 """checkpoints/last.ckpt and best.ckpt, from which a run goes on exactly."""
 
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from zoo.train.callbacks.limits import AGREE_EVERY, update_done
+from zoo.train.callbacks.limits import update_done
 from zoo.train.checkpoint_io import AtomicCheckpointIO, link_over
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.rng import get_rng_states, set_rng_states
@@ -26,13 +26,16 @@ class Checkpoints(Checkpoint):
     file, warns once, and the run goes on; `failed` says whether the newest save failed.
     """
 
-    def __init__(self, folder: Path, every: int, interrupts: Interrupts, io: AtomicCheckpointIO) -> None:
+    def __init__(
+        self, folder: Path, every: int, interrupts: Interrupts, io: AtomicCheckpointIO, say: Callable[[str], None]
+    ) -> None:
         super().__init__()
         self.last = folder / "last.ckpt"
         self.best = folder / "best.ckpt"
         self.every = every
         self.interrupts = interrupts
         self.io = io
+        self.say = say
         self.best_loss = float("inf")
         self.failed = False
         self._saved_step = -1
@@ -51,14 +54,14 @@ class Checkpoints(Checkpoint):
         """Save when it is time, unless a validation comes first."""
         if not update_done(trainer, batch_idx):
             return
-        stop = self._stop_requested(trainer, batch_idx)
+        stop = self._stop_requested(trainer)
         if validation_is_next(trainer):
             return
         step = trainer.global_step
         if stop or trainer.should_stop or (self.every and step % self.every == 0):
             self._save(trainer, pl_module)
         if stop:
-            raise Interrupted(saved=not self.failed)
+            raise Interrupted(training=True, saved=not self.failed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, and save as the best when it is."""
@@ -75,8 +78,8 @@ class Checkpoints(Checkpoint):
                 link_over(self.last, self.best)
             except OSError as error:
                 self._complain(self.best, error)
-        if self._stop_requested(trainer, batch_idx):
-            raise Interrupted(saved=not self.failed)
+        if self._stop_requested(trainer):
+            raise Interrupted(training=True, saved=not self.failed)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what has not been saved."""
@@ -96,10 +99,9 @@ class Checkpoints(Checkpoint):
         self.best_loss = state_dict["best_loss"]
         self._rng_states = state_dict["rng"]
 
-    def _stop_requested(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Whether all ranks know of a signal: with several, only where `StopAtLimits` has just made them agree."""
-        agreed = trainer.world_size == 1 or batch_idx % AGREE_EVERY == 0
-        return agreed and self.interrupts.requested
+    def _stop_requested(self, trainer: Trainer) -> bool:
+        """Whether there was a signal that all ranks know of; a single process also heeds one during validation."""
+        return self.interrupts.agreed or (trainer.world_size == 1 and self.interrupts.requested)
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start = time.monotonic()
@@ -115,11 +117,8 @@ class Checkpoints(Checkpoint):
     def _complain(self, path: Path, error: OSError) -> None:
         if not self.failed:
             kept = "the one before stays" if path.exists() else "there is none yet"
-            warnings.warn(
-                f"checkpoint {path} could not be written ({error.strerror or error}); {kept} and training goes on: "
-                "free some space",
-                stacklevel=2,
-            )
+            why = error.strerror or str(error)
+            self.say(f"warning: {path} could not be written ({why}); {kept} and training goes on, free some space")
         self.failed = True
 
 

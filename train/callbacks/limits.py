@@ -10,7 +10,7 @@ from zoo.train.optim import Limits
 
 __all__ = ["StopAtLimits", "update_done"]
 
-AGREE_EVERY = 10  # batches between two exchanges about clocks and signals when there are several ranks
+AGREE_EVERY = 10  # updates between two exchanges about clocks and signals when there are several ranks
 
 
 def update_done(trainer: Trainer, batch_idx: int) -> bool:
@@ -39,13 +39,17 @@ class StopAtLimits(Callback):
         """Read the clock."""
         if trainer.world_size == 1:
             self.clock.now = self.clock.elapsed()
-        elif batch_idx % AGREE_EVERY == 0:
-            self.clock.now = trainer.strategy.broadcast(self.clock.elapsed())
-            self.interrupts.requested = trainer.strategy.reduce_boolean_decision(self.interrupts.requested, all=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop when a limit is reached."""
-        if update_done(trainer, batch_idx) and self.limits.reached(trainer.global_step, self.clock.now):
+        """Stop when a limit is reached; see to it that all ranks know of clocks and signals."""
+        if not update_done(trainer, batch_idx):
+            return
+        if trainer.world_size == 1:
+            self.interrupts.agreed = self.interrupts.requested
+        elif trainer.global_step % AGREE_EVERY == 0:
+            self.clock.now = trainer.strategy.broadcast(self.clock.elapsed())
+            self.interrupts.agreed = trainer.strategy.reduce_boolean_decision(self.interrupts.requested, all=False)
+        if self.limits.reached(trainer.global_step, self.clock.now):
             trainer.should_stop = True

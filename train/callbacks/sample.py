@@ -46,11 +46,12 @@ def sample(
             seed=seed,
             stop_ids=(tokenizer.eos_id,),
         )
-        ids = [token for token in stream if token != tokenizer.eos_id]
+        ids = [token for token in stream if token != tokenizer.eos_id and token < tokenizer.vocab_size]
     finally:
         set_rng_states(states)
     text: str = tokenizer.decode(ids)
-    return text
+    # An untrained model writes control characters, which a terminal would obey.
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 class SampleText(Callback):
@@ -76,5 +77,5 @@ class SampleText(Callback):
         if due and trainer.is_global_zero:
             assert isinstance(pl_module, LanguageModelling)
             start = time.monotonic()
-            self.show(f"sample at step {step}: {self.draw(pl_module.model)}")
+            self.show(f"sample at step {step}:\n{self.draw(pl_module.model)}")
             pl_module.pause(time.monotonic() - start)

@@ -53,7 +53,7 @@ class Copying(SyntheticData):
         )
         if vocab_size < 3:
             raise UserError(
-                f"copying needs a token beside blank and copy symbol; got data.vocab_size={vocab_size}: 3 do"
+                f"copying needs a token beside blank and copy symbol; got data.vocab_size={vocab_size}: raise it to 3"
             )
         if n_tokens < 1 or 2 * n_tokens + 1 > seq_len:
             raise UserError(

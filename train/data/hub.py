@@ -95,7 +95,7 @@ class Hub(TextSettings):
             raise UserError(
                 f"data=hub must be able to read its data set; {self.name!r} cannot be reached or read "
                 f"({type(error).__name__}: {_first_line(error)}): check name and network, or use local files by "
-                "data=text_files data.path=..."
+                "data=text_files data.path=FOLDER"
             ) from error
 
     def _text(self, row: dict[str, Any]) -> str:

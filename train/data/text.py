@@ -11,7 +11,7 @@ import numpy as np
 
 from zoo import tokenizers
 from zoo.errors import UserError
-from zoo.files import cache_folder, write_atomically
+from zoo.files import cache_folder, keep_in_cache
 from zoo.train.data.base import DataModule, Metric, at_least
 from zoo.train.data.corpus import Corpus, CutSource, PackedSource
 from zoo.train.data.loader import Source
@@ -22,9 +22,9 @@ CACHED_TOKENS = 4 << 20  # smaller corpora tokenise in about a second, and are n
 
 
 class Document(NamedTuple):
-    """A text, and the name by which the hold-out knows it."""
+    """A text, and the name of its group: the hold-out takes all texts of one name or none."""
 
-    name: str
+    group: str
     text: str
 
 
@@ -176,22 +176,27 @@ class TextData(TextSettings):
 def hold_out(documents: list[Document], fraction: float) -> tuple[list[str], list[str]]:
     """Split into training and held-out texts, in the order in which they came.
 
-    Whole documents, taken in the order of a hash of their names as long as they fit into the fraction of the bytes:
-    the order of the documents plays no part. When documents are so few or so long that less than half of the fraction
-    can be met, the end of every document is held out instead, from a line break on where there is one.
+    Whole documents, group by group in the order of a hash of the groups' names, as long as they fit into the fraction
+    of the bytes, first those below a quarter of it, for variety: the order of the documents plays no part. When they
+    are so few or so long that less than half of the fraction can be met, the end of every document is held out instead,
+    from a line break on where there is one.
     """
-    sizes = {i: len(document.text.encode()) for i, document in enumerate(documents)}
+    sizes: dict[str, int] = {}
+    for group, text in documents:
+        sizes[group] = sizes.get(group, 0) + len(text.encode())
     wanted = fraction * sum(sizes.values())
-    chosen: set[int] = set()
+    chosen: set[str] = set()
     held = 0
-    for i in sorted(sizes, key=lambda i: hashlib.blake2b(documents[i].name.encode(), digest_size=8).digest()):
-        if sizes[i] and held + sizes[i] <= wanted:
-            chosen.add(i)
-            held += sizes[i]
+    shuffled = sorted(sizes, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())
+    for most in (wanted / 4, wanted):
+        for group in shuffled:
+            if group not in chosen and sizes[group] <= most and held + sizes[group] <= wanted:
+                chosen.add(group)
+                held += sizes[group]
     if held >= wanted / 2:
         return (
-            [document.text for i, document in enumerate(documents) if i not in chosen],
-            [document.text for i, document in enumerate(documents) if i in chosen],
+            [text for group, text in documents if group not in chosen],
+            [text for group, text in documents if group in chosen],
         )
     cuts = [_cut(document.text, fraction) for document in documents]
     return [text[:cut] for (_, text), cut in zip(documents, cuts, strict=True)], [
@@ -210,7 +215,7 @@ def _store(key: str, train: Corpus, val: Corpus) -> None:
     for part, corpus in (("val", val), ("train", train)):
         for name in ("extra", "starts", "tokens"):
             path = cache_folder() / "tokens" / f"{key}.{part}.{name}.npy"
-            write_atomically(path, partial(np.save, arr=getattr(corpus, name)))
+            keep_in_cache(path, partial(np.save, arr=getattr(corpus, name)))
 
 
 def _load(key: str) -> tuple[Corpus, Corpus] | None:

@@ -109,7 +109,7 @@ class TextFiles(TextData):
 
     def _text(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
-            raise UserError(f"every row must have named fields; {where} has none: write {{{self.field!r}: ...}}")
+            raise UserError(f"every row must have named fields; {where} has none: write one object per line")
         if self.field not in row:
             names = ", ".join(map(str, row)) or "none"
             hint = did_you_mean(self.field, map(str, row))
@@ -130,7 +130,7 @@ class TextFiles(TextData):
 def find_files(path: str) -> list[Path]:
     """The files that a path names: itself, the known kinds below a folder, or what a glob matches; sorted."""
     if not path:
-        raise UserError("data.path must name a file, a folder or a glob; it is empty: set data.path=...")
+        raise UserError("data.path must name a file, a folder or a glob; it is empty: set data.path=FOLDER")
     place = Path(path).expanduser()
     if place.is_file():
         return [place]
@@ -158,7 +158,9 @@ def _read_utf8(file: Path) -> str:
             f"iconv -f latin1 -t utf-8"
         ) from error
     except OSError as error:
-        raise UserError(f"text files must be readable; {str(file)!r} is not ({error.strerror}): check it") from error
+        raise UserError(
+            f"text files must be readable; {str(file)!r} is not ({error.strerror}): check its permissions"
+        ) from error
 
 
 def _count(files: list[Path]) -> str:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zoo.checkpoint import IN_TRAINER, describe
 from zoo.errors import UserError
 from zoo.train.clock import Clock
 from zoo.train.metrics import (
@@ -236,7 +237,8 @@ class LanguageModelling(LightningModule):
         self.clock.start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the next row needs."""
+        """Keep what the next row needs, and what the model is, so that `zoo generate` can read an unfinished run."""
+        checkpoint[IN_TRAINER] = describe(self.model)
         checkpoint["zoo"] = {
             "elapsed": self.clock.elapsed(),
             "window": self._window.cpu(),

@@ -259,6 +259,7 @@ def _sentence(error: Exception) -> str | None:
         return text
     if type(error).__name__ == "OutOfMemoryError":  # torch's, for any device; torch may not be imported here
         return f"the device is out of memory ({text}); lower data.batch_size or the model's size"
-    if type(error) in (ValueError, FileNotFoundError, PermissionError, OSError):
+    # Lightning's MisconfigurationException: a device that is not there, options that exclude each other.
+    if isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException":
         return f"{text or type(error).__name__} (ZOO_TRACEBACK=1 shows where)"
     return None

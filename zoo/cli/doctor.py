@@ -25,10 +25,10 @@ LENGTH = 70  # crosses a chunk of 64
 
 def doctor_command(device: str | None) -> int:
     """Print the report; 1 when an operator is wrong on a device."""
+    places = devices() if device is None else [_device(device)]
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     out.print(f"zoo {zoo.__version__}, Python {platform.python_version()}, {platform.platform()}")
     out.print(_versions(), soft_wrap=True)
-    places = devices() if device is None else [_device(device)]
     for place in devices():
         out.print(f"device {place}: {_describe(place)}")
     return 0 if _report(out, places) else 1

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from zoo import checkpoint, decoding, tokenizers
 from zoo.config import read_yaml
@@ -66,7 +67,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     found = checkpoint.locate(path)
     tokenizer = _tokenizer(found)
     model = checkpoint.load(found)
-    size = model.config.vocab_size  # type: ignore[union-attr]
+    size = cast(Any, model.config).vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} symbols and the model only {size}; "
@@ -96,7 +97,7 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     """A checkpoint folder holds its tokenizer; a trainer's .ckpt lies in a run that says which data made it."""
     if found.suffix != ".ckpt":
         return tokenizers.load(found)
-    run = next((folder for folder in found.resolve().parents if (folder / "config.yaml").is_file()), None)
+    run = checkpoint.run_of(found)
     if run is None:
         raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
     settings = dict(read_yaml(run / "config.yaml")["data"])

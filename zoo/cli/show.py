@@ -50,7 +50,7 @@ def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:
         parts = name.split(".")[:-1]
         depth = 3 if len(parts) > 1 and parts[1].isdigit() else 1  # blocks.0.mixer, but embedding
         owner = ".".join(parts[:depth])
-        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", owner), type(modules[owner]).__name__)
+        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", owner, count=1), type(modules[owner]).__name__)
         totals[key] += parameter.numel()
         owners[key].add(owner)
     return [(module, kind, len(owners[module, kind]), n) for (module, kind), n in totals.items()]

@@ -3,7 +3,9 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from zoo.layers import SequenceModel
 
 
 def sample(
@@ -51,7 +53,7 @@ def sample(
 
 @torch.inference_mode()
 def generate_batch(
-    model: nn.Module,
+    model: SequenceModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
@@ -116,7 +118,7 @@ def generate_batch(
 
 
 def generate(
-    model: nn.Module,
+    model: SequenceModel,
     prompt: Sequence[int],
     *,
     max_tokens: int,

@@ -31,7 +31,7 @@ _GLOBAL = {"pattern": "deltanet, attention, deltanet*10, attention, deltanet*11"
     "deltanet",
     config=DeltaNetConfig,
     sizes={
-        "tiny": {"hidden_size": 256},
+        "tiny": {"hidden_size": 256, "vocab_size": 257},
         "340m": _340M,
         "340m_sliding": _340M | _SLIDING,
         "340m_global": _340M | _GLOBAL,

@@ -22,7 +22,7 @@ class GatedDeltaNetConfig(SequenceConfig):
     "gated_deltanet",
     config=GatedDeltaNetConfig,
     sizes={
-        "tiny": {"hidden_size": 256, "n_heads": 2, "head_dim": 48, "expand_v": 1.0},
+        "tiny": {"hidden_size": 256, "vocab_size": 257, "n_heads": 2, "head_dim": 48, "expand_v": 1.0},
         "340m": {"d_model": 1024, "n_layers": 21, "n_heads": 3},  # n_heads * head_dim = 0.75 d_model
         "500m": {"d_model": 1024, "n_layers": 21},  # released as a 340M configuration; it has 512 million parameters
         "1.3b": {"d_model": 2048, "n_layers": 21},

@@ -23,7 +23,7 @@ class GLAConfig(SequenceConfig):
     "gla",
     config=GLAConfig,
     sizes={
-        "tiny": {"n_heads": 2, "hidden_size": 256},
+        "tiny": {"n_heads": 2, "hidden_size": 256, "vocab_size": 257},
         "340m": {"d_model": 1024, "n_layers": 24},
         "1.3b": {"d_model": 2048, "n_layers": 24},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 16, "hidden_size": 11008},

@@ -20,7 +20,7 @@ class TransformerConfig(SequenceConfig):
     "transformer",
     config=TransformerConfig,
     sizes={
-        "tiny": {"hidden_size": 256},
+        "tiny": {"hidden_size": 256, "vocab_size": 257},
         "340m": {"d_model": 1024, "n_layers": 24, "n_heads": 16},
         "1.3b": {"d_model": 2048, "n_layers": 24, "n_heads": 32},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_size": 14336},

@@ -1,0 +1,176 @@
+"""Every registered language model: published sizes, steps, padding, packing, streaming, save and load, learning."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import zoo
+from zoo.decoding import generate, generate_batch
+from zoo.layers.state import state_bytes
+from zoo.registry import model_info
+
+# One row a model: what it needs besides SMALL to be tested in seconds.
+SMALL = {"d_model": 32, "n_layers": 2, "vocab_size": 50, "hidden_size": 48}
+MODELS: dict[str, dict[str, object]] = {
+    "transformer": {},
+    "gla": {},
+    "deltanet": {},
+    "gated_deltanet": {"head_dim": 12},
+}
+HYBRIDS = {
+    "deltanet + window": ("deltanet", {"pattern": "deltanet, attention(window=7, n_heads=2)"}),
+    "gated_deltanet + gla": ("gated_deltanet", {"head_dim": 12, "pattern": "gated_deltanet, gla(n_heads=2)"}),
+}
+CASES = {name: (name, fields) for name, fields in MODELS.items()} | HYBRIDS
+EVERY = pytest.mark.parametrize("case", CASES)
+
+PUBLISHED = [  # counted in the papers' official configurations
+    ("transformer", "340m", 373_867_520),
+    ("transformer", "1.3b", 1_364_297_728),
+    ("transformer", "7b", 7_241_732_096),
+    ("gla", "340m", 374_475_776),
+    ("gla", "1.3b", 1_365_514_240),
+    ("gla", "7b", 6_741_635_072),
+    ("deltanet", "340m", 374_362_112),
+    ("deltanet", "1.3b", 1_365_677_056),
+    ("gated_deltanet", "500m", 512_272_124),
+    ("gated_deltanet", "1.3b", 1_387_348_732),
+]
+
+
+def build(case: str, **fields: object) -> torch.nn.Module:
+    name, own = CASES[case]
+    torch.manual_seed(0)
+    model = zoo.create_model(name, **SMALL, **own, **fields)
+    for parameter in model.parameters():  # far from the start's 0.02, so that every part of the model matters
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_logits(got: torch.Tensor, want: torch.Tensor) -> None:
+    """To 1e-5 of the largest logit, in float32."""
+    scale = want.abs().max()
+    assert_close(got / scale, want / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "size", "count"), PUBLISHED)
+def test_published_parameter_counts(name: str, size: str, count: int) -> None:
+    with torch.device("meta"):
+        model = zoo.create_model(name, size=size)
+    assert sum(p.numel() for p in model.parameters()) == count == model_info(name).params[size]
+
+
+@EVERY
+def test_prefill_and_steps_equal_one_forward(case: str) -> None:
+    model, x = build(case), tokens(2, 40)
+    whole, last = model(x)
+    logits, state = model(x[:, :23])
+    parts = [logits]
+    for t in range(23, 40):
+        logits, state = model(x[:, t : t + 1], state)
+        parts.append(logits)
+    assert_same_logits(torch.cat(parts, dim=1), whole)
+    assert state_bytes(state) == state_bytes(last) == model.state_bytes(2, 40)
+
+
+@EVERY
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batches_equal_unpadded_ones(case: str, side: str) -> None:
+    model, lengths = build(case), (17, 5, 1, 9)
+    rows = [tokens(1, 17)[:, :length] for length in lengths]
+    x, mask = torch.full((4, 17), 3), torch.zeros(4, 17, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(17 - row.shape[1], 17) if side == "left" else slice(0, row.shape[1])
+        x[i, place], mask[i, place] = row[0], True
+    logits, state = model(x, mask=mask)
+    following, _ = model(torch.tensor([[7]] * 4), state)
+    for i, row in enumerate(rows):
+        alone, alone_state = model(row)
+        assert_same_logits(logits[i][mask[i]], alone[0])
+        assert_same_logits(following[i], model(torch.tensor([[7]]), alone_state)[0][0])
+    assert (logits[~mask] == 0).all()
+
+
+@EVERY
+def test_packed_documents_equal_separate_ones(case: str) -> None:
+    model, x, bounds = build(case), tokens(1, 30), [0, 11, 12, 30]
+    logits, _ = model(x, cu_seqlens=torch.tensor(bounds))
+    for left, right in itertools.pairwise(bounds):
+        assert_same_logits(logits[:, left:right], model(x[:, left:right])[0])
+
+
+@EVERY
+def test_generation_streams(case: str) -> None:
+    """The first token is there before the last one is computed."""
+    model, calls = build(case), []
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    stream = generate(model, [1, 2, 3], max_tokens=5, seed=0)
+    first = next(stream)
+    assert len(calls) == 1
+    rest = list(stream)
+    assert len(calls) == 5
+    assert [first, *rest] == list(generate(model, [1, 2, 3], max_tokens=5, seed=0))
+
+
+@EVERY
+def test_greedy_batches_equal_single_prompts(case: str) -> None:
+    model = build(case)
+    prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9]]
+    rows = list(generate_batch(model, prompts, max_tokens=6, temperature=0))
+    for i, prompt in enumerate(prompts):
+        assert [row[i] for row in rows] == list(generate(model, prompt, max_tokens=6, temperature=0))
+
+
+@EVERY
+def test_activation_checkpointing_changes_no_gradient(case: str) -> None:
+    grads = []
+    for on in (False, True):
+        model = build(case, activation_checkpointing=on).train()
+        model(tokens(2, 20))[0].square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
+
+
+@EVERY
+def test_save_and_load(case: str, tmp_path: Path) -> None:
+    model, x = build(case), tokens(1, 9)
+    zoo.save(model, tmp_path / "checkpoint")
+    loaded = zoo.load(tmp_path / "checkpoint")
+    assert loaded.config == model.config
+    assert torch.equal(loaded(x)[0], model(x)[0])
+
+
+@EVERY
+def test_the_loss_falls(case: str) -> None:
+    name, own = CASES[case]
+    torch.manual_seed(0)
+    model, x = zoo.create_model(name, **SMALL, **own, tie_embeddings=True), tokens(4, 24)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.cross_entropy(model(x[:, :-1])[0].flatten(0, 1), x[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_tied_embeddings_share_one_matrix() -> None:
+    model = build("deltanet", tie_embeddings=True)
+    assert model.lm_head.weight is model.embedding.weight
+
+
+def test_a_prompt_outside_the_vocabulary_is_refused_before_the_model_runs() -> None:
+    with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\).*got 50"):
+        next(generate(build("deltanet"), [50], max_tokens=1))
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate(build("deltanet"), [], max_tokens=1))

@@ -1,0 +1,208 @@
+"""The generated tasks: samples by number, exactly as published, the same in any company."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoo.train.data._philox import Draws, philox
+from zoo.train.data.copying import Copying
+from zoo.train.data.mqar import MQAR
+from zoo.train.data.synthetic import TRAINING, VALIDATION, SyntheticData
+
+FAST = settings(deadline=None, max_examples=40)
+
+KNOWN_ANSWERS = [  # Random123, kat_vectors: philox4x32, 10 rounds
+    ([0, 0, 0, 0], 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        0x299F31D0_A4093822,
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "want"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(counter: list[int], key: int, want: list[int]) -> None:
+    words = [np.array([word], np.uint64) for word in counter]
+    assert philox(*words, key).tolist() == [want]
+
+
+def draws(n: int = 4000, seed: int = 1) -> Draws:
+    return Draws(seed, TRAINING, np.arange(n))
+
+
+def test_draws_are_even() -> None:
+    uniform = draws().uniform(10)
+    assert abs(uniform.mean() - 0.5) < 0.005
+    assert abs(uniform.var() - 1 / 12) < 0.002
+    assert abs(np.corrcoef(uniform.T) - np.eye(10)).max() < 0.08
+    counts = np.bincount(draws().integers(7, 10).ravel(), minlength=7)
+    assert counts.shape == (7,)
+    assert abs(counts / 40_000 - 1 / 7).max() < 0.01
+
+
+def test_choice_is_without_replacement_and_in_any_order() -> None:
+    chosen = draws().choice(6, 3)
+    assert all(len(set(row)) == 3 for row in chosen.tolist())
+    _, counts = np.unique(chosen, axis=0, return_counts=True)
+    assert len(counts) == 6 * 5 * 4
+    assert abs(counts / 4000 - 1 / 120).max() < 0.008
+    assert (np.sort(draws(50).choice(9, 9)) == np.arange(9)).all()
+
+
+def test_weighted_choice_has_the_odds_of_drawing_one_after_another() -> None:
+    weights = np.array([4.0, 2.0, 1.0, 1.0])
+    chosen = draws(20_000).weighted_choice(weights, 2)
+    for first in range(4):
+        assert abs((chosen[:, 0] == first).mean() - weights[first] / 8) < 0.012
+        for second in set(range(4)) - {first}:
+            want = weights[first] / 8 * weights[second] / (8 - weights[first])
+            assert abs((chosen == (first, second)).all(axis=1).mean() - want) < 0.012
+
+
+@FAST
+@given(
+    half_vocab=st.integers(20, 60),
+    n_pairs=st.integers(1, 6),
+    n_passes=st.integers(1, 2),
+    filler=st.sampled_from(["zero", "random"]),
+    seed=st.integers(0, 2**40),
+)
+def test_mqar_as_published(half_vocab: int, n_pairs: int, n_passes: int, filler: Any, seed: int) -> None:
+    vocab_size = 2 * half_vocab
+    data = MQAR(
+        vocab_size=vocab_size, seq_len=36, n_pairs=n_pairs, n_passes=n_passes, filler=filler, batch_size=16, seed=seed
+    )
+    batch = data.samples(np.arange(16))
+    first = 2 * n_pairs * n_passes
+    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+        keys, values = tokens[0 : 2 * n_pairs : 2], tokens[1 : 2 * n_pairs : 2]
+        assert len(set(keys)) == len(set(values)) == n_pairs
+        assert all(1 <= key < half_vocab for key in keys)
+        assert all(half_vocab <= value < vocab_size for value in values)
+        assert tokens[:first] == tokens[: 2 * n_pairs] * n_passes
+        places = [i for i, target in enumerate(targets) if target != -100]
+        assert [tokens[i] for i in sorted(places, key=lambda i: keys.index(tokens[i]))] == keys  # each exactly once
+        assert all(targets[i] == values[keys.index(tokens[i])] for i in places)
+        assert all(i >= first and (i - first) % 2 == 0 for i in places)
+        others = [tokens[i] for i in range(first, 36) if i not in places]
+        assert all(token == 0 for token in others) if filler == "zero" else all(0 <= t < vocab_size for t in others)
+
+
+def test_mqar_asks_early_by_the_power_law() -> None:
+    """The slot of the first key: odds proportional to i ** (power - 1), about 1 / i."""
+    data = MQAR(vocab_size=128, seq_len=64, n_pairs=4, batch_size=16)
+    batch = data.samples(np.arange(5000))
+    is_first = (batch["tokens"] == batch["tokens"][:, :1]) & (batch["targets"] >= 0)
+    slots = (is_first.int().argmax(dim=1).numpy() - 8) // 2 + 1
+    weights = np.arange(1, 29) ** -0.99
+    want = weights / weights.sum()
+    got = np.bincount(slots, minlength=29)[1:] / 5000
+    assert abs(got - want).max() < 0.02
+
+
+def test_mqar_random_filler_is_everywhere() -> None:
+    batch = MQAR(vocab_size=66, filler="random", n_pairs=2).samples(np.arange(300))
+    assert len(batch["tokens"][:, 4:].unique()) == 66
+
+
+@FAST
+@given(
+    vocab_size=st.integers(3, 20),
+    n=st.integers(1, 8),
+    seq_len=st.integers(17, 40),
+    variant=st.sampled_from(["selective", "plain"]),
+)
+def test_copying_as_published(vocab_size: int, n: int, seq_len: int, variant: Any) -> None:
+    data = Copying(vocab_size=vocab_size, seq_len=seq_len, n_tokens=n, variant=variant, batch_size=8)
+    batch = data.samples(np.arange(8))
+    blank, copy = vocab_size - 2, vocab_size - 1
+    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+        content = [token for token in tokens[: seq_len - n - 1] if token != blank]
+        assert len(content) == n
+        assert targets == [-100] * (seq_len - n) + content
+        assert tokens[-n - 1 :] == [copy] + [blank] * n
+        assert all(token < blank for token in content)
+        if variant == "plain":
+            assert tokens[:n] == content
+
+
+def test_selective_copying_spreads_its_tokens() -> None:
+    batch = Copying(vocab_size=16, seq_len=41, n_tokens=8).samples(np.arange(4000))
+    share = (batch["tokens"][:, :32] < 14).float().mean(dim=0)
+    assert (share - 8 / 32).abs().max() < 0.04
+
+
+TASKS: list[SyntheticData] = [MQAR(seed=5), MQAR(seed=5, filler="random"), Copying(seed=5)]
+
+
+@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying"])
+def test_a_sample_is_the_same_in_any_company(data: SyntheticData) -> None:
+    numbers = np.array([3, 70, 2**33 + 1, 4, 3])
+    together = data.samples(numbers)
+    for i, number in enumerate(numbers):
+        alone = data.samples(np.array([number]))
+        assert torch.equal(alone["tokens"][0], together["tokens"][i])
+        assert torch.equal(alone["targets"][0], together["targets"][i])
+    assert not torch.equal(together["tokens"][0], together["tokens"][3])
+
+
+@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying"])
+def test_training_validation_and_seeds_do_not_meet(data: SyntheticData) -> None:
+    def rows(seed: int, stream: int) -> set[tuple[int, ...]]:
+        kwargs = {"filler": data.filler} if isinstance(data, MQAR) else {}
+        return set(map(tuple, type(data)(seed=seed, **kwargs).samples(np.arange(500), stream)["tokens"].tolist()))
+
+    parts = [rows(5, TRAINING), rows(5, VALIDATION), rows(6, TRAINING), rows(5 + 2**32, TRAINING)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 2000
+
+
+def test_epochs_do_not_repeat_samples() -> None:
+    loader = MQAR(train_samples=96).train_dataloader()
+    rows = [tuple(row) for _ in range(3) for batch in loader for row in batch["tokens"].tolist()]
+    assert len(rows) == len(set(rows)) == 288
+
+
+def test_validation_has_every_sample_once_and_fills_up() -> None:
+    data = MQAR(batch_size=32, val_samples=70)
+    batches = list(data.val_dataloader())
+    assert [batch["tokens"].shape for batch in batches] == [(32, 64)] * 3
+    assert sum(int((batch["targets"] >= 0).sum()) for batch in batches) == 70 * 16
+    again = list(data.val_dataloader())
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(batches, again, strict=True))
+
+
+def test_says_what_it_is() -> None:
+    for data in TASKS:
+        assert data.metrics == ("accuracy",)
+        assert data.tokenizer is None
+        batch = next(iter(data.train_dataloader()))
+        assert batch.keys() == {"tokens", "targets"}
+        assert batch["tokens"].dtype == batch["targets"].dtype == torch.int64
+        assert int(batch["tokens"].max()) < data.vocab_size
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        MQAR(vocab_size=8192, seq_len=128, n_pairs=32, batch_size=64),
+        MQAR(vocab_size=256, seq_len=128, n_pairs=8, filler="random", batch_size=64),
+        Copying(seq_len=128, batch_size=64),
+    ],
+    ids=["mqar", "filler", "copying"],
+)
+def test_a_batch_takes_milliseconds(data: SyntheticData) -> None:
+    """64 x 128 takes 1 to 2 ms on one core; the bound is for a busy machine, and the best of many counts."""
+    source = data.sources[0]
+    times = []
+    for step in range(30):
+        start = time.perf_counter()
+        source.batch(0, step, 0, 1)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.005
