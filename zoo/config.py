@@ -239,9 +239,8 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            raise UsageError(
-                f"{text!r} cannot be read: {_first_line(error).rpartition('HydraException while evaluating ')[2]}; quote text with signs in it: key='\"text\"'"
-            ) from error
+            why = _first_line(error).removeprefix("HydraException while evaluating ")
+            raise UsageError(f"{text!r} cannot be read: {why}; quote text with signs in it: key='\"text\"'") from error
     return parsed
 
 

@@ -48,32 +48,65 @@ def _between(b_b, o_c, HAS_G: tl.constexpr):
 
 
 @triton.jit
-def delta_rule_inverse_kernel(
-    k_ptr, beta_ptr, g_ptr, x_ptr,  # (BT, H, K), (BT, H), (BT, H), (G, H, C, C) fp32
-    begin_ptr, end_ptr,
-    H, K: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, LEVELS: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """X = (I + A)^-1 by doubling: of two neighbouring blocks, X_21 = -X_22 A_21 X_11, for all pairs in one product."""
-    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin = tl.load(begin_ptr + i_c)
-    o_c = tl.arange(0, C)
-    m_c = o_c < (tl.load(end_ptr + i_c) - begin).to(tl.int32)
-    row = begin * H + i_h
-    b_a = tl.zeros([C, C], dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        b_k = _rows(k_ptr + row * K, o_c, m_c, k + tl.arange(0, BLOCK_K), H, K)
-        b_a += tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    b_beta = tl.load(beta_ptr + row + o_c * H, mask=m_c, other=0.0).to(tl.float32)
-    b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
-    b_a = b_a * b_beta[:, None] * _between(b_b, o_c, HAS_G)
+def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr):
+    """(I + A)^-1 for strictly lower A, by doubling: of two neighbouring blocks, X_21 = -X_22 A_21 X_11.
+
+    All pairs of blocks of one size are joined in one product: A masked to their lower left blocks, between two X.
+    """
     o_i, o_j = o_c[:, None], o_c[None, :]
     b_x = (o_i == o_j).to(tl.float32) - tl.where((o_i == o_j + 1) & (o_j % 2 == 0), b_a, 0.0)
-    for level in tl.static_range(1, LEVELS):  # blocks of 2^level rows are inverted; pair them
+    for level in tl.static_range(1, LEVELS):  # blocks of 2^level rows are inverted
         m_pair = ((o_i >> level) == (o_j >> level) + 1) & ((o_j >> level) % 2 == 0)
         b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision="tf32x3")
         b_x -= tl.dot(b_x, b_ax, input_precision="tf32x3")
-    tl.store(x_ptr + (i_c * H + i_h) * (C * C) + o_i * C + o_j, b_x)
+    return b_x
+
+
+@triton.jit
+def delta_rule_inverse_kernel(
+    k_ptr, beta_ptr, g_ptr, x_ptr,  # (BT, H, K), (BT, H), (BT, H), (G, H, C, C) fp32
+    begin_ptr, end_ptr,
+    H, K: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, LEVELS: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X = (I + A)^-1, in one part of PART = 2^LEVELS rows or in two, C = 2 PART, that are joined."""
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = tl.load(begin_ptr + i_c)
+    n = (tl.load(end_ptr + i_c) - begin).to(tl.int32)
+    row = begin * H + i_h
+    k_ptr += row * K
+    x_ptr += (i_c * H + i_h) * (C * C)
+    o_1 = tl.arange(0, PART)
+    o_2 = PART + o_1
+    m_1, m_2 = o_1 < n, o_2 < n
+    b_11 = tl.zeros([PART, PART], dtype=tl.float32)
+    b_21 = tl.zeros([PART, PART], dtype=tl.float32)
+    b_22 = tl.zeros([PART, PART], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_k1 = _rows(k_ptr, o_1, m_1, o_k, H, K)
+        b_11 += tl.dot(b_k1, tl.trans(b_k1), input_precision=PRECISION)
+        if C > PART:
+            b_k2 = _rows(k_ptr, o_2, m_2, o_k, H, K)
+            b_21 += tl.dot(b_k2, tl.trans(b_k1), input_precision=PRECISION)
+            b_22 += tl.dot(b_k2, tl.trans(b_k2), input_precision=PRECISION)
+    b_beta1 = tl.load(beta_ptr + row + o_1 * H, mask=m_1, other=0.0).to(tl.float32)
+    b_b1 = _log_decay(g_ptr + row, o_1, m_1, H, HAS_G)
+    b_x11 = _unit_lower_inverse(b_11 * b_beta1[:, None] * _between(b_b1, o_1, HAS_G), o_1, LEVELS)
+    o_x = o_1[:, None] * C + o_1[None, :]
+    tl.store(x_ptr + o_x, b_x11)
+    if C > PART:
+        b_beta2 = tl.load(beta_ptr + row + o_2 * H, mask=m_2, other=0.0).to(tl.float32)
+        b_b2 = _log_decay(g_ptr + row, o_2, m_2, H, HAS_G)  # from the second part's start
+        b_x22 = _unit_lower_inverse(b_22 * b_beta2[:, None] * _between(b_b2, o_1, HAS_G), o_1, LEVELS)
+        b_21 *= b_beta2[:, None]
+        if HAS_G:  # two exponents <= 0 instead of their sum
+            b_21 *= tl.exp(b_b2)[:, None] * tl.exp(tl.min(b_b1, 0) - b_b1)[None, :]
+        b_ax = tl.dot(b_21, b_x11, input_precision="tf32x3")
+        b_x21 = -tl.dot(b_x22, b_ax, input_precision="tf32x3")
+        tl.store(x_ptr + o_x + PART, tl.zeros([PART, PART], dtype=tl.float32))
+        tl.store(x_ptr + o_x + PART * C, b_x21)
+        tl.store(x_ptr + o_x + PART * C + PART, b_x22)
 
 
 @triton.jit
@@ -371,27 +404,33 @@ class Blocks(NamedTuple):
     """One launch configuration, a function of (K, V, dtype) alone."""
 
     chunk: int  # C, tokens
-    states_k: int  # the whole key, rounded up: block of the sequential kernels
+    states_k: int  # the sequential kernels: the whole key, rounded up
     states_v: int
-    tile_k: int  # blocks of the kernels that run on all chunks at once
-    tile_v: int
     states_warps: int
-    tile_warps: int
+    tile_k: int  # the kernels that run on all chunks at once
+    tile_v: int
+    keys_k: int  # of grad_keys, which keeps three tiles
 
 
 def blocks(K: int, V: int, dtype: torch.dtype) -> Blocks:
-    """The configuration for keys of K and values of V numbers; not tuned on a device yet."""
-    wide = dtype == torch.float32
+    """The configuration for keys of K and values of V numbers.
+
+    Not tuned on a device yet: these are the largest blocks that need no register spills on sm_80 and sm_90 (see
+    `compile_cases` for the one exception).
+    """
     whole_k, whole_v = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    tile = 32 if wide else 64
+    if dtype == torch.float32:
+        chunk, states_v, tile = (32, 32, 32) if K <= 32 else (16, 16, 64)
+    else:
+        chunk, states_v, tile = (64, 32, 64) if K <= 128 else (32, 32, 64)
     return Blocks(
-        chunk=32 if wide else 64,
+        chunk=chunk,
         states_k=whole_k,
-        states_v=min(whole_v, 32),
+        states_v=min(whole_v, states_v),
+        states_warps=4 if K <= 32 else 8,
         tile_k=min(whole_k, tile),
         tile_v=min(whole_v, tile),
-        states_warps=4,
-        tile_warps=4,
+        keys_k=min(whole_k, tile if chunk < 64 else 32),
     )
 
 
@@ -400,23 +439,22 @@ def chunk_size(K: int, V: int, dtype: torch.dtype) -> int:
     return blocks(K, V, dtype).chunk
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "tf32"  # products of half-precision operands ignore it
-
-
 def _constants(q: Tensor, v: Tensor, g: Tensor | None, kernel: str) -> dict[str, Any]:
     """The constexpr arguments and warps of one launch."""
     K, V = q.shape[-1], v.shape[-1]
     b = blocks(K, V, q.dtype)
     sequential = kernel in ("states", "grad_states")
     constants: dict[str, Any] = {
-        "K": K, "V": V, "HAS_G": g is not None, "C": b.chunk, "PRECISION": _precision(q.dtype),
-        "BLOCK_K": b.states_k if sequential else b.tile_k, "BLOCK_V": b.states_v if sequential else b.tile_v,
-        "num_warps": b.states_warps if sequential else b.tile_warps, "num_stages": 2,
+        "K": K, "V": V, "HAS_G": g is not None, "C": b.chunk,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # of float32 operands; the others ignore it
+        "BLOCK_K": b.states_k if sequential else b.keys_k if kernel == "grad_keys" else b.tile_k,
+        "BLOCK_V": b.states_v if sequential else b.tile_v,
+        "num_warps": b.states_warps if sequential else 4, "num_stages": 2,
     }  # fmt: skip
     if kernel == "inverse":
         del constants["V"], constants["BLOCK_V"]
-        constants["LEVELS"] = b.chunk.bit_length() - 1
+        constants["PART"] = min(b.chunk, 32)
+        constants["LEVELS"] = constants["PART"].bit_length() - 1
     return constants
 
 
@@ -451,9 +489,10 @@ def delta_fwd(
     H, V = v.shape[-2:]
     _, U, before, S = _states(k, v, beta, g, S0, begin, end, offsets)
     o = torch.empty_like(v)
-    constants = _constants(q, v, g, "output")
-    grid = (begin.shape[0], H, triton.cdiv(V, constants["BLOCK_V"]))
-    delta_rule_output_kernel[grid](q, k, beta if g is None else g, U, before, o, begin, end, scale, H, **constants)
+    gate, n_v = beta if g is None else g, triton.cdiv(V, blocks(q.shape[-1], V, q.dtype).tile_v)
+    delta_rule_output_kernel[begin.shape[0], H, n_v](
+        q, k, gate, U, before, o, begin, end, scale, H, **_constants(q, v, g, "output")
+    )
     return o, S
 
 
@@ -473,9 +512,9 @@ def delta_bwd(
     b, gate = blocks(K, V, q.dtype), beta if g is None else g
     X, U, before, _ = _states(k, v, beta, g, S0, begin, end, offsets)
     dU, dR, dv, after, dS0 = (torch.empty_like(x) for x in (v, v, v, before, S0))
-    constants = _constants(q, v, g, "grad_local")
-    grid = (G, H, triton.cdiv(V, b.tile_v))
-    delta_rule_grad_local_kernel[grid](q, k, gate, do, dU, begin, end, scale, H, **constants)
+    delta_rule_grad_local_kernel[G, H, triton.cdiv(V, b.tile_v)](
+        q, k, gate, do, dU, begin, end, scale, H, **_constants(q, v, g, "grad_local")
+    )
     grid = (S0.shape[0] * H, triton.cdiv(V, b.states_v))
     delta_rule_grad_states_kernel[grid](
         q, k, beta, gate, X, do, dU, dS, dR, after, dS0, begin, end, offsets, scale, H,
@@ -484,15 +523,16 @@ def delta_bwd(
     del X, dU
     dp = torch.empty(G, H, b.chunk, b.chunk, dtype=q.dtype, device=q.device)
     dm, dq, dk = torch.empty_like(dp), torch.empty_like(q), torch.empty_like(k)
-    n_k = triton.cdiv(K, b.tile_k)
+    n_k = triton.cdiv(K, b.keys_k)
     dbeta = torch.empty(1 + n_k, B, T, H, dtype=torch.float32, device=q.device)
     dg = torch.empty_like(dbeta) if g is not None else dbeta
     delta_rule_grad_scores_kernel[(G, H)](
-        q, k, v, beta, gate, U, do, dR, dp, dm, dv, dbeta, dg, begin, end, scale, H, **constants
-    )
+        q, k, v, beta, gate, U, do, dR, dp, dm, dv, dbeta, dg, begin, end, scale, H,
+        **_constants(q, v, g, "grad_scores"),
+    )  # fmt: skip
     delta_rule_grad_keys_kernel[(G, H, n_k)](
         q, k, beta, gate, U, do, dR, before, after, dp, dm, dq, dk, dbeta, dg, begin, end, scale, B * T * H, H,
-        **constants,
+        **_constants(q, v, g, "grad_keys"),
     )  # fmt: skip
     gate_gradient = beta.new_empty(0) if g is None else dg.sum(0).to(g.dtype)
     return dq, dk, dv, dbeta.sum(0).to(beta.dtype), gate_gradient, dS0
@@ -557,10 +597,12 @@ def compile_cases() -> list[KernelCase]:
             name = kernel.__name__.removeprefix("delta_rule_").removesuffix("_kernel")
             constants = _constants(q, v, q if gated else None, name)
             warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+            # IEEE float32 products of 256-long keys hold whole rows of operands; training runs in bfloat16
+            spills = 640 if K == 256 and io == "*fp32" and name.endswith("states") else 0
             signature = {a: _POINTERS.get(a, io) for a in kernel.arg_names if a not in constants}
             cases.append(
                 KernelCase(
-                    kernel, signature, constants, num_warps=warps, num_stages=stages,
+                    kernel, signature, constants, num_warps=warps, num_stages=stages, spills=spills,
                     label=f"K={K} V={V} {'gated ' if gated else ''}{io[1:]}",
                 )
             )  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops import delta_rule
+from zoo.ops import delta_rule, dispatch
 from zoo.ops.delta_rule.chunked import delta_rule_chunked
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
@@ -82,6 +82,27 @@ def test_gates_may_be_wider_than_the_rest() -> None:
     assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
     exact = delta_rule(**{name: x.float() for name, x in half.items()})
     assert relative_error(S, exact[1]) < 1e-6  # only the output was rounded
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule"])
+def test_kernels_take_half_precision(name: str) -> None:
+    # half precision has longer chunks, whose triangular inverse is made in two parts
+    spec = OPERATORS[name]
+    given = spec.inputs(1, 70, {"H": 1, "K": 16, "V": 16})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    errors = parity(spec, given, backend="triton", dtype=torch.float16, device=device)
+    assert not red(errors, torch.float16)
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+def test_kernels_say_what_they_do_not_take() -> None:
+    given = inputs(5)
+    with pytest.raises(ValueError, match=r"delta_rule: the kernels compute in float32; got float64.*backend='torch'"):
+        delta_rule(**given, backend="triton")
+    given = {name: x.float() for name, x in inputs(5, K=300).items()}
+    with pytest.raises(ValueError, match=r"delta_rule: the kernels take keys of at most 256 .*K = 300, use"):
+        delta_rule(**given, backend="triton")
 
 
 def test_orthonormal_keys_are_kept_exactly() -> None:

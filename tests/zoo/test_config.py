@@ -168,7 +168,7 @@ def test_a_model_without_a_yaml_file_can_be_chosen(folder, monkeypatch):
         ("optim=3", "optim= chooses by name, got 3; to change one setting write optim.KEY=VALUE"),
         ("optim={lr: 1}", "optim= chooses by name, got {'lr': 1}"),
         ("seed", "settings are written key=value, got 'seed'; zoo config prints all settings"),
-        ("model.pattern=a(b=1)", "'model.pattern=a(b=1)' cannot be read: "),
+        ("model.pattern=a(b=1)", "'model.pattern=a(b=1)' cannot be read: 'a(b=1)': Unknown function 'a'; quote text"),
         ("model.d_model=${nowhere}", "the settings do not compose: Interpolation key 'nowhere' not found"),
         ("~model", "a config needs a model; add model=NAME, zoo list shows all"),
         ("~optim.no", "the settings do not compose: Could not delete"),

@@ -48,6 +48,8 @@ def sweep_command(settings: list[str], config_dir: Path | None, metric: str | No
     common = [word for word in fixed(settings) if not word.startswith("run_dir=")]
     folder = _folder(settings)
     combinations = sweep(settings)
+    if any("run_dir" in values for values in combinations):
+        raise UsageError("a sweep has one run_dir, in which each run gets a folder; give a single one")
     for values in combinations:  # all settings are checked before the first run starts
         compose([*common, *(f"{key}={value}" for key, value in values.items())], config_dir=config_dir)
     _claim(folder, common, config_dir)
