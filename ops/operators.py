@@ -26,12 +26,12 @@ def _conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> In
 
 
 def _gla_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
-    K, V = sizes["K"], sizes["V"]
+    H, K, V = sizes["H"], sizes["K"], sizes["V"]
     return {
-        "q": _randn(generator, B, T, 2, K),
-        "k": _randn(generator, B, T, 2, K),
-        "v": _randn(generator, B, T, 2, V),
-        "g": _log_decay(_randn(generator, B, T, 2, K)),
+        "q": _randn(generator, B, T, H, K),
+        "k": _randn(generator, B, T, H, K),
+        "v": _randn(generator, B, T, H, V),
+        "g": _log_decay(_randn(generator, B, T, H, K)),
     }
 
 
@@ -102,8 +102,13 @@ OPERATORS: dict[str, OperatorSpec] = {
             name="gated_linear_attention",
             function=gated_linear_attention,
             make=_gla_inputs,
-            state=lambda n, sizes, generator: _randn(generator, n, 2, sizes["K"], sizes["V"]),
-            sizes=({"K": 8, "V": 16}, {"K": 64, "V": 64}, {"K": 100, "V": 128}, {"K": 128, "V": 100}),
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["H"], sizes["K"], sizes["V"]),
+            sizes=(
+                {"H": 2, "K": 8, "V": 16},
+                {"H": 1, "K": 64, "V": 64},
+                {"H": 1, "K": 100, "V": 128},
+                {"H": 1, "K": 128, "V": 100},
+            ),
             time=("q", "k", "v", "g"),
             extremes={
                 "forget everything": lambda i: i | {"g": torch.full_like(i["g"], -8.0)},

@@ -11,7 +11,7 @@ over i >= t of q_i dq_i - k_i dk_i. A token's weight on itself has no decay and 
 do not drown in rounding.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,12 +23,6 @@ from zoo.ops.kernel_case import KernelCase
 
 CHUNK = 64
 SUB = 16
-# Launches of each kernel, one fixed table: not tuned on a device yet
-STATES = {"num_warps": 4, "num_stages": 2}
-WEIGHTS = {"num_warps": 4, "num_stages": 2}
-OUT = {"num_warps": 4, "num_stages": 2}
-INTRA = {"num_warps": 4, "num_stages": 2}
-INPUTS = {"num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -375,29 +369,46 @@ def gla_bwd_inputs_kernel(
 
 
 class _Launch(NamedTuple):
-    """Everything that a launch needs beside its tensors, from the shapes and the dtype alone."""
+    """What a launch needs beside its tensors, from the shapes and the dtype alone: one fixed choice, no tuning."""
 
-    H: int
-    K: int
-    V: int
+    sizes: dict[str, int]  # H, K and V
+    precision: str
     block_k: int
     block_v: int
-    precision: str
+    n_k: int
+    n_v: int
+
+    @classmethod
+    def of(cls, H: int, K: int, V: int, dtype: torch.dtype) -> "_Launch":
+        # float32 products on tensor cores in three passes, close to exact; half precision has one way only
+        precision = "tf32x3" if dtype == torch.float32 else "tf32"
+        block_k, block_v = _block(K, dtype), _block(V, dtype)
+        return cls(
+            {"H": H, "K": K, "V": V}, precision, block_k, block_v, triton.cdiv(K, block_k), triton.cdiv(V, block_v)
+        )
+
+    def options(self, kernel: Any) -> dict[str, Any]:
+        """The constants that the kernel names, and how many warps run it."""
+        constants = {"PRECISION": self.precision, "CHUNK": CHUNK, "SUB": SUB}
+        constants |= {**self.sizes, "BLOCK_K": self.block_k, "BLOCK_V": self.block_v}
+        many = kernel in (_FLOAT32_IN_8_WARPS if self.precision == "tf32x3" else _HALF_IN_8_WARPS)
+        launch = {"num_warps": 8 if many else 4, "num_stages": 2}
+        return {name: constants[name] for name in kernel.arg_names if name in constants} | launch
+
+    def run(self, kernel: Any, grid: tuple[int, ...], *args: Tensor | float) -> None:
+        kernel[grid](*args, **self.options(kernel))
 
 
-def _launch(q: Tensor, v: Tensor) -> _Launch:
-    (_, _, H, K), V = q.shape, v.shape[-1]
-    return _Launch(H, K, V, _block(K), _block(V), _precision(q.dtype))
-
-
-def _block(size: int) -> int:
+def _block(size: int, dtype: torch.dtype) -> int:
     """tl.dot wants at least 16 in every dimension: smaller heads are padded by masks, larger ones cut."""
-    return min(64, max(16, triton.next_power_of_2(size)))
+    return min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(size)))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products on tensor cores in three passes, close to exact; half precision has one way only."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+# Not tuned on a device yet. What the compiler says for sm_80 and sm_90 (python -m zoo.ops.compile gla): in float32,
+# blocks of 64 x 64 spill up to 8 kB, of 32 x 32 nothing if these kernels have 8 warps; in bfloat16, 64 x 64 fits in 4
+# but for the last kernel.
+_FLOAT32_IN_8_WARPS = (gla_fwd_states_kernel, gla_bwd_states_kernel, gla_bwd_intra_kernel, gla_bwd_inputs_kernel)
+_HALF_IN_8_WARPS = (gla_bwd_inputs_kernel,)
 
 
 def _states(
@@ -405,24 +416,16 @@ def _states(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The states before each chunk, (G, H, K, V) in `dtype`, and the last states, (N, H, K, V) float32."""
-    n, N = begin.shape[0], offsets.shape[0] - 1
-    states = torch.empty(n, at.H, at.K, at.V, dtype=dtype, device=k.device)
-    last = torch.empty(N, at.H, at.K, at.V, dtype=torch.float32, device=k.device)
-    grid = (N * at.H, triton.cdiv(at.K, at.block_k), triton.cdiv(at.V, at.block_v))
-    gla_fwd_states_kernel[grid](
-        k, v, g, state, states, last, begin, end, offsets, at.H, at.K, at.V,
-        PRECISION=at.precision, CHUNK=CHUNK, BLOCK_K=at.block_k, BLOCK_V=at.block_v, **STATES,
-    )  # fmt: skip
+    N, H, _, _ = state.shape
+    states, last = state.new_empty(begin.shape[0], *state.shape[1:], dtype=dtype), torch.empty_like(state)
+    at.run(gla_fwd_states_kernel, (N * H, at.n_k, at.n_v), k, v, g, state, states, last, begin, end, offsets)
     return states, last
 
 
 def _weights(q: Tensor, k: Tensor, g: Tensor, begin: Tensor, end: Tensor, scale: float, at: _Launch) -> Tensor:
     """P, (B, T, H, CHUNK) in the dtype of q; entries after the row's block of SUB tokens are not written."""
-    P = torch.empty(*q.shape[:3], CHUNK, dtype=q.dtype, device=q.device)
-    gla_fwd_weights_kernel[(begin.shape[0], CHUNK // SUB, at.H)](
-        q, k, g, P, begin, end, scale, at.H, at.K,
-        PRECISION=at.precision, CHUNK=CHUNK, SUB=SUB, BLOCK_K=at.block_k, **WEIGHTS,
-    )  # fmt: skip
+    P = q.new_empty(*q.shape[:3], CHUNK)
+    at.run(gla_fwd_weights_kernel, (begin.shape[0], CHUNK // SUB, q.shape[2]), q, k, g, P, begin, end, scale)
     return P
 
 
@@ -432,14 +435,11 @@ def gla_fwd(
 ) -> tuple[Tensor, Tensor]:
     """q k g (B, T, H, K), v (B, T, H, V), state (N, H, K, V) float32, a ChunkTable of CHUNK -> o, the last states."""
     q, k, v, g, state = (x.contiguous() for x in (q, k, v, g, state))
-    at = _launch(q, v)
+    n, (_, _, H, K) = begin.shape[0], q.shape
+    at = _Launch.of(H, K, v.shape[3], q.dtype)
     states, last = _states(k, v, g, state, begin, end, offsets, at, q.dtype)
-    P = _weights(q, k, g, begin, end, scale, at)
-    o = torch.empty_like(v)
-    gla_fwd_out_kernel[(begin.shape[0], triton.cdiv(at.V, at.block_v), at.H)](
-        q, v, g, states, P, o, begin, end, scale, at.H, at.K, at.V,
-        PRECISION=at.precision, CHUNK=CHUNK, BLOCK_K=at.block_k, BLOCK_V=at.block_v, **OUT,
-    )  # fmt: skip
+    P, o = _weights(q, k, g, begin, end, scale, at), torch.empty_like(v)
+    at.run(gla_fwd_out_kernel, (n, at.n_v, H), q, v, g, states, P, o, begin, end, scale)
     return o, last
 
 
@@ -455,30 +455,27 @@ def gla_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, g and state. Chunk states and weights are computed again, the states in float32."""
     do, dlast, q, k, v, g, state = (x.contiguous() for x in (do, dlast, q, k, v, g, state))
-    at, n = _launch(q, v), begin.shape[0]
-    n_k, n_v = triton.cdiv(at.K, at.block_k), triton.cdiv(at.V, at.block_v)
-    fixed = {"PRECISION": at.precision, "CHUNK": CHUNK}
-    blocks = {**fixed, "BLOCK_K": at.block_k, "BLOCK_V": at.block_v}
-
-    dstates, dstate = torch.empty(n, *state.shape[1:], dtype=torch.float32, device=q.device), torch.empty_like(state)
-    gla_bwd_states_kernel[(state.shape[0] * at.H, n_k, n_v)](
-        q, do, g, dlast, dstates, dstate, begin, end, offsets, scale, at.H, at.K, at.V, **blocks, **STATES
-    )
-    dv, P = torch.empty_like(v), _weights(q, k, g, begin, end, scale, at)
-    gla_bwd_values_kernel[(n, n_v, at.H)](k, g, do, P, dstates, dv, begin, end, at.H, at.K, at.V, **blocks, **OUT)
-    del P
-    dP = torch.empty(*q.shape[:3], CHUNK, dtype=torch.float32, device=q.device)
-    gla_bwd_weights_kernel[(n, at.H)](do, v, dP, begin, end, scale, at.H, at.V, **fixed, BLOCK_V=at.block_v, **WEIGHTS)
-    parts = [torch.empty_like(q, dtype=torch.float32) for _ in range(3)]
-    gla_bwd_intra_kernel[(n, CHUNK // SUB * n_k, at.H)](
-        q, k, g, dP, *parts, begin, end, at.H, at.K, **fixed, SUB=SUB, BLOCK_K=at.block_k, **INTRA
-    )
+    n, (_, _, H, K) = begin.shape[0], q.shape
+    at = _Launch.of(H, K, v.shape[3], q.dtype)
+    dstates, dstate = state.new_empty(n, *state.shape[1:]), torch.empty_like(state)
+    at.run(
+        gla_bwd_states_kernel, (state.shape[0] * H, at.n_k, at.n_v),
+        q, do, g, dlast, dstates, dstate, begin, end, offsets, scale,
+    )  # fmt: skip
+    P, dv = _weights(q, k, g, begin, end, scale, at), torch.empty_like(v)
+    at.run(gla_bwd_values_kernel, (n, at.n_v, H), k, g, do, P, dstates, dv, begin, end)
+    del P  # as large as CHUNK / K of q
+    dP = q.new_empty(*q.shape[:3], CHUNK, dtype=torch.float32)
+    at.run(gla_bwd_weights_kernel, (n, H), do, v, dP, begin, end, scale)
+    parts = [torch.empty_like(q, dtype=torch.float32) for _ in range(3)]  # of dq, dk and db
+    at.run(gla_bwd_intra_kernel, (n, CHUNK // SUB * at.n_k, H), q, k, g, dP, *parts, begin, end)
     del dP
     states, _ = _states(k, v, g, state, begin, end, offsets, at, torch.float32)
     dq, dk, dg = torch.empty_like(q), torch.empty_like(k), torch.empty_like(g)
-    gla_bwd_inputs_kernel[(n, n_k, at.H)](
-        q, k, v, g, do, states, dstates, *parts, dq, dk, dg, begin, end, scale, at.H, at.K, at.V, **blocks, **INPUTS
-    )
+    at.run(
+        gla_bwd_inputs_kernel, (n, at.n_k, H),
+        q, k, v, g, do, states, dstates, *parts, dq, dk, dg, begin, end, scale,
+    )  # fmt: skip
     return dq, dk, dv, dg, dstate
 
 
@@ -514,46 +511,32 @@ def _flops_bwd(do_shape, dlast_shape, q_shape, k_shape, v_shape, *args, out_shap
 
 
 def compile_cases() -> list[KernelCase]:
-    """Heads of the published models (K / V 128 / 256 and 256 / 512: both cut to 64 x 64) and of the tiny one."""
+    """Heads of the published models (K / V 128 / 256 and 256 / 512) and of the tiny one."""
+    float32 = ("state", "states", "last", "dlast", "dstates", "dstate", "dp", "part_dq", "part_dk", "part_db", "db")
     cases = []
-    for K, V, dtype, gate in ((128, 256, "bf16", "fp32"), (128, 256, "fp32", "fp32"), (32, 32, "fp32", "fp32")):
-        io = dict.fromkeys(
-            ("q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "p_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), f"*{dtype}"
-        )
-        io |= {"g_ptr": f"*{gate}", "dg_ptr": f"*{gate}", "begin_ptr": "*i64", "end_ptr": "*i64", "offsets_ptr": "*i64"}
-        io |= dict.fromkeys(("state_ptr", "states_ptr", "last_ptr", "dlast_ptr", "dstates_ptr", "dstate_ptr"), "*fp32")
-        io |= dict.fromkeys(("dp_ptr", "part_dq_ptr", "part_dk_ptr", "part_db_ptr"), "*fp32")
-        io |= {"scale": "fp32"}
-        precision = _precision(torch.float32 if dtype == "fp32" else torch.bfloat16)
-        constants = {
-            "H": 4,
-            "K": K,
-            "V": V,
-            "PRECISION": precision,
-            "CHUNK": CHUNK,
-            "SUB": SUB,
-            "BLOCK_K": _block(K),
-            "BLOCK_V": _block(V),
-        }
-        for kernel, launch, own in (
-            (gla_fwd_states_kernel, STATES, {"states_ptr": f"*{dtype}"}),
-            (gla_fwd_states_kernel, STATES, {}),
-            (gla_fwd_weights_kernel, WEIGHTS, {}),
-            (gla_fwd_out_kernel, OUT, {"states_ptr": f"*{dtype}"}),
-            (gla_bwd_states_kernel, STATES, {}),
-            (gla_bwd_values_kernel, OUT, {}),
-            (gla_bwd_weights_kernel, WEIGHTS, {}),
-            (gla_bwd_intra_kernel, INTRA, {"dq_ptr": "*fp32", "dk_ptr": "*fp32", "db_ptr": "*fp32"}),
-            (gla_bwd_inputs_kernel, INPUTS, {}),
+    for K, V, dtype, name in (
+        (128, 256, torch.bfloat16, "bf16"),
+        (256, 512, torch.bfloat16, "bf16"),
+        (128, 256, torch.float32, "fp32"),
+        (32, 32, torch.float32, "fp32"),
+        (32, 32, torch.bfloat16, "bf16"),
+    ):
+        types = {f"{x}_ptr": f"*{name}" for x in ("q", "k", "v", "o", "do", "p", "dq", "dk", "dv")}
+        types |= {f"{x}_ptr": "*i64" for x in ("begin", "end", "offsets")} | {"scale": "fp32"}
+        types |= {f"{x}_ptr": "*fp32" for x in ("g", "dg", *float32)}  # gates in float32, as the layer makes them
+        for kernel, own in (
+            (gla_fwd_states_kernel, {"states_ptr": f"*{name}"}),
+            (gla_fwd_states_kernel, {}),  # for the backward
+            (gla_fwd_weights_kernel, {}),
+            (gla_fwd_out_kernel, {"states_ptr": f"*{name}"}),
+            (gla_bwd_states_kernel, {}),
+            (gla_bwd_values_kernel, {}),
+            (gla_bwd_weights_kernel, {}),
+            (gla_bwd_intra_kernel, {"dq_ptr": "*fp32", "dk_ptr": "*fp32"}),
+            (gla_bwd_inputs_kernel, {}),
         ):
-            types, names = io | own, set(kernel.arg_names)
-            cases.append(
-                KernelCase(
-                    kernel,
-                    {name: types[name] for name in types if name in names},
-                    {name: value for name, value in constants.items() if name in names},
-                    **launch,
-                    label=f"{dtype} K={K} V={V}",
-                )
-            )
+            options = _Launch.of(4, K, V, dtype).options(kernel)
+            launch = {x: options.pop(x) for x in ("num_warps", "num_stages")}
+            signature = {x: t for x, t in (types | own).items() if x in kernel.arg_names}
+            cases.append(KernelCase(kernel, signature, options, **launch, label=f"{name} K={K} V={V}"))
     return cases

@@ -1,13 +1,16 @@
 """Every operator's proofs, from its one entry in zoo.ops.operators."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.ops import dispatch
 from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import OperatorSpec, convert, parity, red, relative_error
+from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
@@ -50,6 +53,37 @@ def test_kernels_take_packed_documents(spec: OperatorSpec) -> None:
     inputs, cu = spec.inputs(1, PACKED[-1], documents=len(PACKED) - 1), torch.tensor(PACKED)
     errors = parity(spec, inputs, backend="triton", dtype=torch.float32, device=DEVICE, cu_seqlens=cu)
     assert not red(errors, torch.float32)
+
+
+class CustomOps(TorchDispatchMode):
+    """The first call of every zoo:: operator, with its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[torch._ops.OpOverload, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zoo" and func not in self.calls:
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("spec", SPECS)
+def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
+    """Schema, fake and autograd registration of every custom op that the operator reaches, on real arguments."""
+    if not spec.kernels:
+        pytest.skip("no kernels yet")
+    with CustomOps() as seen:
+        outputs_and_gradients(spec, convert(spec.inputs(1, 5), torch.float32, DEVICE), backend="triton")
+    assert {op.name().endswith("_bwd") for op in seen.calls} == {True, False}
+    for op, args in seen.calls.items():
+        differentiable = not op.name().endswith("_bwd")  # no second derivatives
+        own = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
+        for x in own:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.requires_grad_(differentiable)
+        torch.library.opcheck(op, own)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,146 @@
+"""Gated linear attention against an implementation that is not ours, and against closed forms."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.ops import dispatch, gated_linear_attention
+from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked
+from zoo.ops.operators import OPERATORS
+from zoo.ops.proof import outputs_and_gradients, relative_error
+
+SPEC = OPERATORS["gated_linear_attention"]
+SIZES = {"H": 2, "K": 16, "V": 24}
+
+
+def inputs(T: int, *, B: int = 2, sizes: dict[str, int] = SIZES, seed: int = 0) -> dict[str, Tensor]:
+    return SPEC.inputs(B, T, sizes, seed=seed)
+
+
+@pytest.mark.parametrize("T", [1, 37, 130])
+def test_agrees_with_flash_linear_attention(T: int) -> None:
+    naive = pytest.importorskip("fla.ops.gla.naive", reason="flash-linear-attention is not installed")
+    given = {name: x.float() for name, x in inputs(T).items()}
+    ours = gated_linear_attention(**given)
+    theirs = naive.naive_recurrent_gla(
+        given["q"], given["k"], given["v"], given["g"], initial_state=given["state"], output_final_state=True
+    )
+    for got, want in zip(ours, theirs, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_chunk_and_segment_lengths_change_nothing() -> None:
+    given = [x.requires_grad_() for x in inputs(75).values()]
+    exact = gated_linear_attention(*given, scale=0.3, backend="reference")
+    cotangents = [torch.randn_like(x) for x in exact]
+    wanted = (*exact, *torch.autograd.grad(exact, given, cotangents))
+    for chunk in (1, 2, 16, 64, 128):
+        for segment in (1, 3000, 2**20):  # one chunk at a time; a few; all
+            ours = gated_linear_attention_chunked(*given, 0.3, None, chunk=chunk, segment=segment)
+            found = (*ours, *torch.autograd.grad(ours, given, cotangents))
+            for got, want in zip(found, wanted, strict=True):
+                assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("cuts", [(0, 75), (0, 5, 5, 60, 75), (0, 0, 33, 75, 75)])
+def test_segments_of_packed_documents_change_nothing(cuts: tuple[int, ...]) -> None:
+    given = SPEC.inputs(1, 75, SIZES, documents=len(cuts) - 1)
+    leaves = [x.requires_grad_() for x in given.values()]
+    exact = gated_linear_attention(*leaves, cu_seqlens=torch.tensor(cuts), backend="reference")
+    cotangents = [torch.randn_like(x) for x in exact]
+    wanted = (*exact, *torch.autograd.grad(exact, leaves, cotangents))
+    for segment in (1, 3000):
+        ours = gated_linear_attention_chunked(*leaves, 0.25, cuts, chunk=16, segment=segment)
+        found = (*ours, *torch.autograd.grad(ours, leaves, cotangents))
+        for got, want in zip(found, wanted, strict=True):
+            assert relative_error(got, want) < 1e-12
+
+
+def test_the_gate_gradient_has_a_closed_form() -> None:
+    # dg_t = sum over i >= t of (q_i dq_i - k_i dk_i), plus what the last state's gradient passes to every gate
+    given = inputs(70)
+    cotangent = torch.randn(*given["v"].shape, dtype=torch.float64)
+    leaves = {name: x.requires_grad_() for name, x in given.items()}
+    o, S = gated_linear_attention(**leaves)
+    dS = torch.randn_like(S)
+    grads = torch.autograd.grad((o, S), list(leaves.values()), (cotangent, dS))
+    dq, dk, _, dg, _ = grads
+    db = given["q"] * dq - given["k"] * dk
+    closed = db.flip(1).cumsum(1).flip(1) + (S * dS).sum(-1)[:, None]
+    assert relative_error(dg, closed.detach()) < 1e-11
+
+
+def test_strong_gates_are_finite_and_exact_in_float32() -> None:
+    given = inputs(200)
+    given["g"] = torch.full_like(given["g"], -8.0)
+    found = outputs_and_gradients(SPEC, {name: x.float() for name, x in given.items()}, backend="torch")
+    rounded = {name: x.float().double() for name, x in given.items()}
+    exact = outputs_and_gradients(SPEC, rounded, backend="reference")
+    for name, x in found.items():
+        assert x.isfinite().all()
+        assert relative_error(x, exact[name]) < 1e-6, name
+
+
+def test_a_reset_is_a_new_start() -> None:
+    given = inputs(40)
+    given["g"][:, 25] = float("-inf")
+    o, S = gated_linear_attention(**given)
+    second = {name: x[:, 25:] for name, x in given.items() if name != "state"}
+    second["g"] = second["g"].clone()
+    second["g"][:, 0] = 0
+    o2, S2 = gated_linear_attention(**second)
+    assert relative_error(o[:, 25:], o2) < 1e-12
+    assert relative_error(S, S2) < 1e-12
+
+
+def test_without_a_gate_it_is_plain_linear_attention() -> None:
+    given = inputs(90) | {"state": torch.zeros(2, 2, 16, 24, dtype=torch.float64)}
+    given["g"] = given["g"] * 0
+    o, S = gated_linear_attention(**given, scale=1.0)
+    q, k, v = (given[name].transpose(1, 2) for name in "qkv")  # (B, H, T, K)
+    assert relative_error(o.transpose(1, 2), (q @ k.mT).tril() @ v) < 1e-12
+    assert relative_error(S, k.mT @ v) < 1e-12
+
+
+def test_a_later_token_changes_no_earlier_output() -> None:
+    given = inputs(60)
+    o, _ = gated_linear_attention(**given)
+    for name in ("q", "k", "v", "g"):
+        given[name][:, 45] -= 1.0
+    changed, _ = gated_linear_attention(**given)
+    assert torch.equal(o[:, :45], changed[:, :45])
+    assert not torch.equal(o[:, 45], changed[:, 45])
+
+
+def test_a_scale_multiplies_the_output_alone() -> None:
+    given = inputs(20)
+    o, S = gated_linear_attention(**given)
+    doubled, same = gated_linear_attention(**given, scale=2 * 16**-0.5)
+    assert relative_error(doubled, 2 * o) < 1e-12
+    assert torch.equal(same, S)
+
+
+def test_a_gradient_through_one_output_alone() -> None:
+    given = {name: x.requires_grad_() for name, x in inputs(70).items()}
+    for i in (0, 1):
+        ours, exact = (gated_linear_attention(**given, backend=b)[i] for b in ("torch", "reference"))
+        needed = [x for name, x in given.items() if not (i == 1 and name == "q")]
+        for got, want in zip(
+            torch.autograd.grad(ours.sum(), needed), torch.autograd.grad(exact.sum(), needed), strict=True
+        ):
+            assert relative_error(got, want) < 1e-10
+
+
+def test_gates_may_be_wider_than_the_rest() -> None:
+    given = {name: x.float() for name, x in inputs(40).items()}
+    half = given | {name: given[name].bfloat16() for name in "qkv"}
+    o, S = gated_linear_attention(**half)
+    assert (o.dtype, S.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_error(S, gated_linear_attention(**{name: x.float() for name, x in half.items()})[1]) < 1e-6
+
+
+def test_kernels_refuse_float64() -> None:
+    if not dispatch.HAS_TRITON:
+        pytest.skip("triton is not installed")
+    with pytest.raises(ValueError, match="kernels take float32 or narrower; got float64"):
+        gated_linear_attention(**inputs(4), backend="triton")
