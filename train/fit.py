@@ -154,6 +154,7 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
     options = _trainer_config(config["trainer"])
     data = _build_data(config)
     data.prepare_data()
+    data.setup("fit")  # bad data are refused before there is a folder for the run
     model = _build_model(config["model"], data)
     limits = options.limits(_batches_per_epoch(options, data) if options.max_epochs is not None else None)
     optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))

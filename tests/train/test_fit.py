@@ -28,6 +28,28 @@ def rows(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[int, str]]]:
+    """Runs that end badly, in one process that imports everything once: (their folder, (exit code, output) of each)."""
+    root = tmp_path_factory.mktemp("broken")
+    timed = config(trainer__max_steps=None, trainer__max_time="00:30", trainer__checkpoint_every=1)
+    full = config(trainer__max_steps=12, trainer__val_every=4, trainer__checkpoint_every=2)
+    jobs: list[dict[str, Any]] = [
+        {"do": "run", "run_dir": str(root / "timed"), "config": timed, "environment": {"TINY_SIGNALS": "15@6"}},
+        {"do": "run", "run_dir": str(root / "full"), "config": full, "environment": {"TINY_SIGNALS": "15@4"}},
+        {"do": "resume", "run_dir": str(root / "full"), "file_size": 6000},
+        {
+            "do": "run",
+            "run_dir": str(root / "full-interrupt"),
+            "config": full,
+            "environment": {"TINY_SIGNALS": "15@4"},
+            "file_size": 6000,
+        },
+        {"do": "run", "run_dir": str(root / "damaged"), "config": config(), "environment": {"TINY_SIGNALS": "9@3"}},
+    ]
+    return root, run_jobs(root, jobs)
+
+
 def test_a_run_leaves_a_complete_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert fit.run(config(), run) == 0
@@ -146,16 +168,14 @@ def test_max_time_ends_the_run_and_the_schedule(tmp_path: Path) -> None:
     assert found[-1]["val_loss"]
 
 
-def test_max_time_counts_all_sittings(tmp_path: Path) -> None:
-    settings = config(trainer__max_steps=None, trainer__max_time="00:30", trainer__checkpoint_every=1)
-    job = {"run_dir": str(tmp_path / "run"), "config": settings}
-    [(code, _)] = run_jobs(tmp_path, [{**job, "do": "run", "environment": {"TINY_SIGNALS": "15@6"}}])
-    assert code == 130
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+def test_max_time_counts_all_sittings(broken: tuple[Path, list[tuple[int, str]]]) -> None:
+    run, (code, said) = broken[0] / "timed", broken[1][0]
+    assert code == 130, said
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     saved["zoo"]["elapsed"] = 1e6  # as if it had trained for long
-    torch.save(saved, tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert fit.resume(tmp_path / "run") == 0
-    assert max(int(r["step"]) for r in rows(tmp_path / "run")) == 7
+    torch.save(saved, run / "checkpoints" / "last.ckpt")
+    assert fit.resume(run) == 0
+    assert max(int(r["step"]) for r in rows(run)) == 7
 
 
 def test_max_epochs_are_passes_over_the_data(tmp_path: Path) -> None:
@@ -170,18 +190,9 @@ def test_fast_dev_run_leaves_no_checkpoint(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    settings = config(trainer__max_steps=12, trainer__val_every=4, trainer__checkpoint_every=2)
-    run = tmp_path / "run"
-    job = {"run_dir": str(run), "config": settings}
-    [(first, _), (full, said)] = run_jobs(
-        tmp_path,
-        [
-            {**job, "do": "run", "environment": {"TINY_SIGNALS": "15@4"}},
-            {**job, "do": "resume", "file_size": 6000},
-        ],
-    )
-    assert (first, full) == (130, 1), said
+def test_a_full_disk_keeps_the_old_checkpoint(broken: tuple[Path, list[tuple[int, str]]]) -> None:
+    run, (first, _), (code, said) = broken[0] / "full", broken[1][1], broken[1][2]
+    assert (first, code) == (130, 1), said
     assert said.count("warning:") - said.count("loss.png") == 1
     assert f"warning: {run}/checkpoints/last.ckpt could not be written (File too large); the one before stays" in said
     assert "Traceback" not in said
@@ -190,9 +201,8 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     assert rows(run)[-1]["step"] == "12"
 
 
-def test_an_interrupt_on_a_full_disk_is_a_failure(tmp_path: Path) -> None:
-    job = {"run_dir": str(tmp_path / "run"), "config": config(trainer__max_steps=12), "do": "run"}
-    [(code, said)] = run_jobs(tmp_path, [{**job, "environment": {"TINY_SIGNALS": "15@4"}, "file_size": 6000}])
+def test_an_interrupt_on_a_full_disk_is_a_failure(broken: tuple[Path, list[tuple[int, str]]]) -> None:
+    code, said = broken[1][3]
     assert code == 1, said
     assert "interrupted, and no checkpoint could be written" in said.splitlines()[-1]
 
@@ -214,13 +224,13 @@ def test_resume_of_no_run_is_refused(tmp_path: Path) -> None:
         fit.resume(tmp_path)
 
 
-def test_resume_of_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    job = {"run_dir": str(tmp_path / "run"), "config": config(), "do": "run"}
-    run_jobs(tmp_path, [{**job, "environment": {"TINY_SIGNALS": "9@3"}}])
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+def test_resume_of_a_damaged_checkpoint_is_refused(broken: tuple[Path, list[tuple[int, str]]]) -> None:
+    run, (code, said) = broken[0] / "damaged", broken[1][4]
+    assert code == -9, said
+    last = run / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:1000])
     with pytest.raises(UserError, match="damaged"):
-        fit.resume(tmp_path / "run")
+        fit.resume(run)
 
 
 def test_a_vocabulary_smaller_than_the_data_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""What the README and the model cards say is run or composed, so that it cannot go stale."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from zoo.config import compose
+from zoo.registry import list_models, model_info
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CARDS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "model_cards").glob("*.md")}
+TRAIN = re.compile(r"zoo train ([^\n`#]+)")
+
+
+def commands(text: str) -> list[list[str]]:
+    """The settings of every `zoo train` in a text; flags and sweeps left out."""
+    found = [[word for word in shlex.split(line) if not word.startswith("-")] for line in TRAIN.findall(text)]
+    return [words for words in found if not any(re.match(r"[\w.]+=[^'\[({]*,", word) for word in words)]
+
+
+def test_the_readmes_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "readme"}
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), space)
+    assert len(capsys.readouterr().out.split()) == 20  # the tokens of the generation example
+    assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
+    model, torch = space["MyModel"](), space["torch"]
+    x = torch.randn(1, 10, 128)
+    y, states = model(x[:, :6])
+    assert torch.allclose(torch.cat([y, model(x[:, 6:], states)[0]], dim=1), model(x)[0], atol=1e-5)
+    assert space["S"].shape == (2, 4, 32, 64)
+
+
+@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in commands(README)])
+def test_the_readmes_commands_compose(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert compose(words)["model"]["name"] in list_models()
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_has_a_card_with_commands_that_compose(name: str) -> None:
+    card = CARDS[name]
+    paper = re.search(r"arXiv (\d{4}\.\d{5})", model_info(name).paper or "")
+    if paper is not None:
+        assert paper[1] in card
+    found = commands(card)
+    assert any(f"model={name}" in words for words in found)
+    for words in found:
+        compose(words)
+    for size, count in model_info(name).params.items():
+        if size != "tiny":
+            assert f"{count:,}" in card, f"{size} of {name} has {count:,} parameters"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert os.path.exists(path.parent / target), f"{path.name} links to {target}"
