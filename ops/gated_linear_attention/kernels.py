@@ -448,7 +448,7 @@ def gla_fwd(
 
 
 @gla_fwd.register_fake
-def _(q, k, v, g, state, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, state, begin, end, offsets, scale):
     return v.new_empty(v.shape), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -484,16 +484,16 @@ def gla_bwd(
 
 
 @gla_bwd.register_fake
-def _(do, dlast, q, k, v, g, state, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(do, dlast, q, k, v, g, state, begin, end, offsets, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, state))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, do, dlast):  # type: ignore[no-untyped-def]
+def _backward(ctx, do, dlast):
     return *gla_bwd(do, dlast, *ctx.saved_tensors, ctx.scale), None, None, None, None
 
 
@@ -501,14 +501,14 @@ gla_fwd.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.zoo.gla_fwd)
-def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     """Reading and writing the states, and both products with the lower triangle of P."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     return B * T * H * (4 * K * V + CHUNK * (K + V))
 
 
 @register_flop_formula(torch.ops.zoo.gla_bwd)
-def _flops_bwd(do_shape, dlast_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops_bwd(do_shape, dlast_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     """Twice the forward's products, and the forward's states and weights again."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     return B * T * H * (10 * K * V + CHUNK * (3 * K + 2 * V))
