@@ -55,7 +55,7 @@ def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr):
     """
     o_i, o_j = o_c[:, None], o_c[None, :]
     b_x = (o_i == o_j).to(tl.float32) - tl.where((o_i == o_j + 1) & (o_j % 2 == 0), b_a, 0.0)
-    for level in tl.static_range(1, LEVELS):  # blocks of 2^level rows are inverted
+    for level in range(1, LEVELS):  # blocks of 2^level rows are inverted; unrolled, this spills
         m_pair = ((o_i >> level) == (o_j >> level) + 1) & ((o_j >> level) % 2 == 0)
         b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision="tf32x3")
         b_x -= tl.dot(b_x, b_ax, input_precision="tf32x3")
