@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from zoo.ops.chunks import ChunkedTime
 
 # Forward + backward, one thread of a busy CPU, best of several, ms at C = 16 / 32 / 64: K = V = 64, B = 2, T = 1024,
-# H = 4: 214 / 204 / 146; K = V = 64, B = 8, T = 256, H = 2: 66 / 61 / 81; K = V = 32, same: 40 / 50 / 41. The loop takes
-# 2100 ms where C = 64 takes 53 (B = 2, T = 256, H = 4, K = V = 64).
+# H = 4: 214 / 204 / 146; K = V = 64, B = 8, T = 256, H = 2: 66 / 61 / 81; K = V = 32, same: 40 / 50 / 41. The loop
+# takes 2100 ms where C = 64 takes 53 (B = 2, T = 256, H = 4, K = V = 64).
 CHUNK = 64
 SMALLEST_LOG_DECAY = -100.0  # e^-100 is 4e-44: nothing is left, while b stays finite and its differences exact
 
