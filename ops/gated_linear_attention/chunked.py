@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.chunks import ChunkedTime
 
+# CPU time of forward + backward, float32, one EPYC core on a busy machine (so good to about 15 %), B=2 T=2048 H=4 K=V=64:
+# chunks of 16, 32, 64 take 225, 170, 246 ms (K=V=32 is flat between 16 and 32); segments of 2**15 ... 2**19 numbers take
+# 235, 185, 178, 170, 240 ms: shorter ones pay for launches, longer ones fall out of the cache. The loop takes 12 s.
 CHUNK = 32
 SEGMENT = 2**18
 
