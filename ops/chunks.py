@@ -47,9 +47,9 @@ class ChunkedTime:
                 self.steps.append((len(begins), len(begins) + len(running)))
                 begins += [cuts[i] + j * size for i in running]
                 ends += [cuts[i + 1] for i in running]
-            begin, end = torch.tensor(begins, device=device), torch.tensor(ends, device=device)
+            begin, end = (torch.tensor(x, dtype=torch.int64, device=device) for x in (begins, ends))
             index = begin[:, None] + torch.arange(size, device=device)
-            self._index = torch.where(index < end[:, None], index, length)  # (G, C); `length` points at a row of zeros
+            self._index = torch.where(index < end[:, None], index, length)  # (G, C); `length`: missing
             self._order = torch.tensor(order, device=device)
         self.n_chunks = self.steps[-1][1] if self.steps else 0
 

@@ -89,12 +89,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zoo.ops.compile", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel names")
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--first", action="store_true", help="only the first case of each kernel")
     args = parser.parse_args(argv)
     if dispatch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-    red = 0
+    red, seen = 0, set[str]()
     print(f"{'sm':>3} {'regs':>5} {'spill B':>8} {'shared B':>9}  kernel")
     for case in all_cases(args.pattern):
+        if args.first and case.kernel.__name__ in seen:
+            continue
+        seen.add(case.kernel.__name__)
         for target in args.targets:
             report = compile_case(case, target)
             red += bool(report.problem)

@@ -147,7 +147,7 @@ def causal_conv1d_fwd(
 
 
 @causal_conv1d_fwd.register_fake
-def _(x, weight, bias, state, begin, end, document, offsets, silu):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, state, begin, end, document, offsets, silu):
     return x.new_empty(x.shape)
 
 
@@ -177,17 +177,17 @@ def causal_conv1d_bwd(
 
 
 @causal_conv1d_bwd.register_fake
-def _(dy, x, weight, bias, state, begin, end, document, offsets, silu):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, bias, state, begin, end, document, offsets, silu):
     D, W = weight.shape
     return x.new_empty(x.shape), weight.new_empty(W, D).T, weight.new_empty(D), state.new_empty(state.shape)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dy):  # type: ignore[no-untyped-def]
+def _backward(ctx, dy):
     dx, dweight, dbias, dstate = causal_conv1d_bwd(dy, *ctx.saved_tensors, ctx.silu)
     return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, dstate, None, None, None, None, None
 
@@ -196,13 +196,13 @@ causal_conv1d_fwd.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.zoo.causal_conv1d_fwd)
-def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     B, T, D = x_shape
     return 2 * B * T * D * weight_shape[1]
 
 
 @register_flop_formula(torch.ops.zoo.causal_conv1d_bwd)
-def _flops_bwd(dy_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops_bwd(dy_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
     B, T, D = x_shape
     return 4 * B * T * D * weight_shape[1]
 

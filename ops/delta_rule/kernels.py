@@ -55,7 +55,7 @@ def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr):
     """
     o_i, o_j = o_c[:, None], o_c[None, :]
     b_x = (o_i == o_j).to(tl.float32) - tl.where((o_i == o_j + 1) & (o_j % 2 == 0), b_a, 0.0)
-    for level in tl.static_range(1, LEVELS):  # blocks of 2^level rows are inverted
+    for level in range(1, LEVELS):  # blocks of 2^level rows are inverted; unrolled, this spills
         m_pair = ((o_i >> level) == (o_j >> level) + 1) & ((o_j >> level) % 2 == 0)
         b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision="tf32x3")
         b_x -= tl.dot(b_x, b_ax, input_precision="tf32x3")
@@ -497,7 +497,7 @@ def delta_fwd(
 
 
 @delta_fwd.register_fake
-def _(q, k, v, beta, g, S0, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, beta, g, S0, begin, end, offsets, scale):
     return v.new_empty(v.shape), S0.new_empty(S0.shape)
 
 
@@ -539,17 +539,17 @@ def delta_bwd(
 
 
 @delta_bwd.register_fake
-def _(do, dS, q, k, v, beta, g, S0, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(do, dS, q, k, v, beta, g, S0, begin, end, offsets, scale):
     like = [x.new_empty(x.shape) for x in (q, k, v, beta)]
     return *like, beta.new_empty(0) if g is None else g.new_empty(g.shape), S0.new_empty(S0.shape)
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, do, dS):  # type: ignore[no-untyped-def]
+def _backward(ctx, do, dS):
     dq, dk, dv, dbeta, dg, dS0 = delta_bwd(do, dS, *ctx.saved_tensors, ctx.scale)
     return dq, dk, dv, dbeta, None if ctx.saved_tensors[4] is None else dg, dS0, None, None, None, None
 
@@ -564,13 +564,13 @@ def _products(q_shape: torch.Size, v_shape: torch.Size) -> tuple[int, int, int]:
 
 
 @register_flop_formula(torch.ops.zoo.delta_fwd)
-def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     keys, values, states = _products(q_shape, v_shape)
     return 2 * (2 * keys + 2 * values + 3 * states)
 
 
 @register_flop_formula(torch.ops.zoo.delta_bwd)
-def _flops_bwd(do_shape, dS_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops_bwd(do_shape, dS_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     keys, values, states = _products(q_shape, v_shape)
     return 2 * (7 * keys + 5 * values + 8 * states)
 

@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.chunks import ChunkedTime
 
+# CPU time of forward + backward, float32, B=2 T=2048 H=4 K=V=64, one EPYC core of a busy machine (good to about 15 %):
+# chunks of 16, 32, 64 take 225, 170, 246 ms (at K=V=32, 16 and 32 are alike); segments of 2**15 ... 2**19 numbers take
+# 235, 185, 178, 170, 240 ms: shorter ones pay for launches, longer ones fall out of the cache. On 2
+# cores beside other load: 130 ms, 9 times as fast as the loop (1180 ms); T=16384 takes 6.8 times as long as T=2048.
 CHUNK = 32
 SEGMENT = 2**18
 
@@ -151,7 +155,7 @@ class _Chunked(torch.autograd.Function):
         dS = time.order(dS).clone()
         for positions, S in zip(reversed(ctx.segments), reversed(starts), strict=True):
             q_, k_, v_, g_, do_ = (_part(time, x, positions, dS.dtype) for x in (q, k, v, g, do))
-            do_.mul_(ctx.scale)
+            do_ = do_ * ctx.scale  # not in place: the part may be a view of `do`
             f = _factors(q_, k_, g_, keep=True)
             decay, steps = f.read[:, -1], _steps(time, positions)
             before = _scan(steps, decay, f.k.mT @ v_, S.clone())

@@ -82,6 +82,7 @@ def gla_fwd_weights_kernel(
         o_i, o_j, o_t = i_s + tl.arange(0, SUB), tl.arange(0, SUB), tl.arange(0, CHUNK)
         b_P = tl.zeros([SUB, CHUNK], dtype=tl.float32)
         b_D = tl.zeros([SUB, SUB], dtype=tl.float32)
+        rows = tl.minimum(size - i_s, SUB)
         for i_k in range(0, K, BLOCK_K):
             o_k = i_k + tl.arange(0, BLOCK_K)
             m_k = o_k < K
@@ -96,15 +97,16 @@ def gla_fwd_weights_kernel(
                 b_P += tl.dot((b_q * tl.exp(tl.cumsum(b_g, 0))).to(b_q.dtype), b_k, input_precision=PRECISION)
             b_q = b_q.to(tl.float32)
             b_E = tl.zeros([SUB, BLOCK_K], dtype=tl.float32)  # exp(g_{j+1} + ... + g_i), 0 for i < j
-            for r in range(SUB):
-                j = i_s + SUB - 1 - r
-                m_j = m_k & (o_k * 0 + j < size)
-                m_n = m_k & (o_k * 0 + j + 1 < size)
-                b_n = tl.load(g_ptr + (j + 1) * H * K + o_k, mask=m_n, other=0.0).to(tl.float32)
-                b_kj = tl.load(k_ptr + j * H * K + o_k, mask=m_j, other=0.0).to(tl.float32)
-                b_E = tl.where((o_i == j)[:, None], 1.0, b_E * tl.exp(b_n)[None, :])
-                b_col = tl.sum(b_q * b_E * b_kj[None, :], 1)
-                b_D += tl.where((i_s + o_j == j)[None, :], b_col[:, None], 0.0)
+            k_row, g_row = k_ptr + (i_s + rows - 1) * H * K + o_k, g_ptr + (i_s + rows - 1) * H * K + o_k
+            for r in range(rows):  # j from the last token to the first
+                m_j = o_j == rows - 1 - r
+                b_kj = tl.load(k_row, mask=m_k, other=0.0).to(tl.float32)
+                b_gj = tl.load(g_row, mask=m_k, other=0.0).to(tl.float32)
+                b_E = tl.where(m_j[:, None], 1.0, b_E)
+                b_D = tl.where(m_j[None, :], b_D + tl.sum(b_q * b_E * b_kj[None, :], 1)[:, None], b_D)
+                b_E *= tl.exp(b_gj)[None, :]
+                k_row -= H * K
+                g_row -= H * K
         p_ptr += (begin * H + i_h) * CHUNK
         m_r = (o_i < size)[:, None]
         p_rows = p_ptr + o_i[:, None] * H * CHUNK
@@ -296,18 +298,20 @@ def gla_bwd_intra_kernel(
             b_dk *= tl.exp(tl.cumsum(b_n, 0, reverse=True))
         b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
         b_E = tl.zeros([SUB, BLOCK_K], dtype=tl.float32)  # exp(g_{j+1} + ... + g_i), 0 for i <= j
-        for r in range(SUB):
-            j = i_s + SUB - 1 - r
-            m_j = m_k & (o_k * 0 + j < size)
-            m_n = m_k & (o_k * 0 + j + 1 < size)
-            b_n = tl.exp(tl.load(g_ptr + (j + 1) * H * K + o_k, mask=m_n, other=0.0).to(tl.float32))
-            b_kj = tl.load(k_ptr + j * H * K + o_k, mask=m_j, other=0.0).to(tl.float32)
-            m_c = (o_i > j) & (o_i < size)
-            b_dPj = tl.load(dp_ptr + o_i * H * CHUNK + j, mask=m_c, other=0.0)
-            b_E = tl.where((o_i == j + 1)[:, None], 1.0, b_E) * b_n[None, :]
-            b_W = b_dPj[:, None] * b_E
+        o_j, rows = tl.arange(0, SUB), tl.minimum(size - i_s, SUB)
+        k_row, g_row = k_ptr + (i_s + rows - 1) * H * K + o_k, g_ptr + (i_s + rows - 1) * H * K + o_k
+        dp_col = dp_ptr + o_i * H * CHUNK + i_s + rows - 1
+        for r in range(rows):  # j from the last token to the first
+            m_j = (o_j == rows - 1 - r)[:, None]
+            b_kj = tl.load(k_row, mask=m_k, other=0.0).to(tl.float32)
+            b_gj = tl.load(g_row, mask=m_k, other=0.0).to(tl.float32)
+            b_W = tl.load(dp_col, mask=o_i < size, other=0.0)[:, None] * b_E
             b_dq += b_W * b_kj[None, :]
-            b_dk += tl.where((o_i == j)[:, None], tl.sum(b_W * b_q, 0)[None, :], 0.0)
+            b_dk = tl.where(m_j, b_dk + tl.sum(b_W * b_q, 0)[None, :], b_dk)
+            b_E = tl.where(m_j, 1.0, b_E) * tl.exp(b_gj)[None, :]
+            k_row -= H * K
+            g_row -= H * K
+            dp_col -= 1
         b_db = b_q * b_dq - b_k * b_dk
         b_self = tl.load(dp_ptr + o_i * H * CHUNK + o_i, mask=o_i < size, other=0.0)[:, None]
         tl.store(db_ptr + row + o_ik, b_db, mask=m_ik)
@@ -444,7 +448,7 @@ def gla_fwd(
 
 
 @gla_fwd.register_fake
-def _(q, k, v, g, state, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, g, state, begin, end, offsets, scale):
     return v.new_empty(v.shape), torch.empty_like(state, memory_format=torch.contiguous_format)
 
 
@@ -480,16 +484,16 @@ def gla_bwd(
 
 
 @gla_bwd.register_fake
-def _(do, dlast, q, k, v, g, state, begin, end, offsets, scale):  # type: ignore[no-untyped-def]
+def _(do, dlast, q, k, v, g, state, begin, end, offsets, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g, state))
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output) -> None:
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, do, dlast):  # type: ignore[no-untyped-def]
+def _backward(ctx, do, dlast):
     return *gla_bwd(do, dlast, *ctx.saved_tensors, ctx.scale), None, None, None, None
 
 
@@ -497,14 +501,14 @@ gla_fwd.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.zoo.gla_fwd)
-def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     """Reading and writing the states, and both products with the lower triangle of P."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     return B * T * H * (4 * K * V + CHUNK * (K + V))
 
 
 @register_flop_formula(torch.ops.zoo.gla_bwd)
-def _flops_bwd(do_shape, dlast_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops_bwd(do_shape, dlast_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     """Twice the forward's products, and the forward's states and weights again."""
     (B, T, H, K), V = q_shape, v_shape[-1]
     return B * T * H * (10 * K * V + CHUNK * (3 * K + 2 * V))

@@ -131,6 +131,26 @@ def test_a_gradient_through_one_output_alone() -> None:
             assert relative_error(got, want) < 1e-10
 
 
+def test_inputs_and_cotangents_are_left_alone() -> None:
+    # B = H = 1 and whole chunks: the chunks are views of the arguments
+    given = {name: x.requires_grad_() for name, x in inputs(64, B=1, sizes={"H": 1, "K": 8, "V": 8}).items()}
+    before = {name: x.detach().clone() for name, x in given.items()}
+    o, S = gated_linear_attention(**given)
+    do, dS = torch.randn_like(o), torch.randn_like(S)
+    kept = do.clone(), dS.clone()
+    torch.autograd.grad((o, S), list(given.values()), (do, dS))
+    assert torch.equal(do, kept[0])
+    assert torch.equal(dS, kept[1])
+    assert all(torch.equal(given[name], x) for name, x in before.items())
+
+
+def test_nothing_but_empty_documents() -> None:
+    given = SPEC.inputs(1, 0, SIZES, documents=3)
+    o, S = gated_linear_attention(**given, cu_seqlens=torch.tensor([0, 0, 0, 0]))
+    assert o.shape == given["v"].shape
+    assert torch.equal(S, given["state"])
+
+
 def test_gates_may_be_wider_than_the_rest() -> None:
     given = {name: x.float() for name, x in inputs(40).items()}
     half = given | {name: given[name].bfloat16() for name in "qkv"}

@@ -72,8 +72,6 @@ class CustomOps(TorchDispatchMode):
 @pytest.mark.parametrize("spec", SPECS)
 def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
     """Schema, fake and autograd registration of every custom op that the operator reaches, on real arguments."""
-    if not spec.kernels:
-        pytest.skip("no kernels yet")
     with CustomOps() as seen:
         outputs_and_gradients(spec, convert(spec.inputs(1, 5), torch.float32, DEVICE), backend="triton")
     assert {op.name().endswith("_bwd") for op in seen.calls} == {True, False}

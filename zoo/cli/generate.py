@@ -4,11 +4,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from zoo import checkpoint, decoding, tokenizers
 from zoo.config import read_yaml
 from zoo.errors import UsageError, UserError
+from zoo.layers import SequenceModel
 from zoo.registry import resolve
 
 
@@ -67,7 +68,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     found = checkpoint.locate(path)
     tokenizer = _tokenizer(found)
     model = checkpoint.load(found)
-    size = cast(Any, model.config).vocab_size
+    size = cast(SequenceModel, model).config.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
             f"the tokenizer of {path} has {tokenizer.vocab_size} symbols and the model only {size}; "
@@ -77,7 +78,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     pieces, text = tokenizer.stream(), StopText(stop)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    for token in decoding.generate(model, ids, **asdict(sampling), stop_ids=(tokenizer.eos_id,)):
+    for token in decoding.generate(cast(SequenceModel, model), ids, **asdict(sampling), stop_ids=(tokenizer.eos_id,)):
         _show(text.push(pieces.push(token)))
         if text.reached:
             break

@@ -1,0 +1,46 @@
+"""Kernels compile for GPUs that are not there. The full table is `python -m zoo.ops.compile`; here one case a kernel."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zoo.ops import dispatch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed"),
+]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=900, check=False)
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_every_kernel_fits(target: str) -> None:
+    done = run("-m", "zoo.ops.compile", "--first", "--targets", target)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    for kernel in ("causal_conv1d_fwd_kernel", "delta_rule", "gla_"):
+        assert kernel in done.stdout
+
+
+def test_a_kernel_that_spills_more_than_accepted_is_red() -> None:
+    code = (
+        "import dataclasses; from zoo.ops.compile import all_cases, compile_case; "
+        "case = next(all_cases('causal_conv1d_fwd')); "
+        "report = compile_case(dataclasses.replace(case, spills=-1), 90); "
+        "assert 'spills' in report.problem and report.registers > 0, report"
+    )
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_interpreted_kernel_is_refused() -> None:
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "zoo.ops.compile"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "unset TRITON_INTERPRET" in done.stderr
