@@ -35,6 +35,8 @@ def each_document(
     return torch.cat(outputs, dim=1), torch.cat(states)
 
 
-def last_document(cuts: tuple[int, ...] | None, *inputs: Tensor | None) -> tuple[Any, ...]:
+def last_document(cuts: tuple[int, ...] | None, *inputs: Tensor | None) -> list[Any]:
     """The slices of the last document, the one that goes on after this stretch of time; a batch, and None, as it is."""
-    return inputs if cuts is None else tuple(None if x is None else x[:, cuts[-2] : cuts[-1]] for x in inputs)
+    if cuts is None:
+        return list(inputs)
+    return [None if x is None else x[:, cuts[-2] : cuts[-1]] for x in inputs]

@@ -74,6 +74,11 @@ class _Scope(NamedTuple):
 
 
 _SCOPE: ContextVar[_Scope | None] = ContextVar("zoo_sequence_shard", default=None)
+_ENTERED: list[None] = []  # one entry per scope open on any thread: torch.compile can read a list, not a ContextVar
+
+
+def _scope() -> _Scope | None:
+    return _SCOPE.get() if _ENTERED else None
 
 
 class _Entering(AbstractContextManager[None]):
@@ -85,8 +90,10 @@ class _Entering(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         self._tokens.append(_SCOPE.set(self._scope()))
+        _ENTERED.append(None)
 
     def __exit__(self, *error: object) -> None:
+        _ENTERED.pop()
         _SCOPE.reset(self._tokens.pop())
 
 
@@ -97,7 +104,7 @@ def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
 
 def current() -> SequenceShard | None:
     """The shard in use here, or None."""
-    scope = _SCOPE.get()
+    scope = _scope()
     return None if scope is None else scope.shard
 
 
@@ -112,7 +119,7 @@ def refuse(what: str) -> None:
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch.utils.checkpoint: recomputation keeps the shard, reads arrivals back and sends nothing."""
-    scope = _SCOPE.get()
+    scope = _scope()
     if scope is None:
         return nullcontext(), nullcontext()
     tape: list[Tensor] = []
@@ -134,7 +141,7 @@ def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Ten
 
     Cost: one all-gather of the elements forward and one backward; the fold is linear in the number of ranks.
     """
-    scope = _SCOPE.get()
+    scope = _scope()
     if scope is None or scope.shard.size == 1:
         return state
     if several:
@@ -150,7 +157,7 @@ def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
     Cost: one message to the next rank and one from the previous one, forward and backward. Stretches shorter than the
     width pass on what they received, one rank after the other.
     """
-    scope = _SCOPE.get()
+    scope = _scope()
     if scope is None or scope.shard.size == 1 or tail.width == 0:
         return state
     if several:

@@ -73,7 +73,8 @@ def delta_rule(
 
     chosen = _backend(backend, q)
     if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, k, v, beta, g), dtype, chosen), state, n > B)
+        element = _element(*last_document(cuts, k, v, beta, g), dtype=dtype, chosen=chosen)
+        state = shard.incoming_state(element, state, n > B)
     return _run(q, k, v, beta, g, state, scale, cuts, chosen)
 
 
@@ -145,11 +146,12 @@ def delta_rule_summary(
     sizes = check.shapes(name, args)
     check.same_dtype(name, k=k, v=v)
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = _element(*last_document(cuts, k, v, beta, g), dispatch.state_dtype(k), _backend(backend, k))
+    last = last_document(cuts, k, v, beta, g)
+    element = _element(*last, dtype=dispatch.state_dtype(k), chosen=_backend(backend, k))
     return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
 
 
-def _element(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, dtype: torch.dtype, chosen: str) -> Matrix:
+def _element(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, dtype: torch.dtype, chosen: str) -> Matrix:
     """The columns of a memory run apart, so that columns of zeros that start as the identity become M."""
     (B, T, H, K), V = k.shape, v.shape[-1]
     identity = Matrix.identity(k.new_zeros(B, H, K, V, dtype=dtype))

@@ -64,7 +64,7 @@ def gated_linear_attention(
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, k, v, g), dtype), state, n > B)
+        state = shard.incoming_state(_element(*last_document(cuts, k, v, g), dtype=dtype), state, n > B)
 
     chosen = dispatch.resolve(name, backend, q)
     if chosen == "reference":
@@ -97,11 +97,11 @@ def gated_linear_attention_summary(k: Tensor, v: Tensor, g: Tensor, *, cu_seqlen
     sizes = check.shapes(name, {"k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")})
     check.same_dtype(name, k=k, v=v)
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = _element(*last_document(cuts, k, v, g), dispatch.state_dtype(k))
+    element = _element(*last_document(cuts, k, v, g), dtype=dispatch.state_dtype(k))
     return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
 
 
-def _element(k: Tensor, v: Tensor, g: Tensor, dtype: torch.dtype) -> Diagonal:
+def _element(k: Tensor, v: Tensor, g: Tensor, *, dtype: torch.dtype) -> Diagonal:
     """Token t reaches the end through the decay of all later tokens, a sum that ends at 0: exponents are <= 0."""
     k, v, g = (x.to(dtype) for x in (k, v, g))
     later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], dim=1)
