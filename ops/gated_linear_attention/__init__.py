@@ -67,7 +67,7 @@ def gated_linear_attention(
         state = shard.incoming_state(_element(*last_document(cuts, k, v, g), dtype=dtype), state, n > B)
 
     chosen = dispatch.resolve(name, backend, q)
-    if chosen == "reference":
+    if chosen == "reference" and T:
         return each_document(
             lambda q, k, v, g, S: gated_linear_attention_reference(q, k, v, g, S, scale), cuts, (q, k, v, g), state
         )
