@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not there. The full table is `python -m zoo.ops.compile`; here one case a kernel."""
+"""Kernels compile for GPUs that are not there: one case a kernel; `python -m zoo.ops.compile` checks them all."""
 
 import os
 import subprocess
