@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.norms import RMSNorm
+from zoo.ops import shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,13 @@ class SequenceModel(nn.Module):
         if mask is not None:
             return self._encode_masked(tokens, state, mask, cu_seqlens)
         x = self.embedding(tokens)
+        contexts = noop_context_fn if shard.current() is None else shard.checkpoint_contexts
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, block_state = checkpoint(block, x, block_state, cu_seqlens=cu_seqlens, use_reentrant=False)
+                x, block_state = checkpoint(
+                    block, x, block_state, cu_seqlens=cu_seqlens, use_reentrant=False, context_fn=contexts
+                )
             else:
                 x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
             states.append(block_state)
@@ -115,6 +119,7 @@ class SequenceModel(nn.Module):
             raise ValueError(
                 f"mask must be (B, T) = {tuple(tokens.shape)} and goes without cu_seqlens; got {tuple(mask.shape)}"
             )
+        shard.refuse("A padded batch")
         mask = mask.bool()
         if mask.all():
             return self.encode(tokens, state)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops.causal_conv1d import causal_conv1d
-from zoo.ops.delta_rule import delta_rule
-from zoo.ops.gated_linear_attention import gated_linear_attention
+from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
+from zoo.ops.delta_rule import delta_rule, delta_rule_summary
+from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
 
 
@@ -97,6 +97,7 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("x",),
             extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
             cp_kind="halo",
+            summary=lambda i, cu: causal_conv1d_summary(i["x"], i["weight"].shape[1], cu_seqlens=cu),
         ),
         OperatorSpec(
             name="gated_linear_attention",
@@ -117,6 +118,7 @@ OPERATORS: dict[str, OperatorSpec] = {
                 "all gates at once": lambda i: _some(_some(_some(i, -8.0, 0.3), 0.0, 0.3), -50.0, 0.05),
             },
             cp_kind="affine",
+            summary=lambda i, cu: gated_linear_attention_summary(i["k"], i["v"], i["g"], cu_seqlens=cu),
         ),
         OperatorSpec(
             name="delta_rule",
@@ -127,6 +129,7 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta"),
             extremes=_DELTA_EXTREMES,
             cp_kind="affine",
+            summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], cu_seqlens=cu),
         ),
         OperatorSpec(
             name="gated_delta_rule",
@@ -137,6 +140,7 @@ OPERATORS: dict[str, OperatorSpec] = {
             time=("q", "k", "v", "beta", "g"),
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
+            summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
         ),
     )
 }

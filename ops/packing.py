@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,3 +33,10 @@ def each_document(
         outputs.append(y)
         states.append(s)
     return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+def last_document(cuts: tuple[int, ...] | None, *inputs: Tensor | None) -> list[Any]:
+    """The slices of the last document, the one that goes on after this stretch of time; a batch, and None, as it is."""
+    if cuts is None:
+        return list(inputs)
+    return [None if x is None else x[:, cuts[-2] : cuts[-1]] for x in inputs]

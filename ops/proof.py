@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zoo.ops.algebra import Affine, Tail
+
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
 
@@ -30,6 +32,8 @@ class OperatorSpec:
         time: names of the inputs that have time in dimension 1; the others are parameters.
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
+        summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
+            the state of the first document into the final one of the last; every affine and halo operator has one.
     """
 
     name: str
@@ -40,6 +44,7 @@ class OperatorSpec:
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
+    summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0

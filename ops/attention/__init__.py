@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.ops import check, dispatch
+from zoo.ops import check, dispatch, shard
 from zoo.ops.attention.reference import attention_reference
 from zoo.ops.attention.sdpa import attention_sdpa
 
@@ -50,6 +50,7 @@ def attention(
     Source: arXiv 1706.03762; grouped queries arXiv 2305.13245. Engine: torch's scaled_dot_product_attention.
     """
     name = "attention"
+    shard.refuse(name)
     if backend not in BACKENDS:
         raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B S Hk K"), "v": (v, "B S Hk V")})

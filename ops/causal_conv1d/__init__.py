@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from zoo.ops import check, dispatch
+from zoo.ops import check, dispatch, shard
+from zoo.ops.algebra import Tail
 from zoo.ops.causal_conv1d.reference import causal_conv1d_reference
 from zoo.ops.causal_conv1d.shifted import causal_conv1d_shifted
 from zoo.ops.chunks import chunk_table
-from zoo.ops.packing import each_document
+from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.causal_conv1d import kernels
@@ -60,9 +61,11 @@ def causal_conv1d(
         state = x.new_zeros(n, W - 1, D)
     check.shapes(name, {"state": (state, "N W-1 D"), "x": (x, "B T D")}, **{"N": n, "W-1": W - 1, "D": D})
     state = state.to(x.dtype)
+    if shard.current() is not None:
+        state = shard.halo(Tail.of(*last_document(cuts, x), W - 1), state, n > B)
 
     chosen = dispatch.resolve(name, backend, x)
-    if chosen == "reference":
+    if chosen == "reference" and T:
         return each_document(
             lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), cuts, (x,), state
         )
@@ -71,6 +74,27 @@ def causal_conv1d(
     table = chunk_table(B, T, kernels.BLOCK_T, cuts, x.device)
     y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu")
     return y, _tail(x, state, cuts)
+
+
+def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = None) -> Tail:
+    """What a stretch of time leaves to the taps after it: its last W - 1 inputs.
+
+    Args:
+        x: input, (B, T, D).
+        width: W, the number of taps.
+        cu_seqlens: boundaries of packed documents, B = 1: only the last one hands inputs on, and before a document that
+            begins inside the stretch there are zeros.
+
+    Returns:
+        Up to W - 1 rows, (B, min(T, W - 1), D); `apply` gives the final tail.
+    """
+    name = "causal_conv1d_summary"
+    sizes = check.shapes(name, {"x": (x, "B T D")})
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
+    element = Tail.of(*last_document(cuts, x), width - 1)
+    if cuts is None or len(cuts) == 2:
+        return element
+    return element.reset_to(element.apply(x.new_zeros(1, width - 1, sizes["D"])))
 
 
 def _tail(x: Tensor, state: Tensor, cuts: tuple[int, ...] | None) -> Tensor:

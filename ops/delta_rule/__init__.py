@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from zoo.ops import check, dispatch
+from zoo.ops import check, dispatch, shard
+from zoo.ops.algebra import Matrix
 from zoo.ops.chunks import chunk_table
 from zoo.ops.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.delta_rule.reference import delta_rule_reference
-from zoo.ops.packing import each_document
+from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.delta_rule import kernels
@@ -71,8 +72,20 @@ def delta_rule(
     scale = K**-0.5 if scale is None else scale
 
     chosen = _backend(backend, q)
+    if shard.current() is not None:
+        element = _element(*last_document(cuts, k, v, beta, g), dtype=dtype, chosen=chosen)
+        state = shard.incoming_state(element, state, n > B)
+    return _run(q, k, v, beta, g, state, scale, cuts, chosen)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, state: Tensor, scale: float,
+    cuts: tuple[int, ...] | None, chosen: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Checked arguments, through the form that was chosen."""
+    (B, T, _, K), V = q.shape, v.shape[-1]
     if T == 0:
-        return v, state
+        chosen = "torch"  # nothing to compute, but the graph must reach every argument: its exchanges have a backward
     if chosen == "reference":
         return each_document(
             lambda q, k, v, beta, g, S: delta_rule_reference(q, k, v, beta, g, S, scale),
@@ -103,3 +116,45 @@ def _backend(backend: str, q: Tensor) -> str:
             "use more heads or backend='torch'"
         )
     return chosen
+
+
+@dispatch.keeps_its_precision
+def delta_rule_summary(
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Matrix:
+    """What a stretch of time does to any memory: S -> M S + b.
+
+    Args:
+        k, v, beta, g: as for `delta_rule`.
+        cu_seqlens: boundaries of packed documents, B = 1: the memory enters the first and leaves the last document, so
+            that a border between them forgets everything.
+        backend: as for `delta_rule`.
+
+    Returns:
+        M (B, H, K, K) and b (B, H, K, V), float32 (float64 for float64 inputs); `apply` gives the final memory.
+
+    Cost: `delta_rule` over the last document with K more columns of values. Differentiable.
+    """
+    name = "delta_rule_summary"
+    args = {"k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H"), "g": (g, "B T H")}
+    sizes = check.shapes(name, args)
+    check.same_dtype(name, k=k, v=v)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
+    last = last_document(cuts, k, v, beta, g)
+    element = _element(*last, dtype=dispatch.state_dtype(k), chosen=_backend(backend, k))
+    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+
+
+def _element(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, dtype: torch.dtype, chosen: str) -> Matrix:
+    """The columns of a memory run apart, so that columns of zeros that start as the identity become M."""
+    (B, T, H, K), V = k.shape, v.shape[-1]
+    identity = Matrix.identity(k.new_zeros(B, H, K, V, dtype=dtype))
+    wide = torch.cat([v, v.new_zeros(B, T, H, K)], dim=-1)
+    _, S = _run(k, k, wide, beta, g, torch.cat([identity.b, identity.M], dim=-1), 1.0, None, chosen)
+    return Matrix(S[..., V:], S[..., :V])

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
-from zoo.ops import check, dispatch
+from zoo.ops import check, dispatch, shard
+from zoo.ops.algebra import Diagonal
 from zoo.ops.chunks import chunk_table
 from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked, gated_linear_attention_step
 from zoo.ops.gated_linear_attention.reference import gated_linear_attention_reference
-from zoo.ops.packing import each_document
+from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.gated_linear_attention import kernels
@@ -62,9 +63,11 @@ def gated_linear_attention(
     scale = K**-0.5 if scale is None else scale
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
+    if shard.current() is not None:
+        state = shard.incoming_state(_element(*last_document(cuts, k, v, g), dtype=dtype), state, n > B)
 
     chosen = dispatch.resolve(name, backend, q)
-    if chosen == "reference":
+    if chosen == "reference" and T:
         return each_document(
             lambda q, k, v, g, S: gated_linear_attention_reference(q, k, v, g, S, scale), cuts, (q, k, v, g), state
         )
@@ -74,3 +77,33 @@ def gated_linear_attention(
         begin, end, _, offsets = chunk_table(B, T, kernels.CHUNK, cuts, q.device)
         return kernels.gla_fwd(q, k, v, g, state, begin, end, offsets, scale)
     return gated_linear_attention_chunked(q, k, v, g, state, scale, cuts)
+
+
+@dispatch.keeps_its_precision
+def gated_linear_attention_summary(k: Tensor, v: Tensor, g: Tensor, *, cu_seqlens: Tensor | None = None) -> Diagonal:
+    """What a stretch of time does to any memory: S -> diag(exp(log_a)) S + b.
+
+    Args:
+        k, v, g: as for `gated_linear_attention`.
+        cu_seqlens: boundaries of packed documents, B = 1: the memory enters the first and leaves the last document, so
+            that a border between them forgets everything.
+
+    Returns:
+        log_a (B, H, K) and b (B, H, K, V), float32 (float64 for float64 inputs); `apply` gives the final memory.
+
+    Cost: one matrix product over the last document. Differentiable.
+    """
+    name = "gated_linear_attention_summary"
+    sizes = check.shapes(name, {"k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")})
+    check.same_dtype(name, k=k, v=v)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
+    element = _element(*last_document(cuts, k, v, g), dtype=dispatch.state_dtype(k))
+    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+
+
+def _element(k: Tensor, v: Tensor, g: Tensor, *, dtype: torch.dtype) -> Diagonal:
+    """Token t reaches the end through the decay of all later tokens, a sum that ends at 0: exponents are <= 0."""
+    k, v, g = (x.to(dtype) for x in (k, v, g))
+    later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], dim=1)
+    later = later.flip(1).cumsum(1).flip(1)  # (B, T, H, K): the sum of g after t
+    return Diagonal(g.sum(1), torch.einsum("bthk,bthv->bhkv", k * later.exp(), v))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.ops import dispatch
+from zoo.ops import algebra, dispatch
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
 
@@ -139,6 +139,61 @@ def test_packed_equals_separate(spec: OperatorSpec, cuts: list[int]) -> None:
     inputs = spec.inputs(1, 130, documents=len(bounds) - 1)
     errors = parity(spec, inputs, backend="torch", dtype=torch.float64, cu_seqlens=torch.tensor(bounds))
     assert not red(errors, torch.float64)
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_summaries_say_what_time_does_to_a_state(spec: OperatorSpec, data: st.DataObject) -> None:
+    """The element of any stretch turns the state before it into the state after it, and elements compose."""
+    if spec.summary is None:
+        assert spec.cp_kind not in ("affine", "halo")
+        return
+    length = data.draw(st.integers(1, 150))
+    first, second = sorted(data.draw(st.tuples(st.integers(0, length), st.integers(0, length))))
+    inputs = spec.inputs(2, length)
+    state, after = inputs["state"], spec.run(inputs)[1]
+    del inputs["state"]
+    whole = spec.summary(inputs, None)
+    assert relative_error(whole.apply(state), after) < 1e-10
+    pieces = []
+    for left, right in ((0, first), (first, second), (second, length)):
+        piece = {name: x[:, left:right] if name in spec.time else x for name, x in inputs.items()}
+        pieces.append(spec.summary(piece, None))
+    folded = algebra.fold(pieces)
+    for ours, exact in zip(folded, whole, strict=True):
+        if isinstance(exact, torch.Tensor):
+            assert relative_error(ours, exact) < 1e-10
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+@pytest.mark.parametrize("cuts", [(0, 40), (0, 13, 13, 38, 40), (0, 0, 40), (0, 40, 40)], ids=str)
+def test_summaries_end_at_borders(spec: OperatorSpec, cuts: tuple[int, ...]) -> None:
+    if spec.summary is None:
+        pytest.skip("no summary")
+    cu = torch.tensor(cuts)
+    inputs = spec.inputs(1, 40, documents=len(cuts) - 1)
+    inputs["state"][1:] = 0  # the states that a summary is about enter in front
+    after = spec.run(inputs, cu_seqlens=cu)[1][-1:]
+    element = spec.summary({name: x for name, x in inputs.items() if name != "state"}, cu)
+    assert relative_error(element.apply(inputs["state"][:1]), after) < 1e-10
+
+
+@pytest.mark.parametrize("spec", STATEFUL)
+def test_summaries_are_differentiable(spec: OperatorSpec) -> None:
+    """Gradients through a summary are those of the final state."""
+    if spec.summary is None:
+        pytest.skip("no summary")
+    inputs = {name: x.requires_grad_() for name, x in spec.inputs(2, 70).items()}
+    names = [name for name in inputs if name != "state"]
+    after = spec.run(inputs)[1]
+    summed = spec.summary({name: inputs[name] for name in names}, None).apply(inputs["state"])
+    upstream = torch.randn(after.shape, generator=torch.Generator().manual_seed(2), dtype=after.dtype)
+    leaves = list(inputs.values())
+    want = torch.autograd.grad(after, leaves, upstream, materialize_grads=True, allow_unused=True)
+    ours = torch.autograd.grad(summed, leaves, upstream, materialize_grads=True, allow_unused=True)
+    for name, a, b in zip(inputs, ours, want, strict=True):
+        assert relative_error(a, b) < 1e-10, name
 
 
 @pytest.mark.parametrize("spec", STATEFUL)

@@ -1,0 +1,91 @@
+"""Sequences cut across ranks equal whole ones; the processes and their checks are in sharded.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoo.ops import shard
+from zoo.ops.operators import OPERATORS
+
+
+@pytest.mark.slow
+def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path) -> None:
+    """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "errors.json").read_text())  # {ranks: {check: {what: error}}}
+    assert list(found) == ["1", "2", "3", "4"]
+    wrong, unseen = [], []
+    for ranks, checks in found.items():
+        assert len(checks) > 50
+        for name, errors in checks.items():
+            if not name.startswith("dropped"):
+                wrong += [(ranks, name, what, error) for what, error in errors.items() if not error < 1e-10]
+            elif ranks != "1":
+                output = next(iter(errors.values()))
+                gradient = max(error for what, error in errors.items() if what.startswith("d "))
+                if not min(output, gradient) > 1e-2:
+                    unseen.append((ranks, name, output, gradient))
+    assert not wrong
+    assert not unseen
+
+
+@given(st.integers(1, 6), st.lists(st.integers(0, 20), max_size=6), st.integers(1, 20))
+def test_local_boundaries_name_every_token_once(size: int, cuts: list[int], length: int) -> None:
+    cuts = [0, *sorted(min(c, length) for c in cuts), length]
+    owner = [max(i for i, c in enumerate(cuts[:-1]) if c <= t) for t in range(length)]  # the document of each token
+    seen, edge = [], 0
+    for rank in range(size):
+        left, right = shard.stretch(length, rank, size)
+        assert left == edge
+        edge = right
+        local = shard.local_boundaries(torch.tensor(cuts), rank, size, length)
+        bounds = local.cu_seqlens.tolist()
+        assert bounds[0] == 0
+        assert bounds[-1] == right - left
+        assert bounds == sorted(bounds)
+        assert len(local.documents) == len(bounds) - 1
+        for i, document in enumerate(local.documents):
+            seen += [document] * (bounds[i + 1] - bounds[i])
+        if left < right:
+            assert local.continues == (left > 0 and owner[left] == owner[left - 1])
+            assert (len(bounds) > 2 and bounds[1] == 0) == (left > 0 and not local.continues)
+    assert edge == length
+    assert seen == owner
+
+
+def test_boundaries_must_span_the_stream() -> None:
+    with pytest.raises(ValueError, match=r"must start at 0 and end at the length 9; got 0 and 8"):
+        shard.local_boundaries(torch.tensor([0, 8]), 0, 2, 9)
+
+
+def test_a_shard_needs_a_process_group() -> None:
+    with pytest.raises(ValueError, match=r"needs a process group; call torch.distributed.init_process_group"):
+        shard.SequenceShard()
+
+
+def test_no_shard_is_the_default() -> None:
+    assert shard.current() is None
+    with shard.use(None):
+        assert shard.current() is None
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPERATORS.items() if spec.summary is not None])
+def test_asking_for_a_shard_breaks_no_graph(name: str) -> None:
+    inputs = OPERATORS[name].inputs(1, 9)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return OPERATORS[name].function(**inputs)
+
+    for ours, eager in zip(torch.compile(run, fullgraph=True, backend="eager")(), run(), strict=True):
+        assert torch.equal(ours, eager)
