@@ -62,7 +62,8 @@ def causal_conv1d(
     check.shapes(name, {"state": (state, "N W-1 D"), "x": (x, "B T D")}, **{"N": n, "W-1": W - 1, "D": D})
     state = state.to(x.dtype)
     if shard.current() is not None:
-        state = shard.halo(Tail.of(*last_document(cuts, x), W - 1), state, n > B)
+        (last,) = last_document(cuts, x)
+        state = shard.halo(Tail.of(last, W - 1), state, n > B)
 
     chosen = dispatch.resolve(name, backend, x)
     if chosen == "reference" and T:
@@ -91,7 +92,8 @@ def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = 
     name = "causal_conv1d_summary"
     sizes = check.shapes(name, {"x": (x, "B T D")})
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = Tail.of(*last_document(cuts, x), width - 1)
+    (last,) = last_document(cuts, x)
+    element = Tail.of(last, width - 1)
     if cuts is None or len(cuts) == 2:
         return element
     return element.reset_to(element.apply(x.new_zeros(1, width - 1, sizes["D"])))
