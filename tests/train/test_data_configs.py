@@ -23,7 +23,8 @@ def test_there_is_a_group_for_every_source() -> None:
 def test_composes_and_builds(name: str) -> None:
     required = REQUIRED.get(name, {})
     written = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    assert written.keys() == {"_target_", *required}
+    assert written.keys() == {"_target_", "seed", *required}
+    assert written["seed"] == "${seed}"
     overrides = ["model=transformer", f"data={name}", "seed=5", *(f"data.{k}='{v}'" for k, v in required.items())]
     settings = compose(overrides)["data"]
     data = resolve(settings.pop("_target_"))(**settings)
