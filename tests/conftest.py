@@ -1,6 +1,7 @@
 """Settings for every test: warnings are errors, fresh memory is NaN, kernels run in the interpreter without a GPU."""
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -9,12 +10,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any zoo.ops import: triton reads it when a kernel is defined
 
 
+def _no_kernels() -> str:
+    """Why Triton kernels cannot run here, or nothing."""
+    try:
+        triton = tuple(int(part) for part in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return "triton is not installed"
+    numpy = tuple(int(part) for part in version("numpy").split(".")[:2])
+    if not torch.cuda.is_available() and triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton before 3.7 cannot loop up to a loaded number with numpy 2.4 or newer"
+    return ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="needs a CUDA device")
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(skip)
+    missing = {"gpu": "" if torch.cuda.is_available() else "needs a CUDA device", "kernels": _no_kernels()}
+    for item in items:
+        for mark, reason in missing.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops import delta_rule, dispatch
+from zoo.ops import delta_rule
 from zoo.ops.delta_rule.chunked import delta_rule_chunked
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
@@ -84,7 +84,7 @@ def test_gates_may_be_wider_than_the_rest() -> None:
     assert relative_error(S, exact[1]) < 1e-6  # only the output was rounded
 
 
-@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.kernels
 @pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule"])
 def test_kernels_take_half_precision(name: str) -> None:
     # half precision has longer chunks, whose triangular inverse is made in two parts
@@ -95,7 +95,7 @@ def test_kernels_take_half_precision(name: str) -> None:
     assert not red(errors, torch.float16)
 
 
-@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.kernels
 def test_kernels_say_what_they_do_not_take() -> None:
     given = inputs(5)
     with pytest.raises(ValueError, match=r"delta_rule: the kernels compute in float32; got float64.*backend='torch'"):

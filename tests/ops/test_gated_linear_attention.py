@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.ops import dispatch, gated_linear_attention
+from zoo.ops import gated_linear_attention
 from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import outputs_and_gradients, relative_error
@@ -159,8 +159,7 @@ def test_gates_may_be_wider_than_the_rest() -> None:
     assert relative_error(S, gated_linear_attention(**{name: x.float() for name, x in half.items()})[1]) < 1e-6
 
 
+@pytest.mark.kernels
 def test_kernels_refuse_float64() -> None:
-    if not dispatch.HAS_TRITON:
-        pytest.skip("triton is not installed")
     with pytest.raises(ValueError, match="kernels take float32 or narrower; got float64"):
         gated_linear_attention(**inputs(4), backend="triton")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.ops import algebra, dispatch
+from zoo.ops import algebra
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
 
@@ -23,7 +23,7 @@ STATEFUL = [pytest.param(spec, id=name) for name, spec in OPERATORS.items() if s
 EXTREMES = [pytest.param(spec, edge, id=f"{name}-{edge}") for name, spec in OPERATORS.items() for edge in spec.extremes]
 LENGTHS = (1, 15, 16, 63, 64, 65, 200)
 PACKED = (0, 1, 17, 17, 81, 100)  # one token; an empty document; more than one chunk; a ragged end
-needs_triton = pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed")
+needs_triton = pytest.mark.kernels
 
 
 @pytest.mark.parametrize("length", LENGTHS)
