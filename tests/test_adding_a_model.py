@@ -35,14 +35,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.write_text(block["text"], encoding="utf-8")
         else:
             text = path.read_text(encoding="utf-8")
-            head = re.search(rf"^{block['table']}\b.*= \{{\n", text, re.MULTILINE)
-            assert head is not None, f"no table {block['table']} in {path}"
+            table = r"^(?=from zoo\.)" if block["table"] == "imports" else rf"^{block['table']}\b.*= \{{\n"
+            head = re.search(table, text, re.MULTILINE)
+            assert head is not None, f"no {block['table']} in {path}"
             path.write_text(text[: head.end()] + block["text"] + text[head.end() :], encoding="utf-8")
-    mixers = homes["tests"] / "layers" / "test_mixers.py"
-    imported = "from zoo.layers.mixers.retention import Retention\n"
-    mixers.write_text(
-        mixers.read_text(encoding="utf-8").replace("from zoo.layers.state", imported + "from zoo.layers.state")
-    )
     return top
 
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.kernel_case import KernelCase
 
-BLOCK_T = 32  # not tuned on a device yet; at 64 x 64 the backward kernels need 254 registers a thread on sm_80
+BLOCK_T = 32  # not tuned on a device yet; 64 was close to the 255 registers a thread may have on sm_80
 BLOCK_D = 64
 WEIGHT_WARPS = 8  # the taps' sums hold W + 2 tiles at once: with 4 warps the backward spills 16 to 64 bytes
 

@@ -599,8 +599,8 @@ def compile_cases() -> list[KernelCase]:
             warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
             # IEEE float32 products of 256-long keys hold whole rows of operands; training runs in bfloat16
             spills = 640 if K == 256 and io == "*fp32" and name.endswith("states") else 0
-            if name == "grad_keys":
-                spills = 16  # triton 3.6 on sm_80 spills 8 bytes at K = V = 128 in bf16; 3.9 none
+            if name == "grad_keys" and K == V == 128 and io == "*bf16" and triton.__version__.startswith("3.6"):
+                spills = 8  # on sm_80; the newer compilers need none and are allowed none
             signature = {a: _POINTERS.get(a, io) for a in kernel.arg_names if a not in constants}
             cases.append(
                 KernelCase(

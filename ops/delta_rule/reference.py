@@ -9,12 +9,14 @@ def delta_rule_reference(
 ) -> tuple[Tensor, Tensor]:
     """S' = exp(g_t) S; u = beta_t (v_t - S'^T k_t); S = S' + k_t u^T; o_t = S^T (scale q_t), one step at a time."""
     S, outputs = S0, []  # (B, H, K, V), in its own dtype; every step is computed in it
-    dtype, (q, k, v_, beta) = S0.dtype, (x.to(S0.dtype) for x in (q, k, v, beta))
-    for t in range(q.shape[1]):
-        if g is not None:
-            S = g[:, t, :, None, None].to(dtype).exp() * S
-        held = torch.einsum("bhk,bhkv->bhv", k[:, t], S)
-        u = beta[:, t, :, None] * (v_[:, t] - held)
-        S = S + k[:, t, :, :, None] * u[:, :, None, :]
-        outputs.append(torch.einsum("bhk,bhkv->bhv", scale * q[:, t], S))
+    # unbind, not x[:, t]: the gradient of an index is as large as x, at every step
+    steps = [x.to(S0.dtype).unbind(1) for x in (q, k, v, beta)]
+    decays = [None] * q.shape[1] if g is None else g.to(S0.dtype).unbind(1)
+    for q_t, k_t, v_t, beta_t, g_t in zip(*steps, decays, strict=True):  # (B, H, K), (B, H, V) or (B, H)
+        if g_t is not None:
+            S = g_t[..., None, None].exp() * S
+        held = torch.einsum("bhk,bhkv->bhv", k_t, S)
+        u = beta_t.unsqueeze(-1) * (v_t - held)
+        S = S + k_t.unsqueeze(-1) * u.unsqueeze(-2)
+        outputs.append(torch.einsum("bhk,bhkv->bhv", scale * q_t, S))
     return torch.stack(outputs, dim=1).to(v.dtype) if outputs else v[:, :0], S  # (B, T, H, V), (B, H, K, V)

@@ -1,5 +1,6 @@
 """Every operator's proofs, from its one entry in zoo.ops.operators."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -31,6 +32,14 @@ needs_triton = pytest.mark.kernels
 def test_torch_equals_reference_in_float64(spec: OperatorSpec, sizes: dict[str, int], length: int) -> None:
     errors = parity(spec, spec.inputs(2, length, sizes), backend="torch", dtype=torch.float64)
     assert not red(errors, torch.float64)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("spec", [pytest.param(spec, id=n) for n, spec in OPERATORS.items() if "K" in spec.sizes[0]])
+def test_torch_equals_reference_at_every_head_size(spec: OperatorSpec, length: int) -> None:
+    for K, V in itertools.product((8, 16, 64, 100, 128), repeat=2):
+        inputs = spec.inputs(1, length, {"H": 1, "K": K, "V": V})
+        assert not red(parity(spec, inputs, backend="torch", dtype=torch.float64), torch.float64), (K, V)
 
 
 @pytest.mark.parametrize("spec", SPECS)
