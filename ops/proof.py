@@ -34,10 +34,12 @@ class OperatorSpec:
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
         summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
             the state of the first document into the final one of the last; every affine and halo operator has one.
+        packed: the function takes `cu_seqlens`.
+        forms: the backends it has besides the reference.
     """
 
     name: str
-    function: Callable[..., tuple[Tensor, Tensor]]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[int, int, Sizes, torch.Generator], Inputs]
     state: Callable[[int, Sizes, torch.Generator], Tensor] | None
     sizes: tuple[Sizes, ...]
@@ -45,6 +47,8 @@ class OperatorSpec:
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
     summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
+    packed: bool = True
+    forms: tuple[str, ...] = ("torch", "triton")
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
@@ -59,22 +63,31 @@ class OperatorSpec:
 
     def run(self, inputs: Inputs, *, backend: str = "auto", cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
         """Call the operator; always a tuple of outputs."""
-        out = self.function(**inputs, cu_seqlens=cu_seqlens, backend=backend)
+        if self.packed:
+            out = self.function(**inputs, cu_seqlens=cu_seqlens, backend=backend)
+        else:
+            out = self.function(**inputs, backend=backend)
         return out if isinstance(out, tuple) else (out,)
 
 
 def convert(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
-    """The inputs in another dtype and place; states stay in float32 at least. Values are first rounded to `dtype`."""
+    """The inputs in another dtype and place. Values are rounded to `dtype`; states stay in float32 at least."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return {name: x.to(dtype).to(device, wide if name == "state" else dtype) for name, x in inputs.items()}
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.to(device)
+        return x.to(dtype).to(device, wide if name == "state" else dtype)
+
+    return {name: rounded(name, x) for name, x in inputs.items()}
 
 
 def outputs_and_gradients(
     spec: OperatorSpec, inputs: Inputs, *, backend: str, cu_seqlens: Tensor | None = None, seed: int = 1
 ) -> dict[str, Tensor]:
-    """Outputs and the gradients of all inputs, for fixed random cotangents on every output."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    outputs = spec.run(leaves, backend=backend, cu_seqlens=cu_seqlens)
+    """Outputs and the gradients of all floating inputs, for fixed random cotangents on every output."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+    outputs = spec.run({**inputs, **leaves}, backend=backend, cu_seqlens=cu_seqlens)
     generator = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
@@ -104,7 +117,7 @@ def parity(
     given = convert(inputs, dtype, device)
     moved = None if cu_seqlens is None else cu_seqlens.to(device)
     ours = outputs_and_gradients(spec, given, backend=backend, cu_seqlens=moved)
-    exact_inputs = {name: x.double().cpu() for name, x in given.items()}
+    exact_inputs = convert({name: x.cpu() for name, x in given.items()}, torch.float64)
     exact = outputs_and_gradients(spec, exact_inputs, backend="reference", cu_seqlens=cu_seqlens)
     return {name: relative_error(ours[name], exact[name]) for name in exact}
 
