@@ -10,6 +10,7 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
+from zoo.ops.ssd import ssd, ssd_summary
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
@@ -80,9 +81,27 @@ _DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
 _GATED_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
     "g-0": lambda i: i | {"g": i["g"] * 0},
     "g-8": lambda i: i | {"g": i["g"] * 0 - 8},
+    "resets among weak gates": lambda i: i | {"g": _resets(i["g"] * 0.01, -50.0)},
     "g-8-beta-2": lambda i: i | {"g": i["g"] * 0 - 8, "beta": i["beta"] * 0 + 2},
     "one-key-beta-1": lambda i: i | {"k": i["k"][:, :1].expand_as(i["k"]).contiguous(), "beta": i["beta"] * 0 + 1},
 }
+
+
+def _ssd_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    H, P, G, N = (sizes[name] for name in "HPGN")
+    return {
+        "x": _randn(generator, B, T, H, P),
+        "dt": F.softplus(_randn(generator, B, T, H)),
+        "A": -(_randn(generator, H).abs() + 0.05),
+        "B": _randn(generator, B, T, G, N),
+        "C": _randn(generator, B, T, G, N) * N**-0.5,
+        "D": _randn(generator, H),
+    }
+
+
+def _resets(x: Tensor, value: float) -> Tensor:
+    """A tenth of the places become `value`."""
+    return torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.1, x * 0 + value, x)
 
 
 OPERATORS: dict[str, OperatorSpec] = {
@@ -141,6 +160,27 @@ OPERATORS: dict[str, OperatorSpec] = {
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
             summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
+        ),
+        OperatorSpec(
+            name="ssd",
+            function=ssd,
+            make=_ssd_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["H"], sizes["N"], sizes["P"]),
+            sizes=(
+                {"H": 4, "P": 8, "G": 2, "N": 16},
+                {"H": 1, "P": 64, "G": 1, "N": 128},
+                {"H": 3, "P": 20, "G": 1, "N": 9},
+            ),
+            time=("x", "dt", "B", "C"),
+            extremes={
+                "no step": lambda i: i | {"dt": i["dt"] * 0},
+                "forget nothing": lambda i: i | {"A": i["A"] * 0},
+                "forget everything": lambda i: i | {"A": i["A"] * 0 - 500},
+                "resets among weak gates": lambda i: i | {"dt": _resets(i["dt"] * 0.01, 100.0)},
+            },
+            cp_kind="affine",
+            summary=lambda i, cu: ssd_summary(i["x"], i["dt"], i["A"], i["B"], cu_seqlens=cu),
+            forms=("torch",),
         ),
     )
 }
