@@ -1,5 +1,6 @@
 """The table of operators: one entry gives an operator every proof of the shared harness and a line in `zoo doctor`."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
 
 
@@ -61,6 +63,25 @@ def _gated_delta_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator
     return made | {"g": F.logsigmoid(_randn(generator, B, T, sizes["H"]) + 2)}
 
 
+def _loss_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    """Every fourth target is not scored, the first one is."""
+    D, V = sizes["D"], sizes["V"]
+    targets = torch.randint(V, (B, T), generator=generator)
+    targets[torch.arange(B * T).view(B, T) % 4 == 3] = -100
+    return {
+        "x": _randn(generator, B, T, D),
+        "weight": _randn(generator, V, D) * D**-0.5,
+        "bias": _randn(generator, V),
+        "targets": targets,
+    }
+
+
+_LOSS_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    "logits of hundreds": lambda i: i | {"weight": i["weight"] * 100},
+    "a token that cannot be": lambda i: i | {"bias": i["bias"].index_fill(0, torch.tensor([1]), -1e4)},
+    "all targets the same": lambda i: i | {"targets": i["targets"] * 0},
+    "one scored": lambda i: i | {"targets": torch.where(torch.arange(i["targets"].numel()) == 5, i["targets"], -100)},
+}
 _DELTA_SIZES = (
     {"H": 1, "K": 64, "V": 64},
     {"H": 2, "K": 8, "V": 16},
@@ -141,6 +162,21 @@ OPERATORS: dict[str, OperatorSpec] = {
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
             summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
+        ),
+        *(
+            OperatorSpec(
+                name=f"linear_cross_entropy_{reduction}",
+                function=functools.partial(linear_cross_entropy, reduction=reduction),
+                make=_loss_inputs,
+                state=None,
+                sizes=({"D": 8, "V": 17}, {"D": 70, "V": 300}),
+                time=("x", "targets"),
+                extremes=_LOSS_EXTREMES,
+                cp_kind="local",
+                packed=False,
+                wide_output=True,
+            )
+            for reduction in ("mean", "none")
         ),
     )
 }
