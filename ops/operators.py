@@ -12,6 +12,9 @@ from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
+from zoo.ops.rms_norm import ORDERS, gated_rms_norm, rms_norm
+from zoo.ops.rotary import LAYOUTS, rotary
+from zoo.ops.swiglu import swiglu
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
@@ -81,6 +84,39 @@ _LOSS_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
     "a token that cannot be": lambda i: i | {"bias": i["bias"].index_fill(0, torch.tensor([1]), -1e4)},
     "all targets the same": lambda i: i | {"targets": i["targets"] * 0},
     "one scored": lambda i: i | {"targets": torch.where(torch.arange(i["targets"].numel()) == 5, i["targets"], -100)},
+}
+
+
+def _norm_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    shape = (B, T, sizes["H"], sizes["D"]) if "H" in sizes else (B, T, sizes["D"])
+    return {"x": _randn(generator, *shape), "weight": _randn(generator, sizes["D"])}
+
+
+def _gated_norm_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    made = _norm_inputs(B, T, sizes, generator)
+    return made | {"gate": 2 * _randn(generator, *made["x"].shape)}
+
+
+def _swiglu_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    return {name: 2 * _randn(generator, B, T, sizes["F"]) for name in ("gate", "up")}
+
+
+def _rotary_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    """Positions of their own for every row; with `shared` one table for all."""
+    angles = 100 * _randn(generator, 1 if "shared" in sizes else B, T, sizes["K"] // 2)
+    return {"x": _randn(generator, B, T, sizes["H"], sizes["K"]), "cos": angles.cos(), "sin": angles.sin()}
+
+
+_NORM_SIZES = ({"D": 8}, {"H": 2, "D": 100}, {"D": 300})
+_NORM_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    "zeros": lambda i: i | {"x": i["x"] * 0},
+    "small": lambda i: i | {"x": i["x"] * 1e-4},
+    "large": lambda i: i | {"x": i["x"] * 1e4},
+}
+_GATE_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    "open": lambda i: i | {"gate": i["gate"] * 0 + 30},
+    "closed": lambda i: i | {"gate": i["gate"] * 0 - 30},
+    "far": lambda i: i | {"gate": i["gate"] * 100},
 }
 _DELTA_SIZES = (
     {"H": 1, "K": 64, "V": 64},
@@ -177,6 +213,56 @@ OPERATORS: dict[str, OperatorSpec] = {
                 wide_output=True,
             )
             for reduction in ("mean", "none")
+        ),
+        OperatorSpec(
+            name="rms_norm",
+            function=rms_norm,
+            make=_norm_inputs,
+            state=None,
+            sizes=_NORM_SIZES,
+            time=("x",),
+            extremes=_NORM_EXTREMES,
+            cp_kind="local",
+            packed=False,
+        ),
+        *(
+            OperatorSpec(
+                name=f"gated_rms_norm_{order}",
+                function=functools.partial(gated_rms_norm, order=order),
+                make=_gated_norm_inputs,
+                state=None,
+                sizes=_NORM_SIZES,
+                time=("x", "gate"),
+                extremes=_NORM_EXTREMES | _GATE_EXTREMES,
+                cp_kind="local",
+                packed=False,
+            )
+            for order in ORDERS
+        ),
+        OperatorSpec(
+            name="swiglu",
+            function=swiglu,
+            make=_swiglu_inputs,
+            state=None,
+            sizes=({"F": 8}, {"F": 300}),
+            time=("gate", "up"),
+            extremes=_GATE_EXTREMES,
+            cp_kind="local",
+            packed=False,
+        ),
+        *(
+            OperatorSpec(
+                name=f"rotary_{layout}",
+                function=functools.partial(rotary, layout=layout),
+                make=_rotary_inputs,
+                state=None,
+                sizes=({"H": 2, "K": 8}, {"H": 3, "K": 100}, {"H": 2, "K": 64, "shared": 1}),
+                time=("x", "cos", "sin"),
+                extremes={"no angle": lambda i: i | {"cos": i["cos"] * 0 + 1, "sin": i["sin"] * 0}},
+                cp_kind="local",
+                packed=False,
+            )
+            for layout in LAYOUTS
         ),
     )
 }
