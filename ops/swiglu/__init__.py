@@ -1,9 +1,9 @@
 """The elementwise half of the SwiGLU feed-forward."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.ops import check, dispatch
-from zoo.ops.swiglu.fused import swiglu_fused
 from zoo.ops.swiglu.reference import swiglu_reference
 
 if dispatch.HAS_TRITON:
@@ -25,7 +25,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
 
-    Cost: bound by memory traffic. The backward pass makes the silu again, so that gate and up are all that is kept.
+    Cost: bound by memory traffic. The kernels keep gate and up and make the silu again in the backward pass; the torch
+    form keeps the silu as well.
     Source: arXiv 2002.05202.
     """
     name = "swiglu"
@@ -35,5 +36,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     if chosen == "reference":
         return swiglu_reference(gate, up)
     if chosen == "torch":
-        return swiglu_fused(gate, up)
+        # Keeping silu(gate), too, is faster than making it again by 1.2 to 1.35 times: CPU, one thread, forward and
+        # backward, (8, 256, 256) and (1, 2048, 2816), float32.
+        return F.silu(gate) * up
     return kernels.swiglu_fwd(gate, up)
