@@ -12,7 +12,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.rms_norm import kernels
 
 Order = Literal["norm_first", "gate_first"]
-ORDERS: tuple[str, ...] = ("norm_first", "gate_first")
+ORDERS: tuple[Order, ...] = ("norm_first", "gate_first")
 
 
 @dispatch.keeps_its_precision

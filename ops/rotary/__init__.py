@@ -13,7 +13,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.rotary import kernels
 
 Layout = Literal["half", "interleaved"]
-LAYOUTS: tuple[str, ...] = ("half", "interleaved")
+LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 
 
 @dispatch.keeps_its_precision
