@@ -232,6 +232,20 @@ def test_refusals() -> None:
         linear_cross_entropy(x, weight, targets.to("meta"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_chunk_of_logits_becomes_its_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 inside, also where the logits are half precision, as on a device."""
+    monkeypatch.setattr(CHUNKED, "ROW_BYTES", 64)
+    z, targets = inputs()[0].detach().flatten(0, 1).to(dtype), torch.arange(46) % 6
+    leaf = z.double().clone().requires_grad_()
+    want = F.cross_entropy(leaf, targets, reduction="none")
+    assert relative_error(CHUNKED.TORCH_STEP.losses(z.clone(), targets), want) < 1e-6
+    losses = CHUNKED.TORCH_STEP.gradients_(z, targets)
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert relative_error(losses, want) < 1e-6
+    assert relative_error(z, torch.autograd.grad(want.sum(), leaf)[0]) < 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.kernels
 def test_a_kernel_answers_nan_to_a_target_that_is_no_token() -> None:
     kernels = importlib.import_module("zoo.ops.linear_cross_entropy.kernels")
