@@ -4,7 +4,11 @@ from zoo.ops.attention import attention
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.rms_norm import gated_rms_norm, rms_norm
+from zoo.ops.rotary import rotary
 from zoo.ops.ssd import ssd, ssd_summary
+from zoo.ops.swiglu import swiglu
 
 __all__ = [
     "attention",
@@ -14,6 +18,11 @@ __all__ = [
     "delta_rule_summary",
     "gated_linear_attention",
     "gated_linear_attention_summary",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
     "ssd",
     "ssd_summary",
+    "swiglu",
 ]

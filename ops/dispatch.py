@@ -22,7 +22,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 # Asked once: torch 2.11's compiler cannot trace the question, and some devices ("meta") answer by an error.
-_AUTOCAST = tuple(device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device))
+AUTOCAST = tuple(device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +35,7 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
-        if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        if device not in AUTOCAST or not torch.is_autocast_enabled(device):
             return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)

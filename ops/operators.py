@@ -3,8 +3,12 @@
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
+from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from zoo.ops.proof import OperatorSpec
+from zoo.ops.rms_norm.spec import SPECS as RMS_NORM
+from zoo.ops.rotary.spec import SPECS as ROTARY
 from zoo.ops.ssd.spec import SPECS as SSD
+from zoo.ops.swiglu.spec import SPECS as SWIGLU
 
 OPERATORS: dict[str, OperatorSpec] = {
     spec.name: spec
@@ -13,6 +17,10 @@ OPERATORS: dict[str, OperatorSpec] = {
         GATED_LINEAR_ATTENTION,
         DELTA_RULE,
         SSD,
+        RMS_NORM,
+        SWIGLU,
+        ROTARY,
+        LINEAR_CROSS_ENTROPY,
     )
     for spec in specs
 }

@@ -48,6 +48,7 @@ class OperatorSpec:
             the state of the first document into the final one of the last; every affine and halo operator has one.
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
+        wide_output: outputs are float32 at least, whatever the inputs' dtype.
     """
 
     name: str
@@ -61,6 +62,7 @@ class OperatorSpec:
     summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
+    wide_output: bool = False
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
