@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.affine_scan import affine_scan, affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
@@ -85,9 +86,34 @@ _GATED_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
 }
 
 
+def _affine_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    # of either sign, mostly below 1, sometimes above: products neither die at once nor explode
+    return {
+        "a": torch.tanh(1.5 * _randn(generator, B, T, sizes["D"])) * 1.02,
+        "b": _randn(generator, B, T, sizes["D"]),
+    }
+
+
 OPERATORS: dict[str, OperatorSpec] = {
     spec.name: spec
     for spec in (
+        OperatorSpec(
+            name="affine_scan",
+            function=affine_scan,
+            make=_affine_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["D"]),
+            sizes=({"D": 136},),
+            time=("a", "b"),
+            extremes={
+                "a-0": lambda i: i | {"a": i["a"] * 0},
+                "a-1": lambda i: i | {"a": i["a"] * 0 + 1},
+                "a--1": lambda i: i | {"a": i["a"] * 0 - 1},
+                "a-1.5": lambda i: i | {"a": i["a"] * 0 + 1.5, "b": i["b"] * 1e-3},
+                "some resets": lambda i: i | {"a": i["a"] * (i["a"].abs() > 0.3)},
+            },
+            cp_kind="affine",
+            summary=lambda i, cu: affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
+        ),
         OperatorSpec(
             name="causal_conv1d",
             function=causal_conv1d,
