@@ -5,6 +5,7 @@ from zoo.ops.attention import attention
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.selective_scan import selective_scan, selective_scan_summary
 
 __all__ = [
     "affine_scan",
@@ -16,4 +17,6 @@ __all__ = [
     "delta_rule_summary",
     "gated_linear_attention",
     "gated_linear_attention_summary",
+    "selective_scan",
+    "selective_scan_summary",
 ]

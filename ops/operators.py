@@ -11,6 +11,7 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes
+from zoo.ops.selective_scan import selective_scan, selective_scan_summary
 
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
@@ -94,6 +95,18 @@ def _affine_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> 
     }
 
 
+def _selective_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    E, N = sizes["E"], sizes["N"]
+    return {
+        "u": _randn(generator, B, T, E),
+        "delta": F.softplus(_randn(generator, B, T, E) - 2),
+        "A": -torch.arange(1.0, N + 1, dtype=torch.float64) * torch.exp(0.3 * _randn(generator, E, N)),
+        "B": _randn(generator, B, T, N),
+        "C": _randn(generator, B, T, N),
+        "D": _randn(generator, E),
+    }
+
+
 OPERATORS: dict[str, OperatorSpec] = {
     spec.name: spec
     for spec in (
@@ -109,7 +122,6 @@ OPERATORS: dict[str, OperatorSpec] = {
                 "a-1": lambda i: i | {"a": i["a"] * 0 + 1},
                 "a--1": lambda i: i | {"a": i["a"] * 0 - 1},
                 "a-1.5": lambda i: i | {"a": i["a"] * 0 + 1.5, "b": i["b"] * 1e-3},
-                "some resets": lambda i: i | {"a": i["a"] * (i["a"].abs() > 0.3)},
             },
             cp_kind="affine",
             summary=lambda i, cu: affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
@@ -167,6 +179,23 @@ OPERATORS: dict[str, OperatorSpec] = {
             extremes=_GATED_DELTA_EXTREMES,
             cp_kind="affine",
             summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
+        ),
+        OperatorSpec(
+            name="selective_scan",
+            function=selective_scan,
+            make=_selective_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["E"], sizes["N"]),
+            sizes=({"E": 6, "N": 3},),
+            time=("u", "delta", "B", "C"),
+            extremes={
+                "delta-0": lambda i: i | {"delta": i["delta"] * 0},
+                "delta huge": lambda i: i | {"delta": i["delta"] * 0 + 1000.0, "u": i["u"] * 1e-3},
+                "delta 0, tiny or huge": lambda i: (
+                    i | {"delta": 300.0 * (i["delta"] > 0.3).to(i["delta"]) + 1e-6 * (i["delta"] < 0.1)}
+                ),
+            },
+            cp_kind="affine",
+            summary=lambda i, cu: selective_scan_summary(i["u"], i["delta"], i["A"], i["B"], cu_seqlens=cu),
         ),
     )
 }
