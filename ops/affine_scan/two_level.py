@@ -37,15 +37,14 @@ def affine_scan_two_level(
         a, b: (B, T, D); state: (B, D), or (n, D) with the borders `cuts` of packed documents.
         chunks: P, how many chunks are walked side by side; chosen by size when omitted.
     """
-    if b.shape[1] == 0:
-        return b + 0 * a, state
     if cuts is None:
         return _Scan.apply(a, b, state, chunks)
     # a document begins where the transition is zero and its own state enters with the input
     filled = [i for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
-    first = torch.tensor([cuts[i] for i in filled], device=b.device)
-    ends = torch.tensor([cuts[i + 1] - 1 for i in filled], device=b.device)
-    index = torch.tensor(filled, device=b.device)
+    first, ends, index = (
+        torch.tensor(x, dtype=torch.int64, device=b.device)
+        for x in ([cuts[i] for i in filled], [cuts[i + 1] - 1 for i in filled], filled)
+    )
     dtype = b.dtype
     a, b = a.to(state.dtype), b.to(state.dtype)
     b = b.index_add(1, first, a[:, first] * state[index])
@@ -115,8 +114,9 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, state: Tensor, chunks: int | None) -> tuple[Tensor, Tensor]:
         ctx.chunks = chunks or _chunks(*b.shape)
         h = b.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
-        _forward(a.to(state.dtype), h, state, ctx.chunks)
-        out, last = h.to(b.dtype), h[:, -1].clone()
+        if h.shape[1]:
+            _forward(a.to(state.dtype), h, state, ctx.chunks)
+        out, last = h.to(b.dtype), (h[:, -1] if h.shape[1] else state).clone()
         ctx.save_for_backward(a, out, state)
         return out, last
 
@@ -124,6 +124,8 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         a, h, state = ctx.saved_tensors
+        if not h.shape[1]:
+            return torch.zeros_like(a), torch.zeros_like(h), dlast, None
         d = dh.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
         _backward(a.to(state.dtype), d, dlast, ctx.chunks)
         da = None
