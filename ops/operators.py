@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.ops.affine_scan import affine_scan, affine_scan_summary
+from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
@@ -95,6 +96,14 @@ def _affine_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> 
     }
 
 
+def _block_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    # rotations and shears of either sign whose products neither die at once nor explode
+    return {
+        "A": 0.75 * torch.tanh(2 * _randn(generator, B, T, sizes["D"], 2, 2)),
+        "b": _randn(generator, B, T, sizes["D"], 2),
+    }
+
+
 def _selective_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
     E, N = sizes["E"], sizes["N"]
     return {
@@ -125,6 +134,21 @@ OPERATORS: dict[str, OperatorSpec] = {
             },
             cp_kind="affine",
             summary=lambda i, cu: affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
+        ),
+        OperatorSpec(
+            name="block_affine_scan",
+            function=block_affine_scan,
+            make=_block_inputs,
+            state=lambda n, sizes, generator: _randn(generator, n, sizes["D"], 2),
+            sizes=({"D": 5},),
+            time=("A", "b"),
+            extremes={
+                "A-0": lambda i: i | {"A": i["A"] * 0},
+                "A-identity": lambda i: i | {"A": i["A"] * 0 + torch.eye(2)},
+                "A-rotation": lambda i: i | {"A": i["A"] * 0 + torch.tensor([[0.0, -1.0], [1.0, 0.0]])},
+            },
+            cp_kind="affine",
+            summary=lambda i, cu: block_affine_scan_summary(i["A"], i["b"], cu_seqlens=cu),
         ),
         OperatorSpec(
             name="causal_conv1d",

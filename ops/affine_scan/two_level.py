@@ -59,7 +59,7 @@ def _walk(a: Sequence[Tensor], h: Sequence[Tensor], before: Tensor) -> Tensor:
     return before
 
 
-def _chunks(B: int, T: int, D: int) -> int:
+def chunks_of(B: int, T: int, D: int) -> int:
     """P: wide enough steps, and no more chunks than there are steps in one; 1 is the plain loop."""
     return max(1, min(WIDTH // max(1, B * D), math.isqrt(T)))
 
@@ -112,7 +112,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, state: Tensor, chunks: int | None) -> tuple[Tensor, Tensor]:
-        ctx.chunks = chunks or _chunks(*b.shape)
+        ctx.chunks = chunks or chunks_of(*b.shape)
         h = b.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
         if h.shape[1]:
             _forward(a.to(state.dtype), h, state, ctx.chunks)
