@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Numbers in one step of P chunks side by side. CPU time of a forward, float32, one EPYC core of a busy machine, against
-# the time of copying a and b: B=2 T=2048 D=256 takes 10.9, 4.2, 2.8, 3.7, 3.6 ms at P = 4, 16, 32, 64, 128 (the plain
-# loop 12.6, the copy 0.9); B=1 T=16384 D=512 takes 95, 45, 48, 50 ms at P = 4, 16, 32, 64 (loop 195, copy 55);
-# B=8 T=256 D=128 takes 1.7, 1.0, 0.8 ms at P = 4, 16, 32 (loop 1.8, copy 0.1); at B=1 T=1024 D=24576 the loop is best
-# (92 ms; P = 4, 16, 64 take 103, 118, 152; copy 146). Flat about WIDTH = P B D = 8192 ... 32768.
+# Numbers in one step of P chunks side by side. CPU time of forward / forward + backward, float32, one EPYC core of a
+# busy machine (good to about 20 %): B=2 T=2048 D=256 takes 10/31, 5.8/13, 3.3/11, 3.4/7.3, 2.8/7.3, 3.5/14 ms at P = 1
+# (the plain loop), 8, 16, 32, 64, 128, where copying a and b takes 0.9; B=1 T=16384 D=512 takes 97/244, 63/158, 51/153,
+# 60/149 ms at 1, 8, 32, 64 (copy 50: fresh memory); B=8 T=256 D=128 takes 2.3/6.7, 1.0/1.8, 0.7/2.0 at 1, 16, 32 (copy
+# 0.1); B=1 T=1024 D=24576 takes 110/261, 113/331, 110/320 at 1, 4, 8 (copy 168). Flat about P B D = 8192 ... 32768.
 WIDTH = 16384
 
 

@@ -16,6 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.affine_scan.two_level import chunks_of
 
+# The number of chunks is the elementwise scan's. CPU time of forward / forward + backward on planes, float32, one EPYC
+# core of a busy machine (good to about 20 %): B=2 T=2048 D=256 takes 38/76, 22/51, 16/38, 13/33, 15/42 ms at P = 1, 8,
+# 32, 64, 128, where copying A and b takes 3; B=1 T=16384 D=512 takes 299/717, 195/591, 190/500, 168/510 ms at 1, 8, 32,
+# 64 (copy 166); B=8 T=256 D=128 takes 5.4/13, 3.6/12, 3.4/9, 4.7/10 ms at 1, 8, 16, 32 (copy 0.8).
+
 
 def block_affine_scan_two_level(
     A: Tensor, b: Tensor, state: Tensor, cuts: tuple[int, ...] | None, *, chunks: int | None = None
@@ -105,7 +110,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, b: Tensor, state: Tensor, chunks: int | None) -> tuple[Tensor, Tensor]:
         _, B, T, D = b.shape
-        ctx.chunks = chunks or chunks_of(B, T, 2 * D)
+        ctx.chunks = chunks or chunks_of(B, T, D)
         h = b.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
         if T:
             _forward(A.to(state.dtype), h, state, ctx.chunks)
