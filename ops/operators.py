@@ -1,5 +1,7 @@
 """The table of operators: each folder's `spec.py` brings all proofs of the harness, and a line in `zoo doctor`."""
 
+from zoo.ops.affine_scan.spec import SPECS as AFFINE_SCAN
+from zoo.ops.block_affine_scan.spec import SPECS as BLOCK_AFFINE_SCAN
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
@@ -7,6 +9,7 @@ from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from zoo.ops.proof import OperatorSpec
 from zoo.ops.rms_norm.spec import SPECS as RMS_NORM
 from zoo.ops.rotary.spec import SPECS as ROTARY
+from zoo.ops.selective_scan.spec import SPECS as SELECTIVE_SCAN
 from zoo.ops.ssd.spec import SPECS as SSD
 from zoo.ops.swiglu.spec import SPECS as SWIGLU
 
@@ -17,6 +20,9 @@ OPERATORS: dict[str, OperatorSpec] = {
         GATED_LINEAR_ATTENTION,
         DELTA_RULE,
         SSD,
+        AFFINE_SCAN,
+        BLOCK_AFFINE_SCAN,
+        SELECTIVE_SCAN,
         RMS_NORM,
         SWIGLU,
         ROTARY,
