@@ -1,11 +1,13 @@
 """The table of operators: one entry gives an operator every proof of the shared harness and a line in `zoo doctor`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.attention import attention
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
@@ -61,6 +63,38 @@ def _gated_delta_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator
     return made | {"g": F.logsigmoid(_randn(generator, B, T, sizes["H"]) + 2)}
 
 
+def _attention_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    H, K, V = sizes["H"], sizes["K"], sizes["V"]
+    Hk = sizes.get("Hk", H)
+    return {
+        "q": _randn(generator, B, T, H, K),
+        "k": _randn(generator, B, T, Hk, K),
+        "v": _randn(generator, B, T, Hk, V),
+    }
+
+
+def _attention(name: str, masks: dict[str, bool | int], *sizes: Sizes) -> OperatorSpec:
+    """With the log-sum-exp, so that its gradient is proved too: the torch form is our own; SDPA has its own tests."""
+    return OperatorSpec(
+        name=name,
+        function=partial(attention, return_lse=True, **masks),
+        make=_attention_inputs,
+        state=None,
+        sizes=sizes,
+        time=("q", "k", "v"),
+        extremes=_ATTENTION_EXTREMES,
+        cp_kind="attention",
+    )
+
+
+_ATTENTION_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    # of signs: whole numbers, so that the scores are exact and keys tie; a rounded score of 1e4 would be off by 1e-3
+    "scores of thousands": lambda i: i | {"q": 4096 * i["q"].sign(), "k": i["k"].sign()},
+    "no scores": lambda i: i | {"q": i["q"] * 0},
+    "every other key the same": lambda i: (
+        i | {"k": torch.where((torch.arange(i["k"].shape[1]) % 2 == 0)[:, None, None], i["k"][:, :1], i["k"])}
+    ),
+}
 _DELTA_SIZES = (
     {"H": 1, "K": 64, "V": 64},
     {"H": 2, "K": 8, "V": 16},
@@ -88,6 +122,20 @@ _GATED_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
 OPERATORS: dict[str, OperatorSpec] = {
     spec.name: spec
     for spec in (
+        _attention(
+            "attention",
+            {},
+            {"H": 4, "Hk": 2, "K": 16, "V": 32},
+            {"H": 2, "Hk": 2, "K": 64, "V": 64},
+            {"H": 1, "Hk": 1, "K": 256, "V": 256},
+        ),
+        _attention(
+            "attention_window",
+            {"window": 20},
+            {"H": 4, "Hk": 2, "K": 16, "V": 16},
+            {"H": 1, "Hk": 1, "K": 100, "V": 8},
+        ),
+        _attention("attention_both_ways", {"causal": False}, {"H": 2, "Hk": 1, "K": 16, "V": 16}),
         OperatorSpec(
             name="causal_conv1d",
             function=causal_conv1d,
