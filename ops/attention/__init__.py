@@ -10,7 +10,7 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.attention.blockwise import attention_blockwise
 from zoo.ops.attention.reference import attention_reference
-from zoo.ops.attention.sdpa import attention_sdpa
+from zoo.ops.attention.sdpa import attention_sdpa, builds_a_large_mask
 
 if dispatch.HAS_TRITON:
     from zoo.ops.attention import kernels
@@ -207,4 +207,6 @@ def _blocks_are_faster(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
 ) -> bool:
     """Where our blocks replace SDPA though nobody asks for the log-sum-exp."""
-    return not q.shape[1] or not k.shape[1]  # SDPA gives NaN where there is nothing to see
+    T, S = q.shape[1], k.shape[1]
+    nothing = not T or not S  # SDPA gives NaN where there is nothing to see
+    return nothing or builds_a_large_mask(T, S, causal, window, key_lengths)

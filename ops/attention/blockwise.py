@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# One core of a shared CPU, float32, 4 heads of 64, B 2, forward + backward in ms, blocks of 64 | 128 | 256 queries:
+# T 2048: 587 | 536 | 582; window 512: 338 | 317 | 464; T 1024, window 128: 99 | 95 | 154. Keys only bound the memory.
 BLOCK_QUERIES = 128
 BLOCK_KEYS = 4096
 

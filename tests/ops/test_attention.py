@@ -181,6 +181,15 @@ def test_a_window_over_everything_is_no_window(form: str) -> None:
             assert_close(attention(*args, causal=causal, window=window, backend=form), want)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("window", [3, 5, 6, 8, 9])
+def test_windows_when_queries_outnumber_keys(form: str, window: int) -> None:
+    args = inputs(1, 9, 5)
+    want = attention(*args, causal=False, window=window, backend="reference")
+    ours = attention(*for_form(form, args), causal=False, window=window, backend=form)
+    assert_close(ours.double().cpu(), want, rtol=2e-5, atol=2e-5 if form == "triton" else 1e-14)
+
+
 @pytest.mark.parametrize("form", ["reference", *FORMS])
 @pytest.mark.parametrize("scale", [0.7, 0.0, -0.5])
 def test_any_scale(form: str, scale: float) -> None:
@@ -241,6 +250,21 @@ def test_a_long_window_never_builds_a_square_mask(monkeypatch: pytest.MonkeyPatc
     sdpa.attention_sdpa(q, k, v, True, 100, 1.0, None)
     assert seen
     assert max(seen) <= sdpa.WINDOW_BLOCK * (sdpa.WINDOW_BLOCK + 100)
+
+
+def test_square_masks_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA builds a T x S mask only for few queries and keys; beyond, our blocks run."""
+    largest: list[int] = []
+    visible = sdpa.visible
+    monkeypatch.setattr(sdpa, "visible", lambda T, S, *rest: (largest.append(T * S), visible(T, S, *rest))[1])
+    monkeypatch.setattr(sdpa, "MASK_LIMIT", 600 * 700)
+    for T, S in ((300, 700), (600, 700), (700, 700)):
+        q, k, v = (x.detach() for x in inputs(1, T, S, H=1, Hk=1))
+        for kwargs in ({}, {"key_lengths": torch.tensor([S - 5])}, {"causal": False, "window": 9}, {"window": 9}):
+            want = attention(q, k, v, backend="reference", **kwargs)
+            assert_close(attention(q, k, v, **kwargs), want)
+    assert 300 * 700 in largest
+    assert max(largest) < 600 * 700
 
 
 # Caches and packed documents
