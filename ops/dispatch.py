@@ -44,7 +44,8 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, the first time only."""
     warnings.warn(message, stacklevel=4)
 
 
@@ -64,7 +65,7 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
             return "torch"
         if HAS_TRITON:
             return "triton"
-        _say_once(
+        say_once(
             "Triton is not installed, so zoo's operators run their torch forms on this CUDA device; pip install triton"
         )
         return "torch"

@@ -1,6 +1,7 @@
 """The table of operators: each folder's `spec.py` brings all proofs of the harness, and a line in `zoo doctor`."""
 
 from zoo.ops.affine_scan.spec import SPECS as AFFINE_SCAN
+from zoo.ops.attention.spec import SPECS as ATTENTION
 from zoo.ops.block_affine_scan.spec import SPECS as BLOCK_AFFINE_SCAN
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
@@ -23,6 +24,7 @@ OPERATORS: dict[str, OperatorSpec] = {
         AFFINE_SCAN,
         BLOCK_AFFINE_SCAN,
         SELECTIVE_SCAN,
+        ATTENTION,
         RMS_NORM,
         SWIGLU,
         ROTARY,

@@ -67,6 +67,9 @@ def test_kernels_take_packed_documents(spec: OperatorSpec) -> None:
     assert not red(errors, torch.float32)
 
 
+CONTRACTS_SEEN: set[torch._ops.OpOverload] = set()
+
+
 class CustomOps(TorchDispatchMode):
     """The first call of every zoo:: operator, with its arguments."""
 
@@ -88,6 +91,9 @@ def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
         outputs_and_gradients(spec, convert(spec.inputs(1, 5), torch.float32, DEVICE), backend="triton")
     assert {op.name().endswith("_bwd") for op in seen.calls} == {True, False}
     for op, args in seen.calls.items():
+        if op in CONTRACTS_SEEN:  # by another entry of the same operator
+            continue
+        CONTRACTS_SEEN.add(op)
         differentiable = not op.name().endswith("_bwd")  # no second derivatives
         own = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
         for x in own:
