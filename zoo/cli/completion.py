@@ -9,8 +9,8 @@ from zoo.cli import VERBS, Parser
 from zoo.configs import ROOT, choices
 from zoo.registry import list_models, model_info, packages_of_models
 
-SETTINGS_OF = ("train", "config", "eval")  # verbs that take settings
-PATHS_OF = ("resume", "eval", "generate")  # verbs that take the folder of a run
+SETTINGS_OF = ("train", "config", "eval", "bench", "profile")  # verbs that take settings
+PATHS_OF = ("resume", "eval", "generate", "bench")  # verbs that take the path of a run or of a file
 
 
 def completion_command(shell: str) -> int:
