@@ -1,6 +1,7 @@
 """Floating-point operations, a multiply-add counted as two."""
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops import dispatch
 from zoo.ops.proof import Inputs, OperatorSpec
 
-__all__ = ["forms", "forward_flops", "operator_flops"]
+__all__ = ["attention_flops", "forms", "forward_flops", "operator_flops"]
 
 LENGTH = 1024  # tokens of context at which work and state are counted
 
@@ -40,6 +41,12 @@ def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:
         with contextlib.suppress(ValueError):  # of kernels that refuse these sizes
             return *_count(spec, inputs, form), "the operator's formula"
     return *_count(spec, inputs, "torch"), "the torch form's products"
+
+
+def attention_flops(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(forward, forward and backward) of causal attention: half of all pairs; the backward is 2.5 forwards."""
+    forward = sizes["B"] * sizes["H"] * sizes["T"] ** 2 * (sizes["K"] + sizes["V"])
+    return forward, forward * 7 // 2
 
 
 def _count(spec: OperatorSpec, inputs: Inputs, form: str) -> tuple[int, int]:

@@ -158,7 +158,7 @@ def measure_decoding(bench: StepBench, repeats: int) -> CaseResult:
 
 def _for_lightning(request: ModelRequest) -> dict[str, Any]:
     """The run's config, with as many steps as the rounds take and no validation in between."""
-    total = WARM_UP + request.steps * request.repeats
+    total = request.total_steps
     trainer = {
         **request.config["trainer"],
         "max_steps": total,

@@ -197,7 +197,7 @@ def command_line() -> str:
 def write(record: Record, path: Path) -> None:
     """Write a record; the file is there in full or not at all."""
     data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(record)}
-    text = json.dumps(data, indent=1, allow_nan=True) + "\n"
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     try:
         write_atomically(path, lambda file: file.write(text.encode()))
     except OSError as error:

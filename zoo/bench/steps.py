@@ -62,6 +62,11 @@ class ModelRequest:
         return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
 
     @property
+    def total_steps(self) -> int:
+        """Of either loop: the schedule ends there."""
+        return WARM_UP + self.steps * self.repeats
+
+    @property
     def dtype(self) -> str:
         """What the products are computed in."""
         return "bfloat16" if self.precision.startswith("bf16") else "float32"
@@ -128,7 +133,7 @@ class StepBench:
         loss.backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        set_lr(self.optimizer, self.optim.lr_at(self.done, 0.0))
+        set_lr(self.optimizer, self.optim.lr_at(self.done, min(1.0, self.done / self.request.total_steps)))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
@@ -213,8 +218,8 @@ class Products:
         """One tensor for all products that take one like it."""
         if key not in self.made:
             shape, stride, dtype, device = key
-            x = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            self.made[key] = x.copy_(torch.randn(shape, device=device))
+            span = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))  # expanded ones overlap
+            self.made[key] = torch.randn(span, device=device).to(dtype).as_strided(shape, stride)
         return self.made[key]
 
     @classmethod

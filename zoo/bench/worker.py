@@ -9,14 +9,33 @@ import importlib.util
 import json
 import os
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class OnlyThisTree(MetaPathFinder):
+    """Finds zoo in a tree of sources or nowhere: what an older tree lacks must not come from the installed zoo."""
+
+    def __init__(self, tree: Path) -> None:
+        self.tree = str(tree)
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """As the import system asks."""
+        if name != "zoo" and not name.startswith("zoo."):
+            return None
+        spec = PathFinder.find_spec(name, [self.tree] if path is None else path)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
 
 
 def adopt(tree: Path, bench: Path) -> None:
     """Make `zoo` the package of a tree of sources, and `zoo.bench` the one in `bench`."""
-    sys.path.insert(0, str(tree))
+    sys.meta_path.insert(0, OnlyThisTree(tree))
     zoo = importlib.import_module("zoo")
-    sys.path.remove(str(tree))
     zoo.__path__.append(str(tree))  # ops/ is zoo.ops, and so on, as in an installation
     spec = importlib.util.spec_from_file_location(
         "zoo.bench", bench / "__init__.py", submodule_search_locations=[str(bench)]
