@@ -5,9 +5,10 @@ import torch
 from torch import Tensor
 
 from zoo.ops import gated_linear_attention
+from zoo.ops.gated_linear_attention import chunked
 from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked
 from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import outputs_and_gradients, relative_error
+from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
 
 SPEC = OPERATORS["gated_linear_attention"]
 SIZES = {"H": 2, "K": 16, "V": 24}
@@ -54,6 +55,24 @@ def test_segments_of_packed_documents_change_nothing(cuts: tuple[int, ...]) -> N
         found = (*ours, *torch.autograd.grad(ours, leaves, cotangents))
         for got, want in zip(found, wanted, strict=True):
             assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("share", [0.99, 1.01])
+@pytest.mark.parametrize("b", [32, 16])
+def test_blocks_are_as_large_as_the_gates_allow(
+    b: int, share: float, uneven: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just within the limit, and just beyond it: the sum over half a block of b rows, in equal steps or in one."""
+    given, half = inputs(96, B=1), b // 2
+    steps = torch.arange(96) % half == (torch.arange(96) // half * 7) % half if uneven else torch.ones(96) / half
+    given["g"] = (-share * chunked.LIMIT * steps.double()).view(1, 96, 1, 1).expand_as(given["g"]).contiguous()
+    taken, blocks = set(), chunked._blocks
+    monkeypatch.setattr(chunked, "_blocks", lambda g: (found := blocks(g), taken.add(found[0]))[0])
+    assert not red(parity(SPEC, given, backend="torch", dtype=torch.float32), torch.float32)
+    assert not red(parity(SPEC, given, backend="torch", dtype=torch.float64), torch.float64)
+    smaller = {32: 16, 16: 1}
+    assert taken == {b if share < 1 else smaller[b]} if not uneven else max(taken) <= (b if share < 1 else smaller[b])
 
 
 def test_the_gate_gradient_has_a_closed_form() -> None:
@@ -105,11 +124,13 @@ def test_without_a_gate_it_is_plain_linear_attention() -> None:
 def test_a_later_token_changes_no_earlier_output() -> None:
     given = inputs(60)
     o, _ = gated_linear_attention(**given)
-    for name in ("q", "k", "v", "g"):
+    for name in ("q", "k", "v"):
         given[name][:, 45] -= 1.0
     changed, _ = gated_linear_attention(**given)
     assert torch.equal(o[:, :45], changed[:, :45])
     assert not torch.equal(o[:, 45], changed[:, 45])
+    given["g"][:, 45] -= 40.0  # other blocks, so another order of the same sums
+    assert relative_error(gated_linear_attention(**given)[0][:, :45], o[:, :45]) < 1e-14
 
 
 def test_a_scale_multiplies_the_output_alone() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from zoo.ops import shard
 from zoo.ops.operators import OPERATORS
+from zoo.ops.proof import relative_error
 
 
 @pytest.mark.slow
@@ -88,4 +89,4 @@ def test_asking_for_a_shard_breaks_no_graph(name: str) -> None:
         return OPERATORS[name].function(**inputs)
 
     for ours, eager in zip(torch.compile(run, fullgraph=True, backend="eager")(), run(), strict=True):
-        assert torch.equal(ours, eager)
+        assert relative_error(ours, eager) < 1e-14  # eager looks into the data for the order of its sums
