@@ -18,6 +18,7 @@ from zoo.bench.operators import OperatorBench, operator_sizes
 from zoo.bench.record import CaseResult, Phase, Record, SideResult, read, write
 from zoo.bench.run import run_operators
 from zoo.bench.shapes import SETS, parse_request
+from zoo.bench.sides import choose_sides
 from zoo.bench.steps import ModelRequest, Products, StepBench
 from zoo.config import compose
 from zoo.errors import UserError
@@ -209,6 +210,13 @@ def test_the_loop_sits_out_where_it_is_too_dear(monkeypatch: pytest.MonkeyPatch)
     assert case.sides[1].computes == "attention"
     assert any("the loop is left out" in note for note in case.notes)
     assert not case.sides[1].is_red
+    monkeypatch.setattr("zoo.bench.sides.DEAR", 0)
+    sides, notes = choose_sides(OPERATORS["delta_rule"], bench.request.cases[0], CPU, ())
+    assert [side.name for side in sides] == ["torch"]
+    assert any("SDPA is left out" in note for note in notes)
+    assert [s.name for s in choose_sides(OPERATORS["delta_rule"], bench.request.cases[0], CPU, ("sdpa",))[0]] == [
+        "sdpa"
+    ]
 
 
 def test_slow_sides_sit_out_the_later_rounds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,7 @@ def _rounded(inputs: Inputs, dtype: torch.dtype) -> Inputs:
 def _numbers(
     spec: OperatorSpec, inputs: Inputs, backend: str, device: torch.device = torch.device("cpu")
 ) -> dict[str, Tensor]:
-    found = outputs_and_gradients(spec, convert(inputs, torch.float64, device), backend=backend)
-    return {name: x.cpu() for name, x in found.items()}
+    return outputs_and_gradients(spec, convert(inputs, torch.float64, device), backend=backend)
 
 
 def _affordable(inputs: Inputs, device: torch.device) -> bool:

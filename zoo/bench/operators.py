@@ -102,20 +102,21 @@ class OperatorBench:
         make = partial(timed_inputs, sizes=case.sizes, dtype=dtype, device=self.device, seed=self.request.seed)
         inputs = make(spec)
         forward, total, result.flops_by = operator_flops(spec, inputs)
-        exact: dict[str, Exact] = {}
-        runners = []
-        for side in sides:
-            own = side.name == "sdpa"  # another function: other inputs, other numbers
-            runner = _Runner(side, case, make(side.spec) if own else inputs)
-            kind = "sdpa" if own else "operator"
-            if kind not in exact:
-                reference = side.spec if own else spec
-                exact[kind] = exact_numbers(reference, case.sizes, dtype, self.device, self.request.seed)
-            result.sides.append(runner.result)
+        right = []
+        for group in ([side for side in sides if side.name != "sdpa"], [side for side in sides if side.name == "sdpa"]):
+            if not group:
+                continue
+            own = group[0].name == "sdpa"  # another function: other inputs, other numbers, another count
+            exact = exact_numbers(group[0].spec if own else spec, case.sizes, dtype, self.device, self.request.seed)
+            result.proved_by = result.proved_by or exact.by
             counts = attention_flops(case.sizes) if own else (forward, total)
-            if self._prove(runner, exact[kind], dtype) and self._warm_up(runner, counts):
-                runners.append(runner)
-        result.proved_by = exact["operator"].by if "operator" in exact else exact["sdpa"].by
+            for side in group:
+                runner = _Runner(side, case, make(side.spec) if own else inputs)
+                result.sides.append(runner.result)
+                if self._prove(runner, exact, dtype):
+                    right.append((runner, counts))
+            del exact  # as large as the inputs and gradients in float64: the memory belongs to what is measured
+        runners = [runner for runner, counts in right if self._warm_up(runner, counts)]
         self.cases.append((result, runners))
         if case.dtype not in self.peaks:
             self.peaks[case.dtype] = matmul_peak(dtype, self.device)
@@ -124,19 +125,20 @@ class OperatorBench:
     def _prove(self, runner: _Runner, exact: Exact, dtype: torch.dtype) -> bool:
         result = runner.result
         try:
+            first_call = self.clock.first(runner.train)  # before the proof, which would have compiled everything
             result.errors = exact.errors(runner.side.spec, dtype, self.device, runner.side.backend)
         except Exception as failure:  # whatever a side dies of is a finding about it, and the others come next
             result.failure = _first_line(failure)
             return False
         result.red = exact.red(result.errors, dtype)
+        result.first_call = None if result.red else first_call
         return not result.red
 
     def _warm_up(self, runner: _Runner, flops: tuple[int, int]) -> bool:
         sizes = runner.case.sizes
         try:
-            runner.result.first_call = self.clock.first(runner.train)
             for (name, call), count in zip(runner.phases().items(), flops, strict=True):
-                if runner.result.first_call < LONG:
+                if self.device.type == "cuda" or (runner.result.first_call or 0.0) < LONG:
                     call()
                 runner.calls[name] = self.clock.calls_per_sample(call)
                 tokens = sizes["B"] * sizes["T"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.bench.flops import forms
+from zoo.bench.flops import attention_flops, forms
 from zoo.bench.gate import LOOP_BYTES, loop_bytes
 from zoo.bench.shapes import Case, Sizes
 from zoo.errors import UsageError
@@ -32,6 +32,7 @@ class Side:
     backend: str
 
 
+DEAR = 5e11  # FLOPs: attention of more takes a CPU half a minute a round, and its proof longer
 # flash-linear-attention's functions for ours: (where, the names of our inputs in its order).
 FLA: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "gated_linear_attention": ("fla.ops.gla:chunk_gla", ("q", "k", "v", "g")),
@@ -56,6 +57,14 @@ def choose_sides(
         why = _why_not(name, spec, case, device)
         if why is None and name == "reference" and not wanted and loop_bytes(spec, case.sizes) > LOOP_BYTES:
             notes.append("the loop is left out at this length; backends=reference,... insists on it")
+        elif (
+            name == "sdpa"
+            and why is None
+            and not wanted
+            and device.type == "cpu"
+            and attention_flops(case.sizes)[1] > DEAR
+        ):
+            notes.append("SDPA is left out at this length on a CPU; backends=torch,sdpa insists on it")
         elif why is None:
             sides.append(_side(name, spec))
         elif wanted:
@@ -84,6 +93,10 @@ def _why_not(name: str, spec: OperatorSpec, case: Case, device: torch.device) ->
     if name == "triton" and case.dtype == "float64":
         return "kernels take float32 or narrower"
     return None
+
+
+def _dear(case: Case, device: torch.device) -> bool:
+    return device.type == "cpu" and attention_flops(case.sizes)[1] > DEAR
 
 
 def _side(name: str, spec: OperatorSpec) -> Side:
