@@ -1,6 +1,7 @@
 """Floating-point operations, a multiply-add counted as two."""
 
 import contextlib
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.ops import dispatch
 from zoo.ops.proof import Inputs, OperatorSpec
 
-__all__ = ["attention_flops", "forms", "forward_flops", "operator_flops"]
+__all__ = ["attention_flops", "forms", "forward_flops", "operator_flops", "training_flops"]
 
 LENGTH = 1024  # tokens of context at which work and state are counted
 
@@ -30,6 +31,17 @@ def forms(spec: OperatorSpec) -> tuple[str, ...]:
     return found
 
 
+def training_flops(model: nn.Module, length: int) -> float:
+    """Operations of a training step per token: three forward passes, a backward one counted as two."""
+    try:
+        return 3 * forward_flops(copy.deepcopy(model).to("meta"), length)[0]
+    except RuntimeError:  # a model that looks into the data has to be run
+        tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(tokens)
+        return 3 * counter.get_total_flops() / length
+
+
 def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:
     """(forward, forward and backward, how they were counted) of an operator, by its own formula where it has one.
 
@@ -40,7 +52,11 @@ def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:
     if form == "triton":
         with contextlib.suppress(ValueError):  # of kernels that refuse these sizes
             return *_count(spec, inputs, form), "the operator's formula"
-    return *_count(spec, inputs, "torch"), "the torch form's products"
+    try:
+        counts = _count(spec, inputs, "torch")
+    except RuntimeError:  # a form that looks into the data has to be computed
+        counts = _count(spec, inputs, "torch", next(iter(inputs.values())).device)
+    return *counts, "the torch form's products"
 
 
 def attention_flops(sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -49,14 +65,14 @@ def attention_flops(sizes: Mapping[str, int]) -> tuple[int, int]:
     return forward, forward * 7 // 2
 
 
-def _count(spec: OperatorSpec, inputs: Inputs, form: str) -> tuple[int, int]:
+def _count(
+    spec: OperatorSpec, inputs: Inputs, form: str, device: torch.device = torch.device("meta")
+) -> tuple[int, int]:
     narrow = {x.dtype for x in inputs.values() if x.is_floating_point()} - {torch.float64}
     dtype = next(iter(narrow), torch.float32)  # kernels refuse float64; the count does not depend on the dtype
     leaves = {
-        name: torch.empty(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device="meta").requires_grad_(
-            x.is_floating_point()
-        )
-        for name, x in inputs.items()
+        name: x.to(device, dtype if x.is_floating_point() else x.dtype).requires_grad_(x.is_floating_point())
+        for name, x in ((name, x.detach()) for name, x in inputs.items())
     }
     with FlopCounterMode(display=False) as counter:
         output = spec.run(leaves, backend=form)[0]

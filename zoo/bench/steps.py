@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.bench.flops import forward_flops
+from zoo.bench.flops import training_flops
 from zoo.bench.measure import dtype_of, peak_bytes, synchronize
 from zoo.bench.record import BARE, STEP, CaseResult, Phase, SideResult
 from zoo.ops.proof import TOLERANCE, relative_error
@@ -158,7 +158,7 @@ class StepBench:
         synchronize(self.device)
         bare.first_call = time.perf_counter() - start
         self.losses += [self.step() for _ in range(WARM_UP - 1)]
-        flops = 3 * forward_flops(copy.deepcopy(self.model).to("meta"), T)[0] * B * T
+        flops = training_flops(self.model, T) * B * T
         weighed = self.next_batch()
         peak = peak_bytes(lambda: self.step(weighed), self.device)
         bare.phases[STEP] = Phase(tokens=B * T, flops=flops, peak_bytes=peak)
