@@ -4,6 +4,7 @@ from zoo.ops.attention import attention
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.ssd import ssd, ssd_summary
 
 __all__ = [
     "attention",
@@ -13,4 +14,6 @@ __all__ = [
     "delta_rule_summary",
     "gated_linear_attention",
     "gated_linear_attention_summary",
+    "ssd",
+    "ssd_summary",
 ]

@@ -1,6 +1,7 @@
 """What every operator must prove, stated once: parity, gradients, any cut in time, packing.
 
-One `OperatorSpec` in `zoo.ops.operators` gives an operator all of it, in the tests and in `zoo doctor`.
+One `OperatorSpec` in an operator's `spec.py`, listed in `zoo.ops.operators`, gives it all of that, in the tests and in
+`zoo doctor`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,17 @@ Inputs = dict[str, Tensor]
 # Relative error ||ours - exact|| / ||exact|| against the float64 reference, by dtype of the inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 FLOOR = 1e-6  # a gradient whose exact norm per element is below this is compared absolutely
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64, as all inputs of a proof are made."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def at_some(x: Tensor, value: float, share: float = 0.1) -> Tensor:
+    """x with `value` at a random share of its places."""
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < share
+    return torch.where(chosen, torch.full_like(x, value), x)
 
 
 @dataclass(frozen=True, kw_only=True)
