@@ -29,7 +29,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("zoo runs from an installation, not from a checkout")
     folder = tmp_path_factory.mktemp("base") / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True, capture_output=True)
-    convolution, table = folder / "ops/causal_conv1d/__init__.py", folder / "ops/operators.py"
+    convolution, table = folder / "ops/causal_conv1d/__init__.py", folder / "ops/causal_conv1d/spec.py"
     original = convolution.read_text()
     body = '    name = "causal_conv1d"\n'
     assert body in original

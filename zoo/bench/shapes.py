@@ -40,7 +40,11 @@ SETS: Mapping[str, tuple[str, tuple[Sizes, ...]]] = {
 # Without a set: one shape, by the kind of device.
 DEFAULT = {"cpu": ("float32", _sizes(2, 2048, 4, 64)), "cuda": ("bfloat16", _sizes(4, 4096, 16, 128))}
 # Sizes that a set does not speak of, or that mean something else for one operator.
-OWN_SIZES: Mapping[str, Sizes] = {"linear_cross_entropy": {"D": 512, "V": 50_000}, "causal_conv1d": {"W": 4}}
+OWN_SIZES: Mapping[str, Sizes] = {
+    "causal_conv1d": {"W": 4},
+    "linear_cross_entropy": {"D": 512, "V": 50_000},
+    "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's
+}
 
 
 @dataclass(frozen=True)
