@@ -117,7 +117,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     """||ours - exact|| / ||exact||; NaN and infinity count as infinite. Tiny exact values are compared absolutely."""
     if exact.numel() == 0:
         return 0.0
-    ours, exact = ours.double().cpu(), exact.double().cpu()
+    ours, exact = ours.to(exact.device).double(), exact.double()
     floor = FLOOR * exact.numel() ** 0.5
     error = ((ours - exact).norm() / exact.norm().clamp_min(floor)).item()
     return error if error == error else float("inf")
