@@ -13,8 +13,9 @@ from torch import Tensor
 # fits no cache dominates; too many, and the logits leave the cache. CPU, one thread, float32, forward and backward
 # over F.linear + F.cross_entropy, on a shared machine: N=1024 D=512 V=50000: 64 tokens 1.05, 128 0.88, 192 0.86,
 # 256 0.85, 512 0.84 (with 256 the process grows by 6.2 % of the logits of N=4096, besides the gradients); with two
-# threads on two busy cores N=512: 192 1.00, 256 0.91; N=2048 D=256 V=4096: 256 0.75, 512 0.68, 1024 0.65, 2048 0.76; N=2048 D=128 V=257: 256 1.06, 512 0.91, 1024 0.90,
-# 2048 0.94. Never slower than the plain path, so there is no size at which that is taken instead.
+# threads on two busy cores N=512: 192 1.00, 256 0.91; N=2048 D=256 V=4096: 256 0.75, 512 0.68, 1024 0.65, 2048 0.76;
+# N=2048 D=128 V=257: 256 1.06, 512 0.91, 1024 0.90, 2048 0.94. Never slower than the plain path, so there is no size
+# at which that is taken instead.
 CHUNK_BYTES = 16 * 2**20
 CPU_TOKENS = (256, 1024)
 # Not measured on a device yet. Adding a chunk to the weight gradient moves 8 V D bytes for 6 c V D operations; a GPU
