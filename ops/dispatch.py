@@ -14,6 +14,8 @@ try:
 except ImportError:  # no wheel for this platform (macOS, Windows): the torch forms carry everything
     triton = None
 
+# float32 products on NVIDIA's tensor cores in three passes, close to exact; AMD's have no such form
+EXACT_PRODUCTS = "ieee" if torch.version.hip else "tf32x3"
 Backend = Literal["auto", "triton", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
 HAS_TRITON = triton is not None

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.chunks import chunk_table
 from zoo.ops.kernel_case import KernelCase
 
@@ -393,10 +394,10 @@ class Launch(NamedTuple):
     @classmethod
     def of(cls, K: int, V: int, dtype: torch.dtype) -> "Launch":
         block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (K, V))
-        # float32 products on tensor cores in three passes, close to exact; half precision has one way only
+        # half precision has one way only
         wide = dtype == torch.float32
         tiles = _TILES["float32" if wide else "half", max(block_k, block_v, 64)]
-        return cls(block_k, block_v, "tf32x3" if wide else "tf32", *tiles)
+        return cls(block_k, block_v, dispatch.EXACT_PRODUCTS if wide else "tf32", *tiles)
 
     def constants(self, tile: _Tile, H: int, HK: int, K: int, V: int, causal: bool, window: int) -> dict[str, Any]:
         """The constexpr arguments of one of the three large kernels."""
