@@ -45,6 +45,21 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Launch kernels on the device of the first tensor: Triton takes the current one, which may be another."""
+
+    @functools.wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: tuple[Any, ...] = (*args, *kwargs.values())
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        if device.type != "cuda":
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(*args, **kwargs)
+
+    return run
+
+
 @functools.cache
 def say_once(message: str) -> None:
     """Warn, the first time only."""

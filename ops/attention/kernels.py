@@ -479,6 +479,7 @@ def _documents(cuts: tuple[int, ...], keys: tuple[int, ...]) -> Iterable[tuple[t
 
 
 @torch.library.custom_op("zoo::attention_fwd", mutates_args=())
+@dispatch.on_its_device
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, q_document: Tensor, k_begin: Tensor, k_end: Tensor, k_document: Tensor,
@@ -511,6 +512,7 @@ def _(q, k, v, q_begin, q_end, q_document, k_begin, k_end, k_document, bounds, c
 
 
 @torch.library.custom_op("zoo::attention_bwd", mutates_args=())
+@dispatch.on_its_device
 def attention_bwd(
     do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, stats: Tensor, q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, q_document: Tensor, k_begin: Tensor, k_end: Tensor, k_document: Tensor,

@@ -482,6 +482,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @torch.library.custom_op("zoo::delta_fwd", mutates_args=())
+@dispatch.on_its_device
 def delta_fwd(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,
@@ -504,6 +505,7 @@ def _(q, k, v, beta, g, S0, begin, end, offsets, scale):
 
 
 @torch.library.custom_op("zoo::delta_bwd", mutates_args=())
+@dispatch.on_its_device
 def delta_bwd(
     do: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,

@@ -435,6 +435,7 @@ def _weights(q: Tensor, k: Tensor, g: Tensor, begin: Tensor, end: Tensor, scale:
 
 
 @torch.library.custom_op("zoo::gla_fwd", mutates_args=())
+@dispatch.on_its_device
 def gla_fwd(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, begin: Tensor, end: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -454,6 +455,7 @@ def _(q, k, v, g, state, begin, end, offsets, scale):
 
 
 @torch.library.custom_op("zoo::gla_bwd", mutates_args=())
+@dispatch.on_its_device
 def gla_bwd(
     do: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,
