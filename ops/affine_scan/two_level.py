@@ -12,7 +12,6 @@ transitions are all alike, since nothing is divided and no logarithm is taken.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
