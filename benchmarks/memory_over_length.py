@@ -1,0 +1,63 @@
+"""How does the peak memory of a training step grow with the length of the sequence?
+
+Every length gets a process of its own, which runs one step (forward, loss, backward) of a model with activation
+checkpointing and reports how far its resident memory rose above that of the model with its gradients.
+
+    python benchmarks/memory_over_length.py [--model deltanet] [--lengths 4096 8192 16384 32768] [--threads N]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+import zoo
+
+
+def peak() -> float:
+    """The highest resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def one(args: argparse.Namespace, length: int) -> dict[str, float]:
+    """A step at one length, in this process."""
+    torch.manual_seed(args.seed)
+    model = zoo.create_model(
+        args.model, d_model=args.width, n_layers=args.layers, n_heads=4, vocab_size=257, hidden_size=None,
+        activation_checkpointing=not args.keep,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    tokens = torch.randint(257, (1, length + 1))
+    before = peak()
+    start = time.perf_counter()
+    hidden, _ = model.encode(tokens[:, :-1])
+    model.head_loss(hidden, tokens[:, 1:]).backward()
+    return {"tokens": length, "MiB": round(peak() - before), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deltanet")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--keep", action="store_true", help="keep activations instead of recomputing them")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.one is not None:
+        print(json.dumps(one(args, args.one)))
+        return
+    for length in args.lengths:
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", str(length)], check=True)
+
+
+if __name__ == "__main__":
+    main()
