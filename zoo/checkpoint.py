@@ -136,10 +136,14 @@ def _replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
 
 
 class TextFiles:
-    """The tokenizer of a checkpoint, as the files that it consists of; saving copies them as they are."""
+    """The tokenizer of a checkpoint, as the files that it consists of; saving copies them as they are.
 
-    def __init__(self, folder: Path):
+    eos_id: of the tokenizer, for an exported config; None when nobody said.
+    """
+
+    def __init__(self, folder: Path, eos_id: int | None = None):
         self.paths = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+        self.eos_id = eos_id
 
     def save(self, folder: Path) -> None:
         for path in self.paths:

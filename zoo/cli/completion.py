@@ -10,7 +10,7 @@ from zoo.configs import ROOT, choices
 from zoo.registry import list_models, model_info, packages_of_models
 
 SETTINGS_OF = ("train", "config", "eval")  # verbs that take settings
-PATHS_OF = ("resume", "eval", "generate")  # verbs that take the folder of a run
+PATHS_OF = ("resume", "eval", "generate", "convert", "export")  # verbs that take the folder of a run or checkpoint
 
 
 def completion_command(shell: str) -> int:
@@ -60,6 +60,8 @@ def words(verb: str) -> list[str]:
         found += list_models()
     if verb == "completion":
         found += ["bash", "zsh", "fish"]
+    if verb == "export":
+        found += ["hf"]
     return found
 
 

@@ -72,7 +72,7 @@ def fill(
                 _replace(model, places[id(own)], own, new)
             elif not torch.equal(done[id(own)], new):
                 raise UserError(f"{what}: {name!r} must equal the tensor that it is tied to, and does not")
-        del tensor
+        tensor = piece = None  # what lies in a file must not outlive its turn
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:

@@ -135,14 +135,16 @@ class _Safetensors:
             with safe_open(path, framework="pt") as file:
                 left = list(file.keys())[::-1]
             while left:
-                budget = MAPPED_BYTES
+                mapped = 0
                 with safe_open(path, framework="pt") as file:
-                    while left and budget > 0:
-                        name = left.pop()
-                        tensor = file.get_tensor(name)
-                        budget -= tensor.nbytes
-                        yield name, tensor
+                    while left:
+                        tensor = file.get_tensor(left[-1])  # mapped; its pages are read when they are used
+                        if mapped and mapped + tensor.nbytes > MAPPED_BYTES:
+                            break
+                        mapped += tensor.nbytes
+                        yield left.pop(), tensor
                         del tensor
+                tensor = None
 
 
 class _reading:
