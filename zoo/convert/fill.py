@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ def fill(
     done: dict[int, Tensor] = {}
     taken: set[int] = set()
     for name, tensor in stored.tensors():
+        piece = tensor
         for part, piece in zip(held[name], tensor.chunk(max(1, len(held[name]))), strict=False):
             own = tensors[ours[part]]
             kind = dtype if piece.is_floating_point() else None
@@ -72,7 +74,7 @@ def fill(
                 _replace(model, places[id(own)], own, new)
             elif not torch.equal(done[id(own)], new):
                 raise UserError(f"{what}: {name!r} must equal the tensor that it is tied to, and does not")
-        tensor = piece = None  # what lies in a file must not outlive its turn
+        del tensor, piece  # what lies in a file must not outlive its turn
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
@@ -104,7 +106,8 @@ def _replace(model: nn.Module, names: Iterable[str], own: Tensor, new: Tensor) -
     for name in names:
         owner, _, last = name.rpartition(".")
         module = model.get_submodule(owner)
-        (module._parameters if last in module._parameters else module._buffers)[last] = new
+        kept: dict[str, Any] = module._parameters if last in module._parameters else module._buffers
+        kept[last] = new
 
 
 def grouped(names: Iterable[str]) -> str:

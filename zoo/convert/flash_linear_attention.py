@@ -201,7 +201,8 @@ def describe_transformer(fields: Fields) -> Described:
 def _undescribe_common(model: SequenceModel, mixer: str, model_type: str, architecture: str) -> dict[str, Any]:
     """What the library's linear models have in common; of two norms' eps the file holds one, see `scales`."""
     c: Any = model.config
-    if model.blocks[0].feed_forward is None:
+    feed_forward: Any = model.blocks[0].feed_forward
+    if feed_forward is None:
         raise UserError("flash-linear-attention has a feed-forward in every block; this model has hidden_size=0")
     return {
         "architectures": [architecture],
@@ -210,7 +211,7 @@ def _undescribe_common(model: SequenceModel, mixer: str, model_type: str, archit
         "num_hidden_layers": c.n_layers,
         "vocab_size": c.vocab_size,
         "hidden_ratio": 4,
-        "intermediate_size": model.blocks[0].feed_forward.up_proj.out_features,
+        "intermediate_size": feed_forward.up_proj.out_features,
         "hidden_act": "swish",
         "num_heads": c.n_heads,
         "norm_eps": c.output_norm_eps,

@@ -73,13 +73,13 @@ def stands_for(name: str, names: Collection[str]) -> tuple[str, ...]:
 
 def undescribe(model: nn.Module) -> dict[str, Any]:
     """The config of a Llama, or of a Mistral when the attention has a window."""
-    model = cast(SequenceModel, model)
+    blocks: list[Any] = list(cast(SequenceModel, model).blocks)
     c: Any = model.config
-    first = model.blocks[0].mixer
+    first = blocks[0].mixer
     if any(not isinstance(block.mixer, Attention) or block.mixer.extra_repr() != first.extra_repr()
-           for block in model.blocks):  # fmt: skip
+           for block in blocks):  # fmt: skip
         raise UserError(f"transformers' Llama has the same attention in every layer; this pattern is {c.pattern!r}")
-    if first.q_norm is not None or first.rope_base is None or model.blocks[0].feed_forward is None:
+    if first.q_norm is not None or first.rope_base is None or blocks[0].feed_forward is None:
         raise UserError(
             "transformers' Llama has rotary positions, a feed-forward and no norm of queries and keys; "
             f"this model has qk_norm={c.qk_norm}, rope_base={first.rope_base}, hidden_size={c.hidden_size}"
@@ -91,7 +91,7 @@ def undescribe(model: nn.Module) -> dict[str, Any]:
         "hidden_size": c.d_model,
         "num_hidden_layers": c.n_layers,
         "vocab_size": c.vocab_size,
-        "intermediate_size": model.blocks[0].feed_forward.up_proj.out_features,
+        "intermediate_size": blocks[0].feed_forward.up_proj.out_features,
         "num_attention_heads": first.n_heads,
         "num_key_value_heads": first.n_kv_heads,
         "head_dim": first.head_dim,
