@@ -12,7 +12,7 @@ from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.norms import RMSNorm
-from zoo.ops import shard
+from zoo.ops import linear_cross_entropy, shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,17 @@ class SequenceModel(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
         return self.lm_head(x)
+
+    def head_loss(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"
+    ) -> Tensor:
+        """Cross entropy of `head(x)`, without its logits in memory: zoo.ops.linear_cross_entropy.
+
+        A model that overrides `head` overrides this as well.
+        """
+        return linear_cross_entropy(
+            x, self.lm_head.weight, targets, ignore_index=ignore_index, reduction=reduction, backend=backend
+        )
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for."""

@@ -1,7 +1,8 @@
 """The token-wise half of a block."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from zoo.ops import swiglu
 
 
 def swiglu_size(d_model: int) -> int:
@@ -20,4 +21,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,16 +1,37 @@
 """Operators: functions on tensors, each with a reference loop, a fast torch form and Triton kernels."""
 
+from zoo.ops.affine_scan import affine_scan, affine_scan_summary
 from zoo.ops.attention import attention
+from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.rms_norm import gated_rms_norm, rms_norm
+from zoo.ops.rotary import rotary
+from zoo.ops.selective_scan import selective_scan, selective_scan_summary
+from zoo.ops.ssd import ssd, ssd_summary
+from zoo.ops.swiglu import swiglu
 
 __all__ = [
+    "affine_scan",
+    "affine_scan_summary",
     "attention",
+    "block_affine_scan",
+    "block_affine_scan_summary",
     "causal_conv1d",
     "causal_conv1d_summary",
     "delta_rule",
     "delta_rule_summary",
     "gated_linear_attention",
     "gated_linear_attention_summary",
+    "gated_rms_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "selective_scan",
+    "selective_scan_summary",
+    "ssd",
+    "ssd_summary",
+    "swiglu",
 ]

@@ -22,7 +22,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 # Asked once: torch 2.11's compiler cannot trace the question, and some devices ("meta") answer by an error.
-_AUTOCAST = tuple(device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device))
+AUTOCAST = tuple(device for device in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(device))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +35,7 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
-        if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+        if device not in AUTOCAST or not torch.is_autocast_enabled(device):
             return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)
@@ -44,7 +44,8 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """Warn, the first time only."""
     warnings.warn(message, stacklevel=4)
 
 
@@ -64,7 +65,7 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
             return "torch"
         if HAS_TRITON:
             return "triton"
-        _say_once(
+        say_once(
             "Triton is not installed, so zoo's operators run their torch forms on this CUDA device; pip install triton"
         )
         return "torch"
@@ -73,7 +74,7 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
             raise ValueError(
                 f"{operator}: backend 'triton' needs the triton package; install it or use backend='torch'"
             )
-        if not x.is_cuda and not INTERPRETED:
+        if not (x.is_cuda or x.is_meta or INTERPRETED):  # on meta tensors a kernel's fake runs: shapes and FLOPs only
             raise ValueError(
                 f"{operator}: backend 'triton' needs CUDA tensors, got {x.device}; "
                 "move them, use backend='torch', or set TRITON_INTERPRET=1 before the start to test kernels on a CPU"

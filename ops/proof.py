@@ -1,6 +1,7 @@
 """What every operator must prove, stated once: parity, gradients, any cut in time, packing.
 
-One `OperatorSpec` in `zoo.ops.operators` gives an operator all of it, in the tests and in `zoo doctor`.
+One `OperatorSpec` in an operator's `spec.py`, listed in `zoo.ops.operators`, gives it all of that, in the tests and in
+`zoo doctor`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +18,17 @@ Inputs = dict[str, Tensor]
 # Relative error ||ours - exact|| / ||exact|| against the float64 reference, by dtype of the inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 FLOOR = 1e-6  # a gradient whose exact norm per element is below this is compared absolutely
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64, as all inputs of a proof are made."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def at_some(x: Tensor, value: float, share: float = 0.1) -> Tensor:
+    """x with `value` at a random share of its places."""
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < share
+    return torch.where(chosen, torch.full_like(x, value), x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,7 @@ class OperatorSpec:
             the state of the first document into the final one of the last; every affine and halo operator has one.
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
+        wide_output: outputs are float32 at least, whatever the inputs' dtype.
     """
 
     name: str
@@ -49,6 +62,7 @@ class OperatorSpec:
     summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
+    wide_output: bool = False
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
@@ -103,7 +117,7 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     """||ours - exact|| / ||exact||; NaN and infinity count as infinite. Tiny exact values are compared absolutely."""
     if exact.numel() == 0:
         return 0.0
-    ours, exact = ours.double().cpu(), exact.double().cpu()
+    ours, exact = ours.to(exact.device).double(), exact.double()
     floor = FLOOR * exact.numel() ** 0.5
     error = ((ours - exact).norm() / exact.norm().clamp_min(floor)).item()
     return error if error == error else float("inf")

@@ -29,6 +29,9 @@ FLOORS = {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo",
     },
+    "zoo.bench": {
+        "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",
+    },
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
 NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")

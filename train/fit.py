@@ -47,12 +47,13 @@ RUN_DIR = "ZOO_RUN_DIR"  # tells the processes that Lightning starts for further
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", RUN_DIR)  # set for those processes
 
 
-def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> int:
+def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks: Sequence[Callback] = ()) -> int:
     """Train what a composed config asks for.
 
     Args:
         config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, logger, seed.
         run_dir: the run's folder; made, or empty.
+        callbacks: further ones, called after the run's own.
 
     Returns:
         the exit code: 0 done, 1 the final model could not be written, 130 interrupted with a checkpoint written.
@@ -65,7 +66,7 @@ def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str]) -> int:
         folder.check_free()
     else:
         folder = RunFolder(Path(os.environ.get(RUN_DIR, run_dir)))
-    return _train(config, folder, checkpoint=None)
+    return _train(config, folder, checkpoint=None, further=callbacks)
 
 
 def resume(run_dir: str | os.PathLike[str]) -> int:
@@ -123,10 +124,12 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
 # -- one sitting ------------------------------------------------------------------------------------------------
 
 
-def _train(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None) -> int:
+def _train(
+    config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, further: Sequence[Callback] = ()
+) -> int:
     try:
         with _launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
-            return _fit(config, folder, checkpoint, interrupts)
+            return _fit(config, folder, checkpoint, interrupts, further)
     except Interrupted as stop:
         if not is_main_process():
             return DONE  # Lightning kills every process when one that it started ends with an error
@@ -149,7 +152,13 @@ def _report_interrupt(folder: RunFolder, stop: Interrupted) -> int:
     return INTERRUPTED
 
 
-def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, interrupts: Interrupts) -> int:
+def _fit(
+    config: Mapping[str, Any],
+    folder: RunFolder,
+    checkpoint: Path | None,
+    interrupts: Interrupts,
+    further: Sequence[Callback],
+) -> int:
     seed_all(config["seed"])
     options = _trainer_config(config["trainer"])
     data = _build_data(config)
@@ -179,6 +188,7 @@ def _fit(config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, 
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
+    callbacks += further
     loggers = [table, *_loggers(config, folder)]
     try:
         trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)

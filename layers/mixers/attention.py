@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.norms import RMSNorm
-from zoo.layers.rotary import rotary_tables, rotate
-from zoo.ops import attention
+from zoo.layers.rotary import rotary_tables
+from zoo.ops import attention, rotary
 
 
 class AttentionState(NamedTuple):
@@ -78,7 +78,7 @@ class Attention(nn.Module):
         past = None if state is None else state.length
         if self.rope_base is not None:
             cos, sin = rotary_tables(_positions(T, past, cu_seqlens, x.device), self.head_dim, self.rope_base)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cu_seqlens is None:
             o, state = self._batch(q, k, v, state)
         else:

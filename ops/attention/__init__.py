@@ -1,15 +1,51 @@
 """Softmax attention: the baseline that every efficient mixer is measured against, and a partner in hybrids."""
 
+import itertools
+import math
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
+from zoo.ops.attention.blockwise import attention_blockwise
 from zoo.ops.attention.reference import attention_reference
-from zoo.ops.attention.sdpa import attention_sdpa
+from zoo.ops.attention.sdpa import attention_sdpa, builds_a_large_mask
 
-BACKENDS = ("auto", "torch", "reference")
+if dispatch.HAS_TRITON:
+    from zoo.ops.attention import kernels
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    key_lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 @dispatch.keeps_its_precision
 def attention(
     q: Tensor,
@@ -22,8 +58,9 @@ def attention(
     key_lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attend: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the keys that query i may see.
 
     Queries stand at the end of the keys: query i has position S - T + i, so that T < S continues a cached sequence.
@@ -32,53 +69,144 @@ def attention(
         q: queries, (B, T, H, K).
         k: keys, (B, S, Hk, K), H a multiple of Hk (grouped queries share keys).
         v: values, (B, S, Hk, V).
-        causal: see only keys at or before the query's position.
-        window: see only the `window` nearest positions, the query's own included (0 <= i - j < window if causal).
+        causal: see only keys at or before the query's position; then T <= S, in every document.
+        window: see only the `window` nearest positions, the query's own included: 0 <= i - j < window if causal,
+            |i - j| < window if not.
         scale: K**-0.5 when omitted.
-        key_lengths: (B,) integers: only the last key_lengths[b] keys of row b exist (a right-aligned cache).
+        key_lengths: (B,) integers in [0, S]: only the last key_lengths[b] keys of row b exist (a right-aligned cache).
         cu_seqlens: boundaries (n + 1,) of packed queries, B = 1; documents do not see each other.
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
-        backend: "auto" or "torch" (torch's SDPA), or "reference".
+        return_lse: also return the log-sum-exp, with which `zoo.ops.algebra.LogSumExp` merges partial results over
+            disjoint keys.
+        backend: "auto", "torch", "triton" or "reference". "torch" is torch's SDPA, or our blocks in plain torch where
+            the log-sum-exp is asked for or they are faster. "triton" is our kernels, for heads of at most 256. "auto"
+            is "torch" on a CPU; on CUDA it is our kernels where SDPA would need a T x S mask (windows, packed
+            documents, key_lengths with T > 1) or has no log-sum-exp to give, and "torch" for the rest, for float64, and
+            for larger heads (said once). The choice on CUDA is not timed on a device yet.
 
     Returns:
         o: (B, T, H, V), in the dtype of q. A query that sees no key gives zeros.
+        lse: with return_lse, L_i = log sum_j exp(scale q_i . k_j), natural logarithm, (B, T, H), float32 (float64 for
+            float64 inputs); -inf for a query that sees no key. Differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, window < 1, or an unknown backend.
+        ValueError: shapes, dtypes or devices disagree, window < 1, an unknown backend, or one that cannot run here.
 
-    Cost: O(B H T S (K + V)); windows O(B H T window (K + V)), memory without any T x S mask when T = S.
-    Source: arXiv 1706.03762; grouped queries arXiv 2305.13245. Engine: torch's scaled_dot_product_attention.
+    Cost: 2 H (K + V) operations for each query and key that see each other, 2.5 times that backward; no T x S matrix is
+    kept, except a mask for key_lengths with few queries. Kernels and blocks accumulate in float32.
+    Source: arXiv 1706.03762; grouped queries arXiv 2305.13245; blocks and kernels arXiv 2307.08691.
     """
     name = "attention"
     shard.refuse(name)
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B S Hk K"), "v": (v, "B S Hk V")})
+    _B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
     check.same_dtype(name, q=q, k=k, v=v)
-    if sizes["H"] % sizes["Hk"]:
+    if not Hk or H % Hk:
+        raise ValueError(f"{name}: the number of query heads must be a multiple of key heads; got {H}, {Hk}")
+    if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(
-            f"{name}: the number of query heads must be a multiple of key heads; got {sizes['H']}, {sizes['Hk']}"
+            f"{name}: window must be an integer of at least 1 (it counts the query's own position) or None for all; "
+            f"got {window!r}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"{name}: window must be at least 1 (it counts the query's own position); got {window}")
-    run = attention_reference if backend == "reference" else attention_sdpa
-    scale = sizes["K"] ** -0.5 if scale is None else scale
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"{name}: scale must be a finite number or None for K**-0.5; got {scale!r}")
+    scale = K**-0.5 if scale is None else float(scale)
+    cuts, keys = _documents(name, sizes, causal, cu_seqlens, cu_seqlens_k, key_lengths, q.device)
+    if window is not None and window >= max(S, T):
+        window = None
+
+    masked = window is not None or cuts is not None or (key_lengths is not None and T > 1)
+    chosen = dispatch.resolve(name, backend, q)
+    if chosen == "triton" and backend == "auto" and not (masked or return_lse):
+        chosen = "torch"
+    if chosen == "triton" and (problem := _kernels_refuse(sizes, q.dtype)):
+        if backend == "triton":
+            raise ValueError(f"{name}: {problem}; use backend='torch'")
+        if q.dtype != torch.float64:
+            dispatch.say_once(f"{name}: {problem}, so the torch form runs on this CUDA device")
+        chosen = "torch"
+    if chosen == "triton":
+        o, lse = kernels.attention_kernels(q, k, v, causal, window, scale, key_lengths, cuts, keys)
+        return (o, lse) if return_lse else o
+
+    outputs, sums = [], []
+    for here, seen in _slices(cuts, keys):
+        document = q[:, here], k[:, seen], v[:, seen], causal, window, scale, key_lengths
+        if chosen == "reference" or return_lse or _blocks_are_faster(*document):
+            o, lse = (attention_reference if chosen == "reference" else attention_blockwise)(*document)
+            sums.append(lse)
+        else:
+            o = attention_sdpa(*document)
+        outputs.append(o)
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return (o, sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)) if return_lse else o
+
+
+def _slices(cuts: tuple[int, ...] | None, keys: tuple[int, ...] | None) -> list[tuple[slice, slice]]:
+    """Queries and keys of each document that has queries; everything when there is nothing to cut."""
+    if cuts is None or keys is None or cuts[-1] == 0:
+        return [(slice(None), slice(None))]
+    ends = zip(itertools.pairwise(cuts), itertools.pairwise(keys), strict=True)
+    return [(slice(*here), slice(*seen)) for here, seen in ends if here[0] < here[1]]
+
+
+def _documents(
+    name: str,
+    sizes: dict[str, int],
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    device: torch.device,
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """The boundaries of queries and keys, checked; None twice for a batch."""
+    B, T, S = sizes["B"], sizes["T"], sizes["S"]
+    if key_lengths is not None:
+        if cu_seqlens is not None:
+            raise ValueError(f"{name}: packed documents take no key_lengths; say where keys begin by cu_seqlens_k")
+        integers = isinstance(key_lengths, Tensor) and key_lengths.dtype in (torch.int32, torch.int64)
+        if not integers or key_lengths.shape != (B,) or key_lengths.device != device:
+            got = type(key_lengths).__name__
+            if isinstance(key_lengths, Tensor):
+                got = f"{tuple(key_lengths.shape)} {key_lengths.dtype} on {key_lengths.device}"
+            raise ValueError(f"{name}: key_lengths must be int32 or int64 ({B},), one a row, on {device}; got {got}")
     if cu_seqlens is None:
         if cu_seqlens_k is not None:
             raise ValueError(f"{name}: cu_seqlens_k needs cu_seqlens; got only the keys' boundaries")
-        if causal and sizes["T"] > sizes["S"]:
+        if causal and T > S:
             raise ValueError(
-                f"{name}: queries are the last of the keys, so T <= S; got T = {sizes['T']}, S = {sizes['S']}"
+                f"{name}: queries are the last of the keys, so T <= S; got T = {T}, S = {S}, or set causal=False"
             )
-        return run(q, k, v, causal, window, scale, key_lengths)
+        return None, None
+    cuts = check.boundaries(name, cu_seqlens, B, T)
+    keys = check.boundaries(name, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, B, S)
+    if len(keys) != len(cuts):
+        raise ValueError(
+            f"{name}: cu_seqlens and cu_seqlens_k must bound the same documents; "
+            f"got {len(cuts) - 1} and {len(keys) - 1}"
+        )
+    for i, (left, right) in enumerate(itertools.pairwise(cuts)):
+        if causal and right - left > keys[i + 1] - keys[i]:
+            raise ValueError(
+                f"{name}: queries are the last of the keys in every document; document {i} has {right - left} queries "
+                f"and {keys[i + 1] - keys[i]} keys, or set causal=False"
+            )
+    return cuts, keys
 
-    cuts = check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    keys = cuts if cu_seqlens_k is None else check.boundaries(name, cu_seqlens_k, sizes["B"], sizes["S"])
-    if len(keys) != len(cuts) or key_lengths is not None:
-        raise ValueError(f"{name}: packed queries and keys must have the same documents and no key_lengths")
-    outputs = []
-    for i in range(len(cuts) - 1):
-        if cuts[i] < cuts[i + 1]:
-            here, seen = slice(cuts[i], cuts[i + 1]), slice(keys[i], keys[i + 1])
-            outputs.append(run(q[:, here], k[:, seen], v[:, seen], causal, window, scale, None))
-    return torch.cat(outputs, dim=1) if outputs else q.new_zeros(*q.shape[:3], sizes["V"])
+
+def _kernels_refuse(sizes: dict[str, int], dtype: torch.dtype) -> str:
+    """Why the kernels cannot take these inputs, or nothing."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"kernels take float32, bfloat16 or float16; got {str(dtype).removeprefix('torch.')}"
+    if max(sizes["K"], sizes["V"]) > kernels.MAX_HEAD:
+        return f"kernels take heads of at most {kernels.MAX_HEAD}; got K = {sizes['K']}, V = {sizes['V']}"
+    return ""
+
+
+def _blocks_are_faster(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
+) -> bool:
+    """Where our blocks replace SDPA though nobody asks for the log-sum-exp."""
+    T, S = q.shape[1], k.shape[1]
+    nothing = not T or not S  # SDPA gives NaN where there is nothing to see
+    return nothing or builds_a_large_mask(T, S, causal, window, key_lengths)

@@ -17,17 +17,23 @@ def visible(T: int, S: int, causal: bool, window: int | None, device: torch.devi
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
-) -> Tensor:
-    """o_i = sum_j softmax_j(scale q_i . k_j) v_j over the visible keys; a query that sees none gives zeros."""
+) -> tuple[Tensor, Tensor]:
+    """o_i = sum_j softmax_j(s_ij) v_j and L_i = log sum_j exp(s_ij), s_ij = scale q_i . k_j, over the visible keys j.
+
+    A query that sees none gives zeros and -inf.
+    """
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # (B, S, H, K)
     scores = scale * torch.einsum("bthk,bshk->bhts", q, k)
     mask = visible(T, S, causal, window, q.device).expand(q.shape[0], 1, T, S)
     if key_lengths is not None:
         mask = mask & real_keys(key_lengths, S)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    weights = scores.softmax(dim=-1).nan_to_num(0.0)
-    return torch.einsum("bhts,bshv->bthv", weights, v)
+    blind = ~mask.any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~mask & ~blind, float("-inf"))  # of a blind query anything finite: it is taken away
+    weights = scores.softmax(dim=-1).masked_fill(blind, 0.0)
+    o = torch.einsum("bhts,bshv->bthv", weights, v)
+    lse = scores.logsumexp(dim=-1).masked_fill(blind.squeeze(-1), float("-inf"))
+    return o, lse.transpose(1, 2)
 
 
 def real_keys(key_lengths: Tensor, S: int) -> Tensor:

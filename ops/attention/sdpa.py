@@ -8,6 +8,12 @@ from zoo.ops.attention.reference import real_keys, visible
 
 # Queries of a windowed layer go in blocks of this many, so that memory is O(T * window) and no T x T mask exists.
 WINDOW_BLOCK = 256
+# From a mask of this many entries on, our blocks run instead of SDPA, which would build and read it whole. One core of
+# a shared CPU, float32, 4 heads of 64, ms of its own time for forward + backward, median of 5, SDPA | blocks:
+#   key_lengths: T 256, B 8: 21 | 28;   T 1024, B 2: 182 | 148     no mask:     T 2048, B 2: 399 | 536
+#   window 64, T 256, B 4: 9 | 17;  128, T 1024, B 2: 70 | 95;  512, T 2048, B 2: 280 | 317;  1024, T 4096: 468 | 535
+# (medians spread by a tenth). Causal windows are SDPA's, in blocks of queries: they need no square mask.
+MASK_LIMIT = 2**20
 
 
 def attention_sdpa(
@@ -16,7 +22,7 @@ def attention_sdpa(
     """(B, T, H, K), (B, S, Hk, K), (B, S, Hk, V) -> (B, T, H, V); queries at the end of the keys."""
     T, S = q.shape[1], k.shape[1]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
-    if window is not None and window >= S:
+    if window is not None and window >= max(T, S):
         window = None
     if window is not None and causal and T > WINDOW_BLOCK:
         outputs = []
@@ -28,6 +34,15 @@ def attention_sdpa(
             outputs.append(_call(q[:, :, i:j], *block, causal, window, scale, lengths))
         return torch.cat(outputs, dim=2).transpose(1, 2)
     return _call(q, k, v, causal, window, scale, key_lengths).transpose(1, 2)
+
+
+def builds_a_large_mask(T: int, S: int, causal: bool, window: int | None, key_lengths: Tensor | None) -> bool:
+    """Would `attention_sdpa` build one mask of MASK_LIMIT entries or more?"""
+    if window is not None and window < max(T, S):
+        square = not causal or T <= WINDOW_BLOCK
+    else:
+        square = key_lengths is not None or (causal and T not in (1, S))
+    return square and T * S >= MASK_LIMIT
 
 
 def _call(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.chunks import ChunkedTime
+from zoo.ops.decay import sum_before, sum_from
 
 # Forward + backward in ms at C = 16 / 32 / 64 / 128, two cores (shared, best of 8), float32, without | with g:
 # B = 2, T = 2048, H = 4, K = V = 64: 211 / 108 / 63 / 88 | 81 / 64 / 67 / 102 (the loop without g: 6011);
@@ -177,7 +178,7 @@ class _Chunked(torch.autograd.Function):
             starts = (dwrite * write).sum(-1)  # of b_C - b_j, which sums g after j
             F = (dP * P).add_(dA * (beta * M)).tril_(-1)  # of b_i - b_j
             ends = ends.add_(F.sum(2)).sub_(F.sum(1))
-            dg = _sum_from(ends).add_(_sum_before(starts))
+            dg = sum_from(ends).add_(sum_before(starts))
             dg.add_(decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
             dread.mul_(decay.before)
             derase.mul_(decay.before)
@@ -193,13 +194,3 @@ class _Chunked(torch.autograd.Function):
             for x, dtype in zip((dq, dk, dv, dbeta, dg), ctx.dtypes, strict=True)
         )
         return *grads, time.unorder(running.unflatten(0, (-1, H))), None, None, None
-
-
-def _sum_from(x: Tensor) -> Tensor:
-    """Sum over the places i >= m, (N, C) -> (N, C)."""
-    return x.flip(1).cumsum(1).flip(1)
-
-
-def _sum_before(x: Tensor) -> Tensor:
-    """Sum over the places j < m, (N, C) -> (N, C)."""
-    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1].cumsum(1)], dim=1)

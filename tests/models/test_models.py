@@ -61,6 +61,21 @@ def assert_same_logits(got: torch.Tensor, want: torch.Tensor) -> None:
     assert_close(got / scale, want / scale, rtol=0, atol=1e-5)
 
 
+@EVERY
+def test_the_loss_without_logits_is_that_of_the_logits(case: str) -> None:
+    for options in ({}, {"tie_embeddings": True}):
+        model, ids = build(case, **options).double(), tokens(2, 20)
+        targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([-1]), -100)
+        found = []
+        for loss in (
+            model.head_loss(model.encode(ids)[0], targets),
+            torch.nn.functional.cross_entropy(model(ids)[0].flatten(0, 1), targets.flatten()),
+        ):
+            found.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+        for ours, want in zip(*found, strict=True):
+            assert_close(ours, want, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "size", "count"), PUBLISHED)
 def test_published_parameter_counts(name: str, size: str, count: int) -> None:
     with torch.device("meta"):

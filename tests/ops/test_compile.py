@@ -23,7 +23,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 def test_every_kernel_fits(target: str) -> None:
     done = run("-m", "zoo.ops.compile", "--first", "--targets", target)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for kernel in ("causal_conv1d_fwd_kernel", "delta_rule", "gla_"):
+    for kernel in ("causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_"):
         assert kernel in done.stdout
 
 

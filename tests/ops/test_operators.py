@@ -67,6 +67,9 @@ def test_kernels_take_packed_documents(spec: OperatorSpec) -> None:
     assert not red(errors, torch.float32)
 
 
+CONTRACTS_SEEN: set[torch._ops.OpOverload] = set()
+
+
 class CustomOps(TorchDispatchMode):
     """The first call of every zoo:: operator, with its arguments."""
 
@@ -88,6 +91,9 @@ def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
         outputs_and_gradients(spec, convert(spec.inputs(1, 5), torch.float32, DEVICE), backend="triton")
     assert {op.name().endswith("_bwd") for op in seen.calls} == {True, False}
     for op, args in seen.calls.items():
+        if op in CONTRACTS_SEEN:  # by another entry of the same operator
+            continue
+        CONTRACTS_SEEN.add(op)
         differentiable = not op.name().endswith("_bwd")  # no second derivatives
         own = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]
         for x in own:
@@ -222,7 +228,8 @@ def test_a_missing_state_is_zeros(spec: OperatorSpec) -> None:
 def test_half_precision_keeps_its_dtype(spec: OperatorSpec) -> None:
     errors = parity(spec, spec.inputs(1, 200), backend="torch", dtype=torch.bfloat16)
     assert not red(errors, torch.bfloat16)
-    assert spec.run(convert(spec.inputs(1, 20), torch.bfloat16), backend="torch")[0].dtype == torch.bfloat16
+    wanted = torch.float32 if spec.wide_output else torch.bfloat16
+    assert spec.run(convert(spec.inputs(1, 20), torch.bfloat16), backend="torch")[0].dtype == wanted
 
 
 @pytest.mark.parametrize("spec", SPECS)

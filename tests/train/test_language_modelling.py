@@ -1,5 +1,6 @@
 """The update: the right mean whatever the cut, clipping, skipped steps; and what a run reports."""
 
+import importlib
 import math
 import time
 from pathlib import Path
@@ -11,7 +12,10 @@ from lightning.pytorch import Callback, Trainer
 from tiny import Tiny, TinyConfig, TinyData
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import zoo
 from zoo.errors import UserError
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.interrupt import Interrupts
@@ -143,6 +147,32 @@ def test_the_model_may_use_what_validation_made() -> None:
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, inference_mode=False
         ).validate(task, datamodule=data, verbose=False)
     train(data, 1, task=task)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *made])
+        return out
+
+
+def test_the_logits_of_a_batch_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunked = importlib.import_module("zoo.ops.linear_cross_entropy.chunked")
+    monkeypatch.setattr(chunked, "CPU_TOKENS", (8, 8))
+    model = zoo.create_model("deltanet", d_model=16, n_layers=1, n_heads=1, hidden_size=16, vocab_size=2000)
+    task = LanguageModelling(model, PLAIN, Limits(max_steps=1), TinyData())
+    batch = TinyData(batch_size=4, seq_len=32, pad=True).batch(0, 0)
+    with Largest() as seen:
+        nll, scored = task.batch_loss(batch)
+        nll.backward()
+    assert seen.elements == model.lm_head.weight.numel()  # and 128 tokens' logits are eight times that
+    logits = task(batch).flatten(0, 1)
+    torch.testing.assert_close(nll / scored, F.cross_entropy(logits, batch["targets"].flatten()))
 
 
 def test_speed_leaves_pauses_out() -> None:

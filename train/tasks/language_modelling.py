@@ -95,7 +95,7 @@ class LanguageModelling(LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Add the batch's summed loss to this update."""
-        nll, scored = summed_loss(self(batch), batch["targets"])
+        nll, scored = self.batch_loss(batch)
         n_bytes = batch.get("n_bytes")
         self._update += torch.stack(
             [nll.detach().float(), scored.float(), n_bytes.float() if n_bytes is not None else scored.new_zeros(())]
@@ -103,6 +103,16 @@ class LanguageModelling(LightningModule):
         self._tokens += batch["tokens"].numel()
         # Lightning divides by the number of micro-batches; `configure_gradient_clipping` knows the right divisor.
         return nll * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The batch's summed loss and the number of scored targets; no logits where the model can do without them."""
+        head_loss = getattr(self.model, "head_loss", None)
+        if head_loss is None:
+            return summed_loss(self(batch), batch["targets"])
+        encode: Any = self.model.encode
+        hidden = encode(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))[0]
+        nll: Tensor = head_loss(hidden, batch["targets"], ignore_index=IGNORED, reduction="sum")
+        return nll, (batch["targets"] != IGNORED).sum()
 
     def configure_gradient_clipping(
         self,
@@ -157,11 +167,14 @@ class LanguageModelling(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add the batch to the validation metrics."""
         targets = batch["targets"]
-        logits = self(batch)
-        nll, scored = summed_loss(logits, targets)
+        metrics: dict[str, Any] = dict(self.val_metrics.items())
+        if "accuracy" in metrics:  # which needs the logits
+            logits = self(batch)
+            nll, scored = summed_loss(logits, targets)
+        else:
+            nll, scored = self.batch_loss(batch)
         nll = nll.float()
         self.val_loss.update(nll, scored)
-        metrics: dict[str, Any] = dict(self.val_metrics.items())
         if "bits_per_byte" in metrics:
             metrics["bits_per_byte"].update(nll, batch["n_bytes"])
         if "perplexity" in metrics:

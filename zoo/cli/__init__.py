@@ -176,6 +176,39 @@ def _config(args: argparse.Namespace) -> int:
     return config_command(args.settings, args.config_dir)
 
 
+def _bench_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="op=NAME or op=all with sizes (T=2048,16384), shapes=cpu|fla, dtype=, backends=, device=, seed=; or "
+        "model=NAME with any setting of zoo train, steps=; both: repeats=, out=FILE.json or out=FOLDER; or "
+        "report=FILE ... to print tables of results",
+    )
+    parser.add_argument("--base", metavar="REV", help="compare with this commit of zoo's repository, in turns")
+    parser.add_argument("--config-dir", type=Path, metavar="DIR", help="a folder with further YAML files by group")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    _silence_profiler()
+    from zoo.cli.bench import bench_command
+
+    return bench_command(args.settings, args.base, args.config_dir)
+
+
+def _profile(args: argparse.Namespace) -> int:
+    _silence_profiler()
+    from zoo.cli.bench import profile_command
+
+    return profile_command(args.settings, args.config_dir)
+
+
+def _silence_profiler() -> None:
+    """Keep the notes that torch's profiler writes from C++ off the terminal; to be said before torch is loaded."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def _doctor_arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="check operators there only: cpu, cuda, cuda:1")
 
@@ -205,6 +238,8 @@ VERBS = {
     "generate": Verb("continue a text, printed as it is sampled", _generate_arguments, _generate),
     "convert": Verb("another library's checkpoint as one of zoo: zoo convert SRC DST", _convert_arguments, _convert),
     "export": Verb("a checkpoint for another library: zoo export CKPT --to hf DST", _export_arguments, _export),
+    "bench": Verb("speed of an operator or a model, proved right in the same run", _bench_arguments, _bench),
+    "profile": Verb("where a training step's time and memory go: zoo profile model=gla", _settings, _profile),
     "config": Verb("print the settings that a command would use", _config_arguments, _config),
     "doctor": Verb("versions, devices, and operators checked on this machine", _doctor_arguments, _doctor),
     "completion": Verb("a completion script for bash, zsh or fish", _completion_arguments, _completion),

@@ -4,13 +4,16 @@ The words are written into the script, so that completing a word starts no Pytho
 """
 
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
+from zoo.bench.shapes import DTYPES, SETS
 from zoo.cli import VERBS, Parser
 from zoo.configs import ROOT, choices
 from zoo.registry import list_models, model_info, packages_of_models
 
-SETTINGS_OF = ("train", "config", "eval")  # verbs that take settings
-PATHS_OF = ("resume", "eval", "generate", "convert", "export")  # verbs that take the folder of a run or checkpoint
+SETTINGS_OF = ("train", "config", "eval", "bench", "profile")  # verbs that take settings
+PATHS_OF = ("resume", "eval", "generate", "bench", "convert", "export")  # verbs that take the path of a run or a file
 
 
 def completion_command(shell: str) -> int:
@@ -42,6 +45,16 @@ def show_words() -> list[str]:
     return list(dict.fromkeys([*words, *(f"{field}=" for info in indexed for field in info.fields)]))
 
 
+def bench_words() -> list[str]:
+    """op=OPERATOR, by the folders that hold one, and the benchmark's own settings."""
+    package = find_spec("zoo.ops")
+    places = [Path(place) for place in (package.submodule_search_locations or [] if package else [])]
+    operators = sorted(path.parent.name for place in places for path in place.glob("*/reference.py"))
+    words = [f"op={name}" for name in ["all", *operators]] + [f"shapes={name}" for name in SETS]
+    words += [f"dtype={name}" for name in DTYPES]
+    return [*words, *(f"{key}=" for key in ("backends", "device", "repeats", "steps", "out", "report", "T", "B"))]
+
+
 def options(verb: str) -> list[str]:
     """The options of a verb."""
     parser = Parser(prog=verb)
@@ -54,6 +67,10 @@ def words(verb: str) -> list[str]:
     found = options(verb)
     if verb in SETTINGS_OF:
         found += settings_words()
+    if verb == "bench":
+        found += bench_words()
+    if verb == "profile":
+        found += ["steps="]
     if verb == "show":
         found += show_words()
     if verb == "list":

@@ -10,14 +10,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
 from zoo.config import parse_fields
 from zoo.errors import UsageError
 from zoo.registry import create_model, model_info
-
-LENGTH = 1024  # tokens of context at which work and state are counted
 
 
 def show_command(name: str, settings: Sequence[str]) -> int:
@@ -68,15 +66,6 @@ def parameter_table(model: nn.Module) -> Table:
     for module, kind, copies, n in rows:
         table.add_row(module or "(root)", kind, str(copies), f"{n:,}", f"{n / max(total, 1):.1%}")
     return table
-
-
-def forward_flops(model: nn.Module, length: int = LENGTH) -> tuple[float, dict[str, int]]:
-    """Floating-point operations of one forward pass per token, a multiply-add counted as two; and by operator."""
-    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(tokens)
-    by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    return counter.get_total_flops() / length, by_operator
 
 
 def _config_table(model: nn.Module, fields: Any) -> Table:

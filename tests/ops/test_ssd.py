@@ -1,0 +1,68 @@
+"""State space duality against implementations that are not ours, and against gated linear attention."""
+
+import pytest
+import torch
+
+from zoo.ops import decay, gated_linear_attention, ssd
+from zoo.ops.operators import OPERATORS
+from zoo.ops.proof import relative_error
+from zoo.ops.ssd.chunked import ssd_chunked
+
+SPEC = OPERATORS["ssd"]
+
+
+@pytest.mark.parametrize("T", [1, 37, 130])
+def test_agrees_with_flash_linear_attention(T: int) -> None:
+    naive = pytest.importorskip("fla.ops.simple_gla.naive", reason="flash-linear-attention is not installed")
+    i = {name: x.float() for name, x in SPEC.inputs(2, T).items()}
+    repeats = i["x"].shape[2] // i["B"].shape[2]
+    B, C = (i[name].repeat_interleave(repeats, dim=2) for name in "BC")
+    theirs = naive.naive_recurrent_simple_gla(
+        C, B, i["x"] * i["dt"].unsqueeze(-1), i["dt"] * i["A"], scale=1.0, initial_state=i["state"],
+        output_final_state=True,
+    )  # fmt: skip
+    ours = ssd(**i | {"D": None})
+    for got, want in zip(ours, theirs, strict=True):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_it_is_gated_linear_attention_with_one_gate_a_head() -> None:
+    i = SPEC.inputs(2, 100, {"H": 2, "P": 12, "G": 2, "N": 8})
+    g = (i["dt"] * i["A"]).unsqueeze(-1).expand_as(i["B"])
+    o, S = gated_linear_attention(i["C"], i["B"], i["x"] * i["dt"].unsqueeze(-1), g, i["state"], scale=1.0)
+    y, last = ssd(**i | {"D": None})
+    assert relative_error(y, o) < 1e-12
+    assert relative_error(last, S) < 1e-12
+    assert relative_error(ssd(**i)[0], o + i["D"].unsqueeze(-1) * i["x"]) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 64, 128])
+def test_the_length_of_chunks_changes_nothing(size: int) -> None:
+    i = [x.requires_grad_() for x in SPEC.inputs(2, 75).values()]
+    *inputs, state = i
+    exact = ssd(*i, backend="reference")
+    cotangents = [torch.randn_like(x) for x in exact]
+    ours = ssd_chunked(*inputs, state, None, size=size)
+    for got, want in zip(
+        (*ours, *torch.autograd.grad(ours, i, cotangents)), (*exact, *torch.autograd.grad(exact, i, cotangents)),
+        strict=True,
+    ):  # fmt: skip
+        assert relative_error(got, want) < 1e-12
+
+
+def test_decays_are_exact_behind_strong_gates() -> None:
+    a = torch.full((1, 64), -0.01)
+    a[:, ::9] = -300.0
+    a[:, 31] = float("-inf")
+    exact = torch.zeros(1, 64, 64, dtype=torch.float64)
+    for i in range(64):
+        for j in range(i + 1):
+            exact[0, i, j] = a[0, j + 1 : i + 1].double().sum().exp()
+    found = decay.between(decay.sums(a), torch.float32)
+    assert ((found - exact).abs() <= 1e-6 * exact + 1e-37).all()  # float32 ends at 1e-38
+
+
+def test_groups_must_divide_the_heads() -> None:
+    i = SPEC.inputs(1, 5)
+    with pytest.raises(ValueError, match=r"ssd: the number of heads must be a multiple of the groups .*H = 3, G = 2"):
+        ssd(i["x"][:, :, :3], i["dt"][..., :3], i["A"][:3], i["B"], i["C"])

@@ -1,0 +1,82 @@
+"""Floating-point operations, a multiply-add counted as two."""
+
+import contextlib
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.ops import dispatch
+from zoo.ops.proof import Inputs, OperatorSpec
+
+__all__ = ["attention_flops", "forms", "forward_flops", "operator_flops", "training_flops"]
+
+LENGTH = 1024  # tokens of context at which work and state are counted
+
+
+def forward_flops(model: nn.Module, length: int = LENGTH) -> tuple[float, dict[str, int]]:
+    """Operations of one forward pass per token, of a model on the meta device; and by operator."""
+    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    return counter.get_total_flops() / length, by_operator
+
+
+def forms(spec: OperatorSpec) -> tuple[str, ...]:
+    """The backends of an operator; of every one before specs knew their forms, at an older commit."""
+    found: tuple[str, ...] = getattr(spec, "forms", ("torch", "triton"))
+    return found
+
+
+def training_flops(model: nn.Module, length: int) -> float:
+    """Operations of a training step per token: three forward passes, a backward one counted as two."""
+    try:
+        return 3 * forward_flops(copy.deepcopy(model).to("meta"), length)[0]
+    except RuntimeError:  # a model that looks into the data has to be run
+        tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(tokens)
+        return 3 * counter.get_total_flops() / length
+
+
+def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:
+    """(forward, forward and backward, how they were counted) of an operator, by its own formula where it has one.
+
+    The formulas belong to the custom ops, so the operator runs as kernels would, on the meta device: nothing is
+    computed. Without Triton the matrix products of the torch form are counted instead.
+    """
+    form = "triton" if "triton" in forms(spec) and dispatch.HAS_TRITON else "torch"
+    if form == "triton":
+        with contextlib.suppress(ValueError):  # of kernels that refuse these sizes
+            return *_count(spec, inputs, form), "the operator's formula"
+    try:
+        counts = _count(spec, inputs, "torch")
+    except RuntimeError:  # a form that looks into the data has to be computed
+        counts = _count(spec, inputs, "torch", next(iter(inputs.values())).device)
+    return *counts, "the torch form's products"
+
+
+def attention_flops(sizes: Mapping[str, int]) -> tuple[int, int]:
+    """(forward, forward and backward) of causal attention: half of all pairs; the backward is 2.5 forwards."""
+    forward = sizes["B"] * sizes["H"] * sizes["T"] ** 2 * (sizes["K"] + sizes["V"])
+    return forward, forward * 7 // 2
+
+
+def _count(
+    spec: OperatorSpec, inputs: Inputs, form: str, device: torch.device = torch.device("meta")
+) -> tuple[int, int]:
+    narrow = {x.dtype for x in inputs.values() if x.is_floating_point()} - {torch.float64}
+    dtype = next(iter(narrow), torch.float32)  # kernels refuse float64; the count does not depend on the dtype
+    leaves = {
+        name: x.to(device, dtype if x.is_floating_point() else x.dtype).requires_grad_(x.is_floating_point())
+        for name, x in ((name, x.detach()) for name, x in inputs.items())
+    }
+    with FlopCounterMode(display=False) as counter:
+        output = spec.run(leaves, backend=form)[0]
+        forward = counter.get_total_flops()
+        floating = [x for x in leaves.values() if x.requires_grad]
+        torch.autograd.grad(output, floating, torch.empty_like(output), allow_unused=True)
+        return forward, counter.get_total_flops()

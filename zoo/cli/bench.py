@@ -1,0 +1,150 @@
+"""`zoo bench` and `zoo profile`: settings to requests, records to tables and files."""
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.bench.operators import operator_sizes
+from zoo.bench.record import Record, read, write
+from zoo.bench.report import markdown, plot
+from zoo.bench.shapes import parse_request
+from zoo.cli.runs import fresh_folder
+from zoo.config import compose
+from zoo.errors import UsageError, UserError
+
+OWN_KEYS = ("out", "repeats", "steps")  # of zoo bench model=; everything else is the run's
+
+
+def bench_command(settings: list[str], base: str | None, config_dir: Path | None) -> int:
+    """Measure, print the table, keep it when `out=` is given; 1 when a side's numbers are wrong."""
+    first = settings[0] if settings else ""
+    kind = first.partition("=")[0]
+    kinds: dict[str, Callable[[], int]] = {
+        "op": lambda: _operators(settings, base),
+        "model": lambda: _model(settings, base, config_dir),
+        "report": lambda: _report(settings, base),
+    }
+    if kind not in kinds:
+        what = f"got {first!r}" if first else "nothing was named"
+        raise UsageError(f"zoo bench begins with op=NAME, op=all, model=NAME or report=FILE; {what}")
+    return kinds[kind]()
+
+
+def profile_command(settings: list[str], config_dir: Path | None) -> int:
+    """Profile a few training steps; the trace and the table go to the run's folder."""
+    own, rest = _own(settings, ("steps",))
+    config = _config(rest, config_dir, "zoo profile")
+    folder = Path(config["run_dir"] or fresh_folder(f"profile-{config['model']['name']}"))
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"a profile needs an empty folder and {folder} holds files; give another run_dir=")
+    from zoo.bench.models import check_request
+    from zoo.bench.profile import profile_model
+    from zoo.bench.steps import ModelRequest
+
+    request = ModelRequest(config, steps=_whole("steps", own.get("steps", "3")))
+    check_request(request)
+    found = profile_model(request, folder / "trace.json")
+    table = found.markdown()
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+    print(f"trace (chrome://tracing or ui.perfetto.dev): {folder / 'trace.json'}")
+    return 0
+
+
+def _operators(settings: list[str], base: str | None) -> int:
+    from zoo.bench.run import compare_operators, run_operators
+
+    request = parse_request(settings, operator_sizes(), "cuda" if torch.cuda.is_available() else "cpu")
+    out = _out(settings)
+    record = run_operators(request, _say) if base is None else compare_operators(request, base, _say)
+    names = dict.fromkeys(case.operator for case in request.cases)
+    return _finish(record, "op-" + ("all" if "op=all" in settings else "-".join(names)), out)
+
+
+def _model(settings: list[str], base: str | None, config_dir: Path | None) -> int:
+    from zoo.bench.models import run_model
+    from zoo.bench.run import compare_models
+    from zoo.bench.steps import ModelRequest
+
+    own, rest = _own(settings, OWN_KEYS)
+    out = _out(settings)
+    config = _config(rest, config_dir, "zoo bench")
+    steps, repeats = (_whole(key, own.get(key, "10")) for key in ("steps", "repeats"))
+    request = ModelRequest(config, steps, repeats)
+    record = run_model(request, _say) if base is None else compare_models(request, base, _say)
+    return _finish(record, f"model-{config['model']['name']}", out)
+
+
+def _report(settings: list[str], base: str | None) -> int:
+    if base is not None:
+        raise UsageError("--base measures another commit; report= only reads results that are there")
+    out = _out(settings)
+    words = [word.removeprefix("report=") for word in settings if not word.startswith("out=")]
+    records = [read(Path(word)) for word in words]
+    pages = "\n".join(markdown(record) for record in records)
+    print(pages, end="")
+    if out is not None:
+        _write_text(out / "table.md", pages)
+        plot(records, out / "plot.png")
+    return 1 if any(record.is_red for record in records) else 0
+
+
+def _finish(record: Record, name: str, out: Path | None) -> int:
+    """Print the table; keep the results in out=FILE.json, or in out=FOLDER by device with a table and a plot."""
+    _say("")
+    page = markdown(record)
+    print(page, end="")
+    if out is not None and out.suffix == ".json":
+        write(record, out)
+    elif out is not None:
+        device = record.about["device"] if record.about["device"] != "cpu" else record.about["cpu"]
+        stem = out / re.sub(r"\W+", "-", device).strip("-").lower() / name
+        write(record, stem.with_suffix(".json"))
+        kept = read(stem.with_suffix(".json"))  # the table and the plot are made from the file
+        _write_text(stem.with_suffix(".md"), markdown(kept))
+        if importlib.util.find_spec("matplotlib") is not None and not kept.is_red:
+            plot([kept], stem.with_suffix(".png"))
+        print(f"\nresults: {stem.with_suffix('.json')}")
+    return 1 if record.is_red else 0
+
+
+def _config(settings: list[str], config_dir: Path | None, verb: str) -> dict[str, Any]:
+    if not any(word.startswith(("model=", "model.name=")) for word in settings):
+        raise UsageError(f"{verb} needs a model; add model=NAME, zoo list shows all")
+    return compose(settings, config_dir=config_dir)
+
+
+def _own(settings: list[str], keys: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The verb's own settings, and the rest, which is Hydra's."""
+    own = {key: value for key, sign, value in (word.partition("=") for word in settings) if sign and key in keys}
+    return own, [word for word in settings if word.partition("=")[0] not in keys]
+
+
+def _out(settings: list[str]) -> Path | None:
+    given = [word.removeprefix("out=") for word in settings if word.startswith("out=")]
+    return Path(given[-1]) if given else None
+
+
+def _whole(key: str, text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{key} must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error}); give another out=") from error
+
+
+def _say(text: str) -> None:
+    """What is going on, on one line of a terminal; an empty text takes it away."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
