@@ -69,7 +69,9 @@ class Fields:
             UserError: it has another value.
         """
         value = self._left.pop(name, None)
-        if value is not None and not any(value == one and type(value) in (type(one), int) for one in implemented):
+        if value is not None and not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in implemented
+        ):
             known = " or ".join(repr(one) for one in implemented)
             raise UserError(
                 f"{self.source} says {name} = {value!r}, which zoo does not implement (only {known}); "

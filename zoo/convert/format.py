@@ -58,7 +58,7 @@ def same_shape(ours: str, shape: Shape) -> Shape:
 
 def convolutions_by_channel(ours: str, shape: Shape) -> Shape:
     """Depthwise convolutions are stored as torch.nn.Conv1d has them: (D, 1, W) where ours are (D, W)."""
-    return (shape[0], 1, shape[1]) if re.search(r"\.convs?\.(\d+\.)?weight$", ours) and len(shape) == 2 else shape
+    return (shape[0], 1, shape[1]) if re.search(r"\.(convs\.\d+|conv1d)\.weight$", ours) and len(shape) == 2 else shape
 
 
 @dataclass(frozen=True)

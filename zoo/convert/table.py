@@ -6,9 +6,10 @@ from typing import Any
 from zoo.convert.flash_linear_attention import DELTA_NET, GATED_DELTANET, GLA, TRANSFORMER
 from zoo.convert.format import Format
 from zoo.convert.llama import LLAMA
+from zoo.convert.mamba import MAMBA
 from zoo.errors import UserError, remedy
 
-FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER)
+FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER, MAMBA)
 
 
 def recognise(values: Mapping[str, Any], source: str) -> Format:
