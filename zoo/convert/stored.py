@@ -62,9 +62,14 @@ def read_json(path: Path) -> Any:
         UserError: it is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), object_hook=_infinity)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}); take another copy of this checkpoint") from error
+
+
+def _infinity(values: dict[str, Any]) -> Any:
+    """transformers writes numbers that JSON lacks as {"__float__": "Infinity"}."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def first_line(error: BaseException) -> str:
