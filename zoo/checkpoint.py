@@ -306,9 +306,12 @@ def _download(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=[*texts, "model*.safetensors"]))
         if not any(folder.glob("model*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except HFValidationError as error:
+        raise UserError(f"no folder {name} here, and {name!r} is no name of the hub either; check the path") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error).partition(". ")[0].rstrip(".")
         raise UserError(
-            f"no folder {name} here, and {name} cannot be had from the Hugging Face hub ({first_line(error)}); "
+            f"no folder {name} here, and {name} cannot be had from the Hugging Face hub ({reason}); "
             f"fetch it where there is a network (hf download {name} --local-dir FOLDER) and give that folder"
         ) from error
     if not (folder / CONFIG).is_file():

@@ -104,7 +104,8 @@ def test_generation_token_by_token_is_theirs(make, tmp_path):
     assert len(set(got)) > 8  # not one token over and over
 
 
-def test_shards_an_index_and_a_pickle_hold_the_same(tmp_path):
+@pytest.mark.parametrize("old", [True, False])  # torch's files before 1.6 were no zip archives
+def test_shards_an_index_and_a_pickle_hold_the_same(tmp_path, old):
     theirs = llama()
     theirs.save_pretrained(tmp_path / "parts", max_shard_size="60KB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
@@ -114,7 +115,7 @@ def test_shards_an_index_and_a_pickle_hold_the_same(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text((tmp_path / "parts" / "config.json").read_text())
     state = theirs.state_dict()
-    torch.save(state, tmp_path / "one" / "pytorch_model.bin")
+    torch.save(state, tmp_path / "one" / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
     places = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
     for file in set(places.values()):
         torch.save({n: t for n, t in state.items() if places[n] == file}, tmp_path / "two" / file)
@@ -475,6 +476,9 @@ def test_without_a_network_the_local_way_is_named(tmp_path, monkeypatch):
     assert said.startswith("no folder some/model here, and some/model cannot be had from the Hugging Face hub (")
     assert said.endswith("(hf download some/model --local-dir FOLDER) and give that folder")
     assert "\n" not in said
+    assert ". " not in said
+    with pytest.raises(UserError, match=r"^no folder some/mo del here, and 'some/mo del' is no name of the hub either"):
+        zoo.load("some/mo del")
 
 
 def test_a_hub_name_without_safetensors_falls_back_to_the_pickle(folder, tmp_path, monkeypatch):
