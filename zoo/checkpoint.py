@@ -1,6 +1,7 @@
 """Models on disk: a folder with model.safetensors and config.json, written so that a crash leaves the old one whole.
 
-Nothing here runs code from a file: weights are safetensors, and a trainer's own .ckpt is read with weights_only=True.
+Folders of other libraries are read too, and written (`export`); zoo.convert knows their formats. Nothing here runs
+code from a file: weights are safetensors, and whatever is pickled is read with weights_only=True.
 """
 
 import json
@@ -8,7 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,12 +17,17 @@ from typing import Any, Protocol, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from zoo.errors import UserError
-from zoo.registry import create_model
+from zoo.convert import table
+from zoo.convert.fields import Fields
+from zoo.convert.fill import fill
+from zoo.convert.format import Format
+from zoo.convert.stored import Held, first_line, open_folder, read_json
+from zoo.errors import UsageError, UserError, remedy
+from zoo.registry import DEFAULT_SIZE, create_model, model_info
 
 FORMAT, VERSION = "zoo", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -29,6 +35,11 @@ FINISHED = "checkpoint"  # in a run's folder: the final model
 UNFINISHED = "checkpoints/last.ckpt"  # in a run's folder: the trainer's own
 IN_TRAINER = "zoo_model"  # the entry of a trainer's .ckpt that describes the model
 TASK_PREFIX = "model."  # the model's place inside the training task
+_SHAPING = ("d_model", "n_layers", "n_heads", "n_v_heads", "head_dim", "pattern")  # what tells sizes apart
+TEXT_FILES = (
+    "zoo_tokenizer.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 
 
 class Tokenizer(Protocol):
@@ -54,21 +65,89 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer 
     Raises:
         UserError: the model is not from the registry, or the files cannot be written.
     """
-    folder, described = Path(folder), describe(model)
+    described = describe(model)
+
+    def write(staged: Path) -> None:
+        save_file(_unique_tensors(model), staged / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(staged)
+        names = sorted(path.name for path in staged.iterdir())
+        _write(staged / CONFIG, json.dumps(described | {"files": names}, indent=2) + "\n")
+
+    return _replace_folder(Path(folder), write)
+
+
+def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Path:
+    """Write a model as `transformers` (the transformer, as Llama or Mistral) or `flash-linear-attention` loads it.
+
+    Args:
+        model: of the registry.
+        folder: as for `save`: replaced as a whole or not at all.
+        tokenizer: its files are written beside the weights.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UserError: the other library has no such model, or the files cannot be written.
+    """
+    name = describe(model)["model"]
+    format = table.writer(name)
+    assert format.undescribe is not None
+    config = format.undescribe(model)
+    tensors = _unique_tensors(model)
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    scales = format.scales(model)
+    if scales and not dtypes <= {torch.float32, torch.float64}:
+        raise UserError(
+            f"{format.kind} has one eps for all norms, so this model's weights must be scaled, which half precision "
+            "would round; add --dtype float32, or train with model.output_norm_eps equal to model.norm_eps"
+        )
+    stored = {
+        format.names(ours): (tensor * scales[ours] if ours in scales else tensor).reshape(
+            format.stored_shape(ours, tuple(tensor.shape))
+        )
+        for ours, tensor in tensors.items()
+    }
+    dtype = str(next(iter(dtypes)) if len(dtypes) == 1 else torch.float32).removeprefix("torch.")
+    eos = getattr(tokenizer, "eos_id", None)
+    config |= {"torch_dtype": dtype, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None}
+
+    def write(staged: Path) -> None:
+        save_file(stored, staged / WEIGHTS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(staged)
+        _write(staged / CONFIG, json.dumps(config, indent=2) + "\n")
+
+    return _replace_folder(Path(folder), write)
+
+
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder beside this one, then rename its files into it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as staging:
-            staged = Path(staging)
-            save_file(_unique_tensors(model), staged / WEIGHTS, metadata={"format": "pt"})
-            if tokenizer is not None:
-                tokenizer.save(staged)
-            names = sorted(path.name for path in staged.iterdir())
-            _write(staged / CONFIG, json.dumps(described | {"files": names}, indent=2) + "\n")
-            _move_in(staged, folder)
+            write(Path(staging))
+            _move_in(Path(staging), folder)
     except (OSError, SafetensorError) as error:
         kept = "the checkpoint that was there is kept" if (folder / CONFIG).exists() else "nothing was left behind"
-        raise UserError(f"no checkpoint could be written to {folder} ({_first_line(error)}); {kept}") from error
+        raise UserError(f"no checkpoint could be written to {folder} ({first_line(error)}); {kept}") from error
     return folder
+
+
+class TextFiles:
+    """The tokenizer of a checkpoint, as the files that it consists of; saving copies them as they are.
+
+    eos_id: of the tokenizer, for an exported config; None when nobody said.
+    """
+
+    def __init__(self, folder: Path, eos_id: int | None = None):
+        self.paths = [folder / name for name in TEXT_FILES if (folder / name).is_file()]
+        self.eos_id = eos_id
+
+    def save(self, folder: Path) -> None:
+        for path in self.paths:
+            shutil.copyfile(path, folder / path.name)
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -85,24 +164,61 @@ def describe(model: nn.Module) -> dict[str, Any]:
     return known | {"config": asdict(cast(Any, model.config))}
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
-    """Read a model, in eval mode and in the dtype of its file.
+def load(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Read a model, in eval mode. Folders of other libraries are recognised and converted.
+
+    The weights are read one tensor at a time into a model without memory of its own, so that loading needs little
+    more than the weights.
 
     Args:
         path: a checkpoint folder; a run's folder (its final model, or the last state of an unfinished run); a .ckpt
-            file of the trainer; or owner/name on the Hugging Face hub.
+            file of the trainer; a folder of transformers or flash-linear-attention; or owner/name on the Hugging
+            Face hub.
+        dtype: of the floating-point tensors, such as torch.bfloat16 or "bfloat16"; that of the file when omitted.
+        device: the CPU when omitted.
 
     Raises:
-        UserError: nothing is there, or it is damaged, of another format, or not of the model that its config names.
+        UserError: nothing is there, or it is damaged, of an unknown format, or not of the model that its config names.
     """
+    kind, place = _dtype(dtype), None if device is None else torch.device(device)
     found = locate(path)
-    described, tensors = read_trainer(found) if found.suffix == ".ckpt" else read_folder(found)
+    format: Format | None = None
+    if found.suffix == ".ckpt":
+        described, tensors = read_trainer(found)
+        stored: Any = Held(tensors, str(found))
+    else:
+        described, format = _read_description(found)
+        stored = open_folder(found)
     try:
-        model = create_model(described["model"], described["size"], **described["config"])
+        model = _without_memory(described)
     except UserError as error:
         raise UserError(f"{found} holds a model that cannot be built here: {error}") from error
-    _fill(model, tensors, found)
-    return model.eval()
+    fill(model, stored, format, dtype=kind, device=place)
+    return model.to(place).eval() if place is not None else model.eval()
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+    if dtype not in known:
+        end = remedy(dtype, known, f"known are {', '.join(known)}")
+        raise UsageError(f"no dtype {dtype!r}{end}")
+    return known[dtype]
+
+
+def _without_memory(described: dict[str, Any]) -> nn.Module:
+    """The model on the meta device; with memory where it makes tensors that are in no checkpoint."""
+    with torch.device("meta"):
+        model = create_model(described["model"], described["size"], **described["config"])
+    kept = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for module in model.modules():
+        made = [*module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, Tensor))]
+        if any(tensor is not None and id(tensor) not in kept for tensor in made):
+            return create_model(described["model"], described["size"], **described["config"])
+    return model
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -129,23 +245,24 @@ def run_of(path: str | os.PathLike[str]) -> Path | None:
     return next((folder for folder in (given, *given.parents) if (folder / "config.yaml").is_file()), None)
 
 
-def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What config.json says, and the tensors beside it."""
-    return read_config(folder), _read_weights(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a checkpoint's config.json, with model, size and config.
-
-    Raises:
-        UserError: it is damaged or of another format.
-    """
+def _read_description(folder: Path) -> tuple[dict[str, Any], Format | None]:
+    """Model, size and config, and the foreign format that they were read from."""
     path = folder / CONFIG
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}); take another copy of this checkpoint") from error
-    return _checked(described, path)
+    values = read_json(path)
+    if not isinstance(values, dict) or "format" in values:
+        return _checked(values, path), None
+    format = table.recognise(values, str(path))
+    model, config = format.describe(Fields(values, str(path)))
+    return {"model": model, "size": _size_of(model, config), "config": config}, format
+
+
+def _size_of(model: str, config: dict[str, Any]) -> str:
+    """The size of the registry that a config is, vocabulary aside; the default's name for any other."""
+    info = model_info(model)
+    for size in info.sizes:
+        if all(info.config(size)[name] == value for name, value in config.items() if name in _SHAPING):
+            return size
+    return DEFAULT_SIZE
 
 
 def _checked(described: Any, source: Path) -> dict[str, Any]:
@@ -173,7 +290,7 @@ def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         content = torch.load(path, map_location="cpu", weights_only=True)
         described, weights = content.get(IN_TRAINER), content["state_dict"]
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or no trainer's checkpoint ({_first_line(error)}); try another") from error
+        raise UserError(f"{path} is damaged or no trainer's checkpoint ({first_line(error)}); try another") from error
     tensors = {
         name.removeprefix(TASK_PREFIX).removeprefix("_orig_mod."): tensor  # _orig_mod: a compiled model
         for name, tensor in weights.items()
@@ -183,25 +300,23 @@ def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _download(name: str) -> Path:
+    """A snapshot of a repository: its configuration, its tokenizer, and its weights, as safetensors when it has any."""
+    texts = ["*.json", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        folder = Path(snapshot_download(name, allow_patterns=[*texts, "model*.safetensors"]))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*texts, "pytorch_model*.bin"]))
+    except HFValidationError as error:
+        raise UserError(f"no folder {name} here, and {name!r} is no name of the hub either; check the path") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = first_line(error).partition(". ")[0].rstrip(".")
         raise UserError(
-            f"no folder {name} here, and {name} cannot be had from the Hugging Face hub ({_first_line(error)})"
+            f"no folder {name} here, and {name} cannot be had from the Hugging Face hub ({reason}); "
+            f"fetch it where there is a network (hf download {name} --local-dir FOLDER) and give that folder"
         ) from error
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickled = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
-        only = f", only {pickled[0]}, which zoo does not open because it can run code" if pickled else ""
-        raise UserError(f"{folder} has no {WEIGHTS}{only}; take another copy of this checkpoint")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or cut short ({_first_line(error)}); take another copy") from error
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{name} on the Hugging Face hub is no checkpoint: it has no {CONFIG}; check the name")
+    return folder
 
 
 def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -213,26 +328,6 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Put the tensors into the model, whatever their dtype, and refuse any that is missing, too many or misshapen."""
-    own = model.state_dict(keep_vars=True)
-    wanted = _unique_tensors(model).keys()
-    missing, foreign = sorted(wanted - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or foreign:
-        counts = [f"{len(missing)} tensors of the model are missing, such as {missing[0]!r}"] if missing else []
-        counts += [f"{len(foreign)} of its tensors are unknown, such as {foreign[0]!r}"] if foreign else []
-        raise UserError(f"{source} does not hold the weights of model {model.name!r}: {' and '.join(counts)}")
-    for name, tensor in tensors.items():
-        if own[name].shape != tensor.shape:
-            raise UserError(
-                f"{source} does not hold the weights of model {model.name!r}: {name!r} is {tuple(tensor.shape)} "
-                f"in the file and must be {tuple(own[name].shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].data = tensor.to(own[name].device, copy=True)
 
 
 def _write(path: Path, text: str) -> None:
@@ -260,7 +355,7 @@ def _move_in(staged: Path, folder: Path) -> None:
 def _listed_files(folder: Path) -> set[str]:
     """The files that an older checkpoint in this folder consists of, by its own word."""
     try:
-        files = read_config(folder).get("files", [])
+        files = _checked(read_json(folder / CONFIG), folder / CONFIG).get("files", [])
     except UserError:
         return set()
     return {name for name in files if isinstance(name, str) and Path(name).name == name and (folder / name).is_file()}
@@ -272,7 +367,3 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -51,6 +51,11 @@ class Tokenizer(Protocol):
         """The id between documents: the end of one and the start of the next."""
         ...
 
+    @property
+    def start_id(self) -> int:
+        """The id that a generated document starts with: eos_id, or what a foreign model was trained with."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without start or end symbols."""
         ...
@@ -81,6 +86,7 @@ class ByteTokenizer:
 
     vocab_size = 257
     eos_id = 256
+    start_id = 256
 
     def encode(self, text: str) -> list[int]:
         """The bytes of the text."""
@@ -132,6 +138,8 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if self.eos_id < 0:
             raise UserError("a SentencePiece model needs an end symbol; this one has none: train it with eos_id >= 0")
+        start = self._processor.bos_id()  # -1 for those trained here
+        self.start_id = start if start >= 0 else self.eos_id
         ids = range(self.vocab_size)
         self._pieces = [self._piece_bytes(i) for i in ids]
         # Models not trained here may put a space before the text that encoding added and decoding takes away.
@@ -274,6 +282,9 @@ class HuggingFaceTokenizer:
             )
         self.eos_token, self.eos_id = found, vocabulary[found]
         self._special.add(self.eos_id)
+        # Models of zoo saw eos_id before every document; a foreign one saw what its template puts there.
+        template = [] if (folder / DESCRIPTION).is_file() else self._tokenizer.encode("", add_special_tokens=True).ids
+        self.start_id = template[0] if template else self.eos_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of the text, without the special symbols that the model's template would add."""

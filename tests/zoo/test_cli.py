@@ -100,7 +100,7 @@ def test_help_has_one_line_per_verb(capsys):
     ("words", "code", "sentence"),
     [
         (["trian"], 2, "no verb 'trian'; did you mean 'train'? zoo --help lists the verbs"),
-        (["export"], 2, "no verb 'export'; "),
+        (["push"], 2, "no verb 'push'; "),
         (["--hlep"], 2, "no option '--hlep'; did you mean '--help'?"),
         (["list", "--tags", "x"], 2, "zoo list has no option '--tags'; did you mean '--tag'?"),
         (["list", "a", "b"], 2, "unrecognized arguments: b; zoo list --help shows how"),

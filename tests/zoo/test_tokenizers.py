@@ -208,3 +208,23 @@ def test_refuses_a_vocabulary_that_does_not_fit(tmp_path: Path, monkeypatch: pyt
 
 def test_arrays_are_small() -> None:
     assert ByteTokenizer().encode_array("x").dtype == np.uint8
+
+
+def test_what_a_generated_document_starts_with(tmp_path: Path) -> None:
+    """eos_id where zoo trained; what the template of a foreign tokenizer.json puts before a text elsewhere."""
+    folder = byte_level(tmp_path / "foreign")
+    plain = HuggingFaceTokenizer(folder)
+    assert plain.start_id == plain.eos_id
+    spec = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    spec.add_special_tokens(["<s>"])
+    start = spec.token_to_id("<s>")
+    spec.post_processor = hf.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", start)])
+    spec.save(str(folder / "tokenizer.json"))
+    templated = HuggingFaceTokenizer(folder)
+    assert templated.start_id == start != templated.eos_id
+    assert start not in templated.encode("a text")
+    (tmp_path / "trained").mkdir()
+    templated.save(tmp_path / "trained")  # beside a model of zoo
+    again = tokenizers.load(tmp_path / "trained")
+    assert again.start_id == again.eos_id == templated.eos_id
+    assert ByteTokenizer().start_id == ByteTokenizer().eos_id

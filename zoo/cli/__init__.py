@@ -132,6 +132,33 @@ def _generate(args: argparse.Namespace) -> int:
     return generate_command(args.path, prompt, sampling, stop=args.stop)
 
 
+def _convert_arguments(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a folder of another library, or owner/name on the hub")
+    parser.add_argument("folder", metavar="DST", type=Path, help="the checkpoint to write")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, float16 or float64; as stored when omitted")
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from zoo.cli.convert import convert_command
+
+    return convert_command(args.source, args.folder, args.dtype)
+
+
+def _export_arguments(parser: Parser) -> None:
+    parser.add_argument("path", metavar="RUN|CKPT", help="a run's folder, or a checkpoint")
+    parser.add_argument("folder", metavar="DST", type=Path, help="the folder to write")
+    parser.add_argument("--to", required=True, choices=("hf", "onnx"), help="hf: transformers, flash-linear-attention")
+    parser.add_argument("--dtype", metavar="NAME", help="float32, bfloat16, float16 or float64; as stored when omitted")
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.to == "onnx":
+        raise UsageError("--to onnx does not exist yet; --to hf writes a folder that other libraries load")
+    from zoo.cli.convert import export_command
+
+    return export_command(args.path, args.folder, args.dtype)
+
+
 def _config_arguments(parser: Parser) -> None:
     _settings(parser)
     parser.add_argument("--groups", action="store_true", help="list what can be chosen instead")
@@ -209,6 +236,8 @@ VERBS = {
     "resume": Verb("continue an interrupted run as if it had not stopped", _resume_arguments, _resume),
     "eval": Verb("measure a trained model on data", _eval_arguments, _eval),
     "generate": Verb("continue a text, printed as it is sampled", _generate_arguments, _generate),
+    "convert": Verb("another library's checkpoint as one of zoo: zoo convert SRC DST", _convert_arguments, _convert),
+    "export": Verb("a checkpoint for another library: zoo export CKPT --to hf DST", _export_arguments, _export),
     "bench": Verb("speed of an operator or a model, proved right in the same run", _bench_arguments, _bench),
     "profile": Verb("where a training step's time and memory go: zoo profile model=gla", _settings, _profile),
     "config": Verb("print the settings that a command would use", _config_arguments, _config),

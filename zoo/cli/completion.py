@@ -13,7 +13,7 @@ from zoo.configs import ROOT, choices
 from zoo.registry import list_models, model_info, packages_of_models
 
 SETTINGS_OF = ("train", "config", "eval", "bench", "profile")  # verbs that take settings
-PATHS_OF = ("resume", "eval", "generate", "bench")  # verbs that take the path of a run or of a file
+PATHS_OF = ("resume", "eval", "generate", "bench", "convert", "export")  # verbs that take the path of a run or a file
 
 
 def completion_command(shell: str) -> int:
@@ -77,6 +77,8 @@ def words(verb: str) -> list[str]:
         found += list_models()
     if verb == "completion":
         found += ["bash", "zsh", "fish"]
+    if verb == "export":
+        found += ["hf"]
     return found
 
 

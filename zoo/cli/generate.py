@@ -74,7 +74,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
             f"the tokenizer of {path} has {tokenizer.vocab_size} symbols and the model only {size}; "
             "they belong to different runs"
         )
-    ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # the end of a document is also the start of the next
+    ids = [tokenizer.start_id, *tokenizer.encode(prompt)]
     pieces, text = tokenizer.stream(), StopText(stop)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")

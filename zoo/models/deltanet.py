@@ -19,6 +19,7 @@ class DeltaNetConfig(SequenceConfig):
     allow_neg_eigval: bool = False
     use_gate: bool = False
     use_output_norm: bool = True
+    output_norm_eps: float = 1e-5  # of the norm over each head's output
 
 
 _340M = {"d_model": 1024, "n_layers": 24, "n_heads": 8}
@@ -56,6 +57,7 @@ def deltanet(config: DeltaNetConfig) -> SequenceModel:
         allow_neg_eigval=config.allow_neg_eigval,
         use_gate=config.use_gate,
         use_output_norm=config.use_output_norm,
+        norm_eps=config.output_norm_eps,
     )
     mixers = {"deltanet": mixer}
     return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "deltanet", mixers))

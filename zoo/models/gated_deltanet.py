@@ -16,6 +16,7 @@ class GatedDeltaNetConfig(SequenceConfig):
     conv_size: int | None = 4
     allow_neg_eigval: bool = False
     use_gate: bool = True
+    output_norm_eps: float = 1e-5  # of the norm over each head's output
 
 
 @register(
@@ -41,6 +42,7 @@ def gated_deltanet(config: GatedDeltaNetConfig) -> SequenceModel:
         conv_size=config.conv_size,
         allow_neg_eigval=config.allow_neg_eigval,
         use_gate=config.use_gate,
+        norm_eps=config.output_norm_eps,
     )
     mixers = {"gated_deltanet": mixer}
     pattern = config.pattern or "gated_deltanet"

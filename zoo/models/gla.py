@@ -17,6 +17,7 @@ class GLAConfig(SequenceConfig):
     temperature: float = 16.0  # the paper's tau
     gate_floor: float | None = None
     conv_size: int | None = None  # the paper's models have no short convolution
+    output_norm_eps: float = 1e-5  # of the norm over each head's output
 
 
 @register(
@@ -43,6 +44,7 @@ def gla(config: GLAConfig) -> SequenceModel:
         temperature=config.temperature,
         gate_floor=config.gate_floor,
         conv_size=config.conv_size,
+        norm_eps=config.output_norm_eps,
     )
     mixers = {"gla": mixer}
     return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "gla", mixers))

@@ -11,9 +11,11 @@ from zoo.registry import register
 class TransformerConfig(SequenceConfig):
     n_heads: int = 2
     n_kv_heads: int | None = None  # None: as many as n_heads
+    head_dim: int | None = None  # None: d_model / n_heads
     window: int | None = None  # None: every layer sees the whole past
     rope_base: float = 10000.0
     qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
 
 
 @register(
@@ -34,9 +36,11 @@ def transformer(config: TransformerConfig) -> SequenceModel:
         Attention,
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
         window=config.window,
         rope_base=config.rope_base,
         qk_norm=config.qk_norm,
+        norm_eps=config.qk_norm_eps,
     )
     mixers = {"attention": attention}
     return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "attention", mixers))

@@ -1,0 +1,44 @@
+"""`zoo convert` and `zoo export`: checkpoints between zoo and other libraries."""
+
+from pathlib import Path
+
+from torch import nn
+
+from zoo import checkpoint, tokenizers
+from zoo.cli.models import short_count
+from zoo.errors import UserError
+
+
+def convert_command(source: str, folder: Path, dtype: str | None) -> int:
+    """Write any checkpoint that zoo reads as one of its own, with its tokenizer."""
+    found = _other(checkpoint.locate(source), folder)
+    model = checkpoint.load(found, dtype=dtype)
+    files = checkpoint.TextFiles(found)
+    checkpoint.save(model, folder, files)
+    _say(model, folder, files.paths)
+    return 0
+
+
+def export_command(path: str, folder: Path, dtype: str | None) -> int:
+    """Write a checkpoint as transformers or flash-linear-attention loads it, with its tokenizer."""
+    found = _other(checkpoint.locate(path), folder)
+    model = checkpoint.load(found, dtype=dtype)
+    has_text = any((found / name).is_file() for name in tokenizers.FILES)
+    files = checkpoint.TextFiles(found, tokenizers.load(found).eos_id if has_text else None)
+    checkpoint.export(model, folder, files)
+    _say(model, folder, files.paths)
+    return 0
+
+
+def _other(found: Path, folder: Path) -> Path:
+    if found.resolve() == folder.resolve():
+        raise UserError(f"{folder} cannot be read and written at once; give another folder to write")
+    return found
+
+
+def _say(model: nn.Module, folder: Path, texts: list[Path]) -> None:
+    parameters = list(model.parameters())
+    kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    text = ", ".join(path.name for path in texts) or "none came with it"
+    count = short_count(sum(p.numel() for p in parameters))
+    print(f"{folder}: {model.name}, {count} parameters in {kinds}; tokenizer: {text}")

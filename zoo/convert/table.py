@@ -1,0 +1,45 @@
+"""The table of foreign formats. A new one is a file beside this one and a row here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.convert.flash_linear_attention import DELTA_NET, GATED_DELTANET, GLA, TRANSFORMER
+from zoo.convert.format import Format
+from zoo.convert.llama import LLAMA
+from zoo.convert.mamba import MAMBA
+from zoo.errors import UserError, remedy
+
+FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER, MAMBA)
+
+
+def recognise(values: Mapping[str, Any], source: str) -> Format:
+    """The format that a config.json is of.
+
+    Raises:
+        UserError: none that zoo reads.
+    """
+    kind = values.get("model_type")
+    for format in FORMATS:
+        if kind in format.types or (kind is None and format.recognises(values)):
+            return format
+    known = [name for format in FORMATS for name in format.types]
+    if not isinstance(kind, str):
+        raise UserError(
+            f"{source} describes no model that zoo reads: it says neither format 'zoo' nor a model_type; "
+            "give a folder that zoo.save, transformers or flash-linear-attention wrote"
+        )
+    end = remedy(kind, known, f"it reads {', '.join(known)}")
+    raise UserError(f"{source} says model_type {kind!r}, which zoo does not read{end}")
+
+
+def writer(model: str) -> Format:
+    """The format in which a model of the registry is exported.
+
+    Raises:
+        UserError: there is none.
+    """
+    for format in FORMATS:
+        if model in format.models and format.undescribe is not None:
+            return format
+    known = sorted({name for format in FORMATS for name in format.models})
+    raise UserError(f"no other library's format is known for model {model!r}; zoo exports {', '.join(known)}")
