@@ -14,6 +14,8 @@ try:
 except ImportError:  # no wheel for this platform (macOS, Windows): the torch forms carry everything
     triton = None
 
+# float32 products on NVIDIA's tensor cores in three passes, close to exact; AMD's have no such form
+EXACT_PRODUCTS = "ieee" if torch.version.hip else "tf32x3"
 Backend = Literal["auto", "triton", "torch", "reference"]
 BACKENDS: tuple[str, ...] = ("auto", "triton", "torch", "reference")
 HAS_TRITON = triton is not None
@@ -39,6 +41,21 @@ def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
             return operator(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return operator(*args, **kwargs)
+
+    return run
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Launch kernels on the device of the first tensor: Triton takes the current one, which may be another."""
+
+    @functools.wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: tuple[Any, ...] = (*args, *kwargs.values())
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        if device.type != "cuda":
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launch(*args, **kwargs)
 
     return run
 

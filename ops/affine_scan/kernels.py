@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 CHUNK = 64  # steps of a chunk; not tuned on a device yet
@@ -182,6 +183,7 @@ def _elements(state: Tensor, n: int) -> list[Tensor]:
 
 
 @torch.library.custom_op("zoo::affine_fwd", mutates_args=())
+@dispatch.on_its_device
 def affine_fwd(
     a: Tensor, b: Tensor, state: Tensor, begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -202,6 +204,7 @@ def _(a, b, state, begin, end, document, offsets):
 
 
 @torch.library.custom_op("zoo::affine_bwd", mutates_args=())
+@dispatch.on_its_device
 def affine_bwd(
     dh: Tensor, dlast: Tensor, a: Tensor, h: Tensor, state: Tensor,
     begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor,

@@ -12,7 +12,6 @@ transitions are all alike, since nothing is divided and no logarithm is taken.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +60,7 @@ def _walk(a: Sequence[Tensor], h: Sequence[Tensor], before: Tensor) -> Tensor:
 
 def chunks_of(B: int, T: int, D: int) -> int:
     """P: wide enough steps, and no more chunks than there are steps in one; 1 is the plain loop."""
-    return max(1, min(WIDTH // max(1, B * D), math.isqrt(T)))
+    return max(1, min(WIDTH // max(1, B * D), int(T**0.5)))
 
 
 def _split(x: Tensor, P: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

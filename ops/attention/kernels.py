@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.chunks import chunk_table
 from zoo.ops.kernel_case import KernelCase
 
@@ -393,10 +394,10 @@ class Launch(NamedTuple):
     @classmethod
     def of(cls, K: int, V: int, dtype: torch.dtype) -> "Launch":
         block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (K, V))
-        # float32 products on tensor cores in three passes, close to exact; half precision has one way only
+        # half precision has one way only
         wide = dtype == torch.float32
         tiles = _TILES["float32" if wide else "half", max(block_k, block_v, 64)]
-        return cls(block_k, block_v, "tf32x3" if wide else "tf32", *tiles)
+        return cls(block_k, block_v, dispatch.EXACT_PRODUCTS if wide else "tf32", *tiles)
 
     def constants(self, tile: _Tile, H: int, HK: int, K: int, V: int, causal: bool, window: int) -> dict[str, Any]:
         """The constexpr arguments of one of the three large kernels."""
@@ -478,6 +479,7 @@ def _documents(cuts: tuple[int, ...], keys: tuple[int, ...]) -> Iterable[tuple[t
 
 
 @torch.library.custom_op("zoo::attention_fwd", mutates_args=())
+@dispatch.on_its_device
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, q_document: Tensor, k_begin: Tensor, k_end: Tensor, k_document: Tensor,
@@ -510,6 +512,7 @@ def _(q, k, v, q_begin, q_end, q_document, k_begin, k_end, k_document, bounds, c
 
 
 @torch.library.custom_op("zoo::attention_bwd", mutates_args=())
+@dispatch.on_its_device
 def attention_bwd(
     do: Tensor, dlse: Tensor, o: Tensor, lse: Tensor, stats: Tensor, q: Tensor, k: Tensor, v: Tensor,
     q_begin: Tensor, q_end: Tensor, q_document: Tensor, k_begin: Tensor, k_end: Tensor, k_document: Tensor,

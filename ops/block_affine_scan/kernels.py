@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 CHUNK = 64  # steps of a chunk; not tuned on a device yet
@@ -220,6 +221,7 @@ def _elements(state: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("zoo::block_affine_fwd", mutates_args=())
+@dispatch.on_its_device
 def block_affine_fwd(
     A: Tensor, b: Tensor, state: Tensor, begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -240,6 +242,7 @@ def _(A, b, state, begin, end, document, offsets):
 
 
 @torch.library.custom_op("zoo::block_affine_bwd", mutates_args=())
+@dispatch.on_its_device
 def block_affine_bwd(
     dh: Tensor, dlast: Tensor, A: Tensor, h: Tensor, state: Tensor,
     begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor,

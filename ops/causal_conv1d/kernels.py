@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 BLOCK_T = 32  # not tuned on a device yet; 64 was close to the 255 registers a thread may have on sm_80
@@ -130,6 +131,7 @@ def causal_conv1d_bwd_input_kernel(
 
 
 @torch.library.custom_op("zoo::causal_conv1d_fwd", mutates_args=())
+@dispatch.on_its_device
 def causal_conv1d_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor, silu: bool,
@@ -152,6 +154,7 @@ def _(x, weight, bias, state, begin, end, document, offsets, silu):
 
 
 @torch.library.custom_op("zoo::causal_conv1d_bwd", mutates_args=())
+@dispatch.on_its_device
 def causal_conv1d_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor,
     begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor, silu: bool,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 MAX_K = 256  # keys of one head live in one block of the sequential kernels
@@ -48,7 +49,7 @@ def _between(b_b, o_c, HAS_G: tl.constexpr):
 
 
 @triton.jit
-def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr):
+def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr, EXACT: tl.constexpr):
     """(I + A)^-1 for strictly lower A, by doubling: of two neighbouring blocks, X_21 = -X_22 A_21 X_11.
 
     All pairs of blocks of one size are joined in one product: A masked to their lower left blocks, between two X.
@@ -57,8 +58,8 @@ def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr):
     b_x = (o_i == o_j).to(tl.float32) - tl.where((o_i == o_j + 1) & (o_j % 2 == 0), b_a, 0.0)
     for level in range(1, LEVELS):  # blocks of 2^level rows are inverted; unrolled, this spills
         m_pair = ((o_i >> level) == (o_j >> level) + 1) & ((o_j >> level) % 2 == 0)
-        b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision="tf32x3")
-        b_x -= tl.dot(b_x, b_ax, input_precision="tf32x3")
+        b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision=EXACT)
+        b_x -= tl.dot(b_x, b_ax, input_precision=EXACT)
     return b_x
 
 
@@ -67,7 +68,7 @@ def delta_rule_inverse_kernel(
     k_ptr, beta_ptr, g_ptr, x_ptr,  # (BT, H, K), (BT, H), (BT, H), (G, H, C, C) fp32
     begin_ptr, end_ptr,
     H, K: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, PART: tl.constexpr, LEVELS: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """X = (I + A)^-1, in one part of PART = 2^LEVELS rows or in two, C = 2 PART, that are joined."""
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -92,18 +93,18 @@ def delta_rule_inverse_kernel(
             b_22 += tl.dot(b_k2, tl.trans(b_k2), input_precision=PRECISION)
     b_beta1 = tl.load(beta_ptr + row + o_1 * H, mask=m_1, other=0.0).to(tl.float32)
     b_b1 = _log_decay(g_ptr + row, o_1, m_1, H, HAS_G)
-    b_x11 = _unit_lower_inverse(b_11 * b_beta1[:, None] * _between(b_b1, o_1, HAS_G), o_1, LEVELS)
+    b_x11 = _unit_lower_inverse(b_11 * b_beta1[:, None] * _between(b_b1, o_1, HAS_G), o_1, LEVELS, EXACT)
     o_x = o_1[:, None] * C + o_1[None, :]
     tl.store(x_ptr + o_x, b_x11)
     if C > PART:
         b_beta2 = tl.load(beta_ptr + row + o_2 * H, mask=m_2, other=0.0).to(tl.float32)
         b_b2 = _log_decay(g_ptr + row, o_2, m_2, H, HAS_G)  # from the second part's start
-        b_x22 = _unit_lower_inverse(b_22 * b_beta2[:, None] * _between(b_b2, o_1, HAS_G), o_1, LEVELS)
+        b_x22 = _unit_lower_inverse(b_22 * b_beta2[:, None] * _between(b_b2, o_1, HAS_G), o_1, LEVELS, EXACT)
         b_21 *= b_beta2[:, None]
         if HAS_G:  # two exponents <= 0 instead of their sum
             b_21 *= tl.exp(b_b2)[:, None] * tl.exp(tl.min(b_b1, 0) - b_b1)[None, :]
-        b_ax = tl.dot(b_21, b_x11, input_precision="tf32x3")
-        b_x21 = -tl.dot(b_x22, b_ax, input_precision="tf32x3")
+        b_ax = tl.dot(b_21, b_x11, input_precision=EXACT)
+        b_x21 = -tl.dot(b_x22, b_ax, input_precision=EXACT)
         tl.store(x_ptr + o_x + PART, tl.zeros([PART, PART], dtype=tl.float32))
         tl.store(x_ptr + o_x + PART * C, b_x21)
         tl.store(x_ptr + o_x + PART * C + PART, b_x22)
@@ -455,6 +456,7 @@ def _constants(q: Tensor, v: Tensor, g: Tensor | None, kernel: str) -> dict[str,
         del constants["V"], constants["BLOCK_V"]
         constants["PART"] = min(b.chunk, 32)
         constants["LEVELS"] = constants["PART"].bit_length() - 1
+        constants["EXACT"] = dispatch.EXACT_PRODUCTS
     return constants
 
 
@@ -480,6 +482,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 @torch.library.custom_op("zoo::delta_fwd", mutates_args=())
+@dispatch.on_its_device
 def delta_fwd(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,
@@ -502,6 +505,7 @@ def _(q, k, v, beta, g, S0, begin, end, offsets, scale):
 
 
 @torch.library.custom_op("zoo::delta_bwd", mutates_args=())
+@dispatch.on_its_device
 def delta_bwd(
     do: Tensor, dS: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,

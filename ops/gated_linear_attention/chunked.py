@@ -139,7 +139,7 @@ def _from_middle(b: int, like: Tensor) -> Tensor:
 def _blocks(g: Tensor) -> tuple[int, Tensor, Tensor]:
     """The rows b of the smallest blocks that these gates (N, C, K) allow, and A and Z of them, (N, C / b, K)."""
     for b in BLOCKS:
-        if b > g.shape[1] or torch.compiler.is_compiling():  # a compiler cannot look into the data
+        if b > g.shape[1] or g.is_meta or torch.compiler.is_compiling():  # there are no numbers to look at
             continue
         A, Z = (half.sum(2) for half in g.unflatten(1, (-1, 2, b // 2)).unbind(2))
         if torch.minimum(A, Z).amin() > -LIMIT:

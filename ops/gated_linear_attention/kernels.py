@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 CHUNK = 64
@@ -384,8 +385,8 @@ class _Launch(NamedTuple):
 
     @classmethod
     def of(cls, H: int, K: int, V: int, dtype: torch.dtype) -> "_Launch":
-        # float32 products on tensor cores in three passes, close to exact; half precision has one way only
-        precision = "tf32x3" if dtype == torch.float32 else "tf32"
+        # half precision has one way only
+        precision = dispatch.EXACT_PRODUCTS if dtype == torch.float32 else "tf32"
         block_k, block_v = _block(K, dtype), _block(V, dtype)
         return cls(
             {"H": H, "K": K, "V": V}, precision, block_k, block_v, triton.cdiv(K, block_k), triton.cdiv(V, block_v)
@@ -395,7 +396,7 @@ class _Launch(NamedTuple):
         """The constants that the kernel names, and how many warps run it."""
         constants = {"PRECISION": self.precision, "CHUNK": CHUNK, "SUB": SUB}
         constants |= {**self.sizes, "BLOCK_K": self.block_k, "BLOCK_V": self.block_v}
-        many = kernel in (_FLOAT32_IN_8_WARPS if self.precision == "tf32x3" else _HALF_IN_8_WARPS)
+        many = kernel in (_FLOAT32_IN_8_WARPS if self.precision == dispatch.EXACT_PRODUCTS else _HALF_IN_8_WARPS)
         launch = {"num_warps": 8 if many else 4, "num_stages": 2}
         return {name: constants[name] for name in kernel.arg_names if name in constants} | launch
 
@@ -434,6 +435,7 @@ def _weights(q: Tensor, k: Tensor, g: Tensor, begin: Tensor, end: Tensor, scale:
 
 
 @torch.library.custom_op("zoo::gla_fwd", mutates_args=())
+@dispatch.on_its_device
 def gla_fwd(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor, begin: Tensor, end: Tensor, offsets: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -453,6 +455,7 @@ def _(q, k, v, g, state, begin, end, offsets, scale):
 
 
 @torch.library.custom_op("zoo::gla_bwd", mutates_args=())
+@dispatch.on_its_device
 def gla_bwd(
     do: Tensor, dlast: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor,
     begin: Tensor, end: Tensor, offsets: Tensor, scale: float,

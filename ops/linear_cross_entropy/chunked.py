@@ -11,15 +11,16 @@ from torch import Tensor
 
 # A chunk holds CHUNK_BYTES of logits, within (least, most) tokens. Too few tokens, and adding to a weight gradient that
 # fits no cache dominates; too many, and the logits leave the cache. CPU, one thread, float32, forward and backward
-# over F.linear + F.cross_entropy: N=1024 D=512 V=50000: 64 tokens 1.05, 128 0.88, 192 0.86, 256 0.85, 512 0.84 (and
-# the process grows by 7.7 % of the logits of N=4096 with 192, by 9.6 % with 256, besides the gradients);
-# N=2048 D=256 V=4096: 256 0.75, 512 0.68, 1024 0.65, 2048 0.76; N=2048 D=128 V=257: 256 1.06, 512 0.91, 1024 0.90,
-# 2048 0.94. Never slower than the plain path, so there is no size at which that is taken instead.
+# over F.linear + F.cross_entropy, on a shared machine: N=1024 D=512 V=50000: 64 tokens 1.05, 128 0.88, 192 0.86,
+# 256 0.85, 512 0.84 (with 256 the process grows by 6.2 % of the logits of N=4096, besides the gradients); with two
+# threads on two busy cores N=512: 192 1.00, 256 0.91; N=2048 D=256 V=4096: 256 0.75, 512 0.68, 1024 0.65, 2048 0.76;
+# N=2048 D=128 V=257: 256 1.06, 512 0.91, 1024 0.90, 2048 0.94. Never slower than the plain path, so there is no size
+# at which that is taken instead.
 CHUNK_BYTES = 16 * 2**20
-CPU_TOKENS = (192, 1024)
+CPU_TOKENS = (256, 1024)
 # Not measured on a device yet. Adding a chunk to the weight gradient moves 8 V D bytes for 6 c V D operations; a GPU
-# that does 250 operations a byte needs c of some hundreds at least.
-DEVICE_TOKENS = (2048, 4096)
+# that does 250 operations a byte needs c of some hundreds at least. A sixteenth of all tokens, within these bounds.
+DEVICE_TOKENS = (256, 4096)
 # Logits of half precision go through float32 so many bytes at a time; others are overwritten where they are, a chunk in
 # one operation: with two threads on a busy machine the many small ones cost more time in waiting than they save.
 ROW_BYTES = 2 * 2**20
@@ -209,7 +210,10 @@ def _sweep_chunks(
 def chunk_tokens(n: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many tokens' logits are held at once."""
     least, most = CPU_TOKENS if device.type == "cpu" else DEVICE_TOKENS
-    return max(1, min(n, max(least, min(most, CHUNK_BYTES // (vocabulary * dtype.itemsize)))))
+    wanted = CHUNK_BYTES // (vocabulary * dtype.itemsize)
+    if device.type != "cpu":
+        wanted = max(wanted, n // 16)
+    return max(1, min(n, max(least, min(most, wanted))))
 
 
 def _losses(z: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 from zoo.ops.linear_cross_entropy.chunked import Step
 
@@ -60,6 +61,7 @@ def linear_cross_entropy_bwd_kernel(
 
 
 @torch.library.custom_op("zoo::linear_cross_entropy_fwd", mutates_args=())
+@dispatch.on_its_device
 def linear_cross_entropy_fwd(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Logits z (N, V), targets (N,) int64 with -1 where not scored -> losses and log-sum-exps, (N,) fp32 or fp64."""
     z, wide = z.contiguous(), torch.promote_types(z.dtype, torch.float32)
@@ -79,6 +81,7 @@ def _(z, targets):
 
 
 @torch.library.custom_op("zoo::linear_cross_entropy_bwd", mutates_args=("z",))
+@dispatch.on_its_device
 def linear_cross_entropy_bwd(z: Tensor, targets: Tensor, lse: Tensor) -> None:
     """Turn logits z (N, V) into softmax(z) - onehot(targets); zeros in rows that are not scored."""
     if len(z):

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 PLAIN, NORM_FIRST, GATE_FIRST = 0, 1, 2
@@ -91,6 +92,7 @@ def rms_norm_bwd_kernel(
 
 
 @torch.library.custom_op("zoo::rms_norm_fwd", mutates_args=())
+@dispatch.on_its_device
 def rms_norm_fwd(x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, gate_first: bool) -> Tensor:
     """x, gate (..., D), weight (D,) -> (..., D)."""
     x, D = x.contiguous(), x.shape[-1]
@@ -111,6 +113,7 @@ def _(x, gate, weight, eps, gate_first):
 
 
 @torch.library.custom_op("zoo::rms_norm_bwd", mutates_args=())
+@dispatch.on_its_device
 def rms_norm_bwd(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, gate_first: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 from zoo.ops.rotary.fused import table_gradients
 
@@ -55,12 +56,14 @@ def _launch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backward: bo
 
 
 @torch.library.custom_op("zoo::rotary_fwd", mutates_args=())
+@dispatch.on_its_device
 def rotary_fwd(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, T, H, K), tables (B or 1, T, K / 2) -> as x."""
     return _launch(x, cos, sin, interleaved, False)
 
 
 @torch.library.custom_op("zoo::rotary_bwd", mutates_args=())
+@dispatch.on_its_device
 def rotary_bwd(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """The gradient of x."""
     return _launch(dy, cos, sin, interleaved, True)

@@ -67,7 +67,9 @@ def selective_scan_chunked(
         rows = max(1, min(batch, STEP_NUMBERS // max(1, N * E)))
     if chunk is None:
         chunk = min(CHUNK_MAX, max(CHUNK_MIN, CHUNK_NUMBERS // max(1, rows * N * E)))
-    return _Chunked.apply(u, delta, A, B, C, D, state, cuts, max(1, min(chunk, T)), rows)
+    given = (u, delta, A, B, C, D, state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    return _Chunked.apply(*given, cuts, max(1, min(chunk, T)), rows, keep)
 
 
 class _Rows(NamedTuple):
@@ -75,7 +77,6 @@ class _Rows(NamedTuple):
 
     u: Tensor  # (T, R, E)
     delta: Tensor  # (T, R, E)
-    x: Tensor  # (T, R, E) delta u
     B: Tensor  # (T, R, N)
     C: Tensor  # (T, R, N)
     states: list[Tensor]  # of each document, (R, N, E)
@@ -90,10 +91,10 @@ def _rows(
     u_, d_, B_, C_ = (x[at].transpose(0, 1).to(dtype).contiguous() for x in (u, delta, B, C))
     states = state.mT.contiguous()  # (R, N, E) or (n, N, E)
     if cuts is None:
-        return _Rows(u_, d_, d_ * u_, B_, C_, [states[at]], {0: 0}, {T - 1: 0})
+        return _Rows(u_, d_, B_, C_, [states[at]], {0: 0}, {T - 1: 0})
     filled = [(i, left, right) for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     starts, ends = {left: i for i, left, _ in filled}, {right - 1: i for i, _, right in filled}
-    return _Rows(u_, d_, d_ * u_, B_, C_, [*states.split(1)], starts, ends)
+    return _Rows(u_, d_, B_, C_, [*states.split(1)], starts, ends)
 
 
 class _Buffers(NamedTuple):
@@ -123,7 +124,7 @@ def _states(rows: _Rows, A2: Tensor, buffers: _Buffers, left: int, right: int) -
     a, h = buffers.a[:n], buffers.h[1 : n + 1]
     torch.mul(rows.delta[left:right].unsqueeze(2), A2, out=a)
     a.exp2_()
-    _outer(rows.x[left:right], rows.B[left:right], h)
+    _outer(rows.delta[left:right] * rows.u[left:right], rows.B[left:right], h)
     before = buffers.h[0]
     for t, a_t, h_t in zip(range(left, right), a.unbind(0), h.unbind(0), strict=True):
         if t in rows.starts:
@@ -147,19 +148,22 @@ class _Chunked(torch.autograd.Function):
         cuts: tuple[int, ...] | None,
         chunk: int,
         block: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         (batch, T, E), N = u.shape, B.shape[2]
         y = torch.empty(T, batch, E, dtype=state.dtype, device=u.device)
         last = state.mT.clone(memory_format=torch.contiguous_format)  # empty documents hand their states through
-        saved = state.new_empty(-(-T // chunk), batch, N, E)
+        # fresh memory is dear: without a backward the states between chunks are not kept
+        saved = state.new_empty(-(-T // chunk) if keep else 0, batch, N, E)
         A2 = (A.to(state.dtype) * _LOG2_E).mT.contiguous()  # (N, E)
         for at in _blocks(batch, block):
             rows = _rows(u, delta, B, C, state, cuts, at)
-            buffers = _Buffers.like(saved[0, at] if T else last[at], chunk)
+            buffers = _Buffers.like(last[at] if cuts is None else last[:1], chunk)
             buffers.h[0].zero_()
             for k, left in enumerate(range(0, T, chunk)):
                 right = min(left + chunk, T)
-                saved[k, at] = buffers.h[0]
+                if keep:
+                    saved[k, at] = buffers.h[0]
                 _states(rows, A2, buffers, left, right)
                 h = buffers.h[1 : right - left + 1]
                 y[left:right, at] = _inner(rows.C[left:right], h)
@@ -199,7 +203,7 @@ class _Chunked(torch.autograd.Function):
                 a, h, G, w = buffers.a[:n], buffers.h[: n + 1], G_[:n], w_[:n]
                 h[0].copy_(saved[k, at])
                 _states(rows, A2, buffers, left, right)
-                x, d, dy_c = rows.x[left:right], rows.delta[left:right], dy_[left:right]
+                u_, d, dy_c = rows.u[left:right], rows.delta[left:right], dy_[left:right]
                 _outer(dy_c, rows.C[left:right], G)
                 for i in range(n - 1, -1, -1):
                     if left + i in rows.ends:
@@ -210,7 +214,7 @@ class _Chunked(torch.autograd.Function):
                     else:
                         G[i].addcmul_(a[i + 1], G[i + 1])
                 dC[at, left:right] = torch.mul(h[1:], dy_c.unsqueeze(2), out=w).sum(3).transpose(0, 1)
-                dB[at, left:right] = torch.mul(G, x.unsqueeze(2), out=w).sum(3).transpose(0, 1)
+                dB[at, left:right] = torch.mul(G, (d * u_).unsqueeze(2), out=w).sum(3).transpose(0, 1)
                 dx = _inner(rows.B[left:right], G)
                 a.mul_(G)
                 torch.mul(a, h[:-1], out=w)
@@ -222,7 +226,7 @@ class _Chunked(torch.autograd.Function):
                     dA_.addcmul_(w[i], d[i].unsqueeze(1))
                 carry.copy_(a[0])
                 dd = w.mul_(At).sum(2)
-                ddelta[at, left:right] = dd.addcmul_(dx, rows.u[left:right]).transpose(0, 1)
+                ddelta[at, left:right] = dd.addcmul_(dx, u_).transpose(0, 1)
                 du[at, left:right] = dx.mul_(d).transpose(0, 1)
             dA += dA_.sum(0)
         dD = None
@@ -230,7 +234,7 @@ class _Chunked(torch.autograd.Function):
             du.addcmul_(D.to(dtype), dy.to(dtype))
             dD = (dy.to(dtype) * u).sum((0, 1)).to(D.dtype)
         grads = (du.to(u.dtype), ddelta.to(delta.dtype), dA.mT.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD)
-        return *grads, dstate.mT.contiguous(), None, None, None
+        return *grads, dstate.mT.contiguous(), None, None, None, None
 
 
 def _blocks(batch: int, size: int) -> list[slice]:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 # Not tuned on a device yet. The states between chunks are N / CHUNK times as large as u in float32.
@@ -239,6 +240,7 @@ def _constants(E: int, N: int) -> tuple[int, dict[str, int]]:
 
 
 @torch.library.custom_op("zoo::selective_fwd", mutates_args=())
+@dispatch.on_its_device
 def selective_fwd(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor,
     begin: Tensor, end: Tensor, document: Tensor, offsets: Tensor,
@@ -268,6 +270,7 @@ def _(u, delta, A, B, C, D, state, begin, end, document, offsets):
 
 
 @torch.library.custom_op("zoo::selective_bwd", mutates_args=())
+@dispatch.on_its_device
 def selective_bwd(
     dy: Tensor, dlast: Tensor,
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor, total: Tensor,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 
 BLOCK = 2048  # not tuned on a device yet: 16 numbers a thread, in loads of 16 bytes
@@ -40,6 +41,7 @@ def swiglu_bwd_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, N, ACC: tl.c
 
 
 @torch.library.custom_op("zoo::swiglu_fwd", mutates_args=())
+@dispatch.on_its_device
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up of one shape -> the same."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -55,6 +57,7 @@ def _(gate, up):
 
 
 @torch.library.custom_op("zoo::swiglu_bwd", mutates_args=())
+@dispatch.on_its_device
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and up."""
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()

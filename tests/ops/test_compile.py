@@ -19,11 +19,13 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
-@pytest.mark.parametrize("target", ["80", "90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_fits(target: str) -> None:
     done = run("-m", "zoo.ops.compile", "--first", "--targets", target)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    for kernel in ("causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_"):
+    for kernel in (
+        "causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_", " affine_", "block_affine_", "selective_",
+    ):  # fmt: skip
         assert kernel in done.stdout
 
 
@@ -31,7 +33,7 @@ def test_a_kernel_that_spills_more_than_accepted_is_red() -> None:
     code = (
         "import dataclasses; from zoo.ops.compile import all_cases, compile_case; "
         "case = next(all_cases('causal_conv1d_fwd')); "
-        "report = compile_case(dataclasses.replace(case, spills=-1), 90); "
+        "report = compile_case(dataclasses.replace(case, spills=-1), 'sm_90'); "
         "assert 'spills' in report.problem and report.registers > 0, report"
     )
     done = run("-c", code)

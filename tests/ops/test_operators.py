@@ -113,6 +113,16 @@ def test_kernels_equal_reference_on_the_device(
     assert not red(errors, dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", KERNELS)
+def test_kernels_run_where_their_tensors_are(spec: OperatorSpec) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    errors = parity(spec, spec.inputs(1, 65), backend="triton", dtype=torch.float32, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert not red(errors, torch.float32)
+
+
 @pytest.mark.parametrize(("spec", "edge"), EXTREMES)
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_extreme_inputs(spec: OperatorSpec, edge: str, backend: str) -> None:
