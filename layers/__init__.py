@@ -7,6 +7,7 @@ from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.mixers.attention import Attention
 from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
+from zoo.layers.mixers.mamba import Mamba, Mamba2
 from zoo.layers.norms import GatedRMSNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers, register_mixer
 
@@ -17,6 +18,8 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedRMSNorm",
+    "Mamba",
+    "Mamba2",
     "RMSNorm",
     "SequenceConfig",
     "SequenceModel",

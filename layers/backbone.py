@@ -24,7 +24,8 @@ class SequenceConfig:
     pattern: mixers by layer in the grammar of zoo.layers.pattern; empty for the model's own mixer everywhere.
     tie_embeddings: the head uses the embedding's matrix.
     norm_eps: of the block's and the final RMSNorm.
-    init_std: standard deviation of every linear, embedding and short convolution weight.
+    init_std: standard deviation of every linear, embedding and short convolution weight; a mixer with a method
+        `initialise(n_layers)` starts as that says.
     activation_checkpointing: recompute each block in the backward pass and keep only its input.
     """
 
@@ -74,6 +75,8 @@ class SequenceModel(nn.Module):
             bias = getattr(module, "bias", None)
             if bias is not None:
                 nn.init.zeros_(bias)
+        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
+            module.initialise(self.config.n_layers)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -23,8 +23,14 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.activation, self.backend = activation, backend
         self.weight = nn.Parameter(torch.empty(d_model, width))
-        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
-        nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)  # torch's own for a convolution with fan-in `width`
+        self.bias = nn.Parameter(torch.empty(d_model)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch's own start for a convolution with fan-in `width`."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None

@@ -29,17 +29,25 @@ class GatedRMSNorm(RMSNorm):
         d_model: D.
         eps: added to the mean square.
         order: "norm_first", or "gate_first" for RMSNorm(x * silu(gate)).
+        groups: every D / groups neighbouring channels have a mean square of their own.
     """
 
-    def __init__(self, d_model: int, *, eps: float = 1e-6, order: Order = "norm_first"):
+    def __init__(self, d_model: int, *, eps: float = 1e-6, order: Order = "norm_first", groups: int = 1):
         super().__init__(d_model, eps=eps)
+        if d_model % groups:
+            raise ValueError(f"GatedRMSNorm: groups must divide d_model = {d_model}; got {groups}")
         self.order: Order = order
+        self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return gated_rms_norm(x, gate.to(x.dtype), self.weight.to(x.dtype), self.eps, order=self.order)
+        gate, weight = gate.to(x.dtype), self.weight.to(x.dtype)
+        if self.groups == 1:
+            return gated_rms_norm(x, gate, weight, self.eps, order=self.order)
+        x, gate = (z.unflatten(-1, (self.groups, -1)) for z in (x, gate))
+        return gated_rms_norm(x, gate, None, self.eps, order=self.order).flatten(-2) * weight
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, order={self.order}"
+        return f"{super().extra_repr()}, order={self.order}, groups={self.groups}"
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

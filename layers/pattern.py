@@ -17,6 +17,7 @@ from torch import nn
 from zoo.layers.mixers.attention import Attention
 from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
+from zoo.layers.mixers.mamba import Mamba, Mamba2
 
 MixerMaker = Callable[..., nn.Module]  # (d_model, **options) -> mixer
 
@@ -25,6 +26,8 @@ MIXERS: dict[str, MixerMaker] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "gla": GatedLinearAttention,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
 }
 _ITEM = re.compile(r"\s*(?P<name>[a-z_][a-z0-9_]*)\s*(?:\((?P<options>[^()]*)\))?\s*(?:\*\s*(?P<count>\d+))?\s*")
 

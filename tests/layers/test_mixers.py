@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from zoo.layers import Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention, ShortConvolution
+from zoo.layers import Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention, Mamba, Mamba2, ShortConvolution
 from zoo.layers.state import map_state, state_bytes
 
 D = 16
@@ -28,6 +28,9 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "deltanet-bare": lambda: DeltaNet(D, n_heads=2, qk_activation="identity", use_beta=False, use_output_norm=False),
     "gated_deltanet": lambda: GatedDeltaNet(D, n_heads=2, head_dim=8),
     "gated_deltanet-gva": lambda: GatedDeltaNet(D, n_heads=2, n_v_heads=4, head_dim=4, use_gate=False, conv_size=None),
+    "mamba": lambda: Mamba(D, d_state=4),
+    "mamba-constant": lambda: Mamba(D, d_state=4, selective=False),
+    "mamba2": lambda: Mamba2(D, d_state=8, head_dim=8, n_groups=2),
     "short_convolution": lambda: ShortConvolution(D, 4, bias=True),
 }
 EVERY = pytest.mark.parametrize("name", MAKERS)

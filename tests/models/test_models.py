@@ -19,9 +19,12 @@ MODELS: dict[str, dict[str, object]] = {
     "gla": {},
     "deltanet": {},
     "gated_deltanet": {"head_dim": 12},
+    "mamba": {"d_state": 4},
+    "mamba2": {"d_state": 8, "head_dim": 16, "n_groups": 2},
 }
 HYBRIDS = {
     "deltanet + window": ("deltanet", {"pattern": "deltanet, attention(window=7, n_heads=2)"}),
+    "mamba2 + window": ("mamba2", {"pattern": "mamba2(d_state=8, head_dim=16), attention(window=7, n_heads=2)"}),
     "gated_deltanet + gla": ("gated_deltanet", {"head_dim": 12, "pattern": "gated_deltanet, gla(n_heads=2)"}),
 }
 CASES = {name: (name, fields) for name, fields in MODELS.items()} | HYBRIDS
@@ -38,6 +41,16 @@ PUBLISHED = [  # counted in the papers' official configurations
     ("deltanet", "1.3b", 1_365_677_056),
     ("gated_deltanet", "500m", 512_272_124),
     ("gated_deltanet", "1.3b", 1_387_348_732),
+    ("mamba", "130m", 129_135_360),
+    ("mamba", "370m", 371_516_416),
+    ("mamba", "790m", 793_204_224),
+    ("mamba", "1.4b", 1_372_178_432),
+    ("mamba", "2.8b", 2_768_345_600),
+    ("mamba2", "130m", 128_989_632),
+    ("mamba2", "370m", 368_346_624),
+    ("mamba2", "780m", 780_161_280),
+    ("mamba2", "1.3b", 1_343_757_312),
+    ("mamba2", "2.7b", 2_702_599_680),
 ]
 
 
