@@ -109,9 +109,10 @@ class _Chunked(torch.autograd.Function):
         (B, T, H, K), V = q.shape, v.shape[-1]
         dtypes = tuple(None if x is None else x.dtype for x in (q, k, v, beta, g))
         time = ChunkedTime(B, T, size, cuts, q.device)
-        q, k, v, beta, g = (None if x is None else time.split(x.to(S0.dtype)).flatten(0, 1) for x in (q, k, v, beta, g))
-        assert beta is not None
+        q, k, v, beta = (time.split(x.to(S0.dtype)).flatten(0, 1) for x in (q, k, v, beta))
         beta = beta.unsqueeze(-1)
+        if g is not None:
+            g = time.split(g.to(S0.dtype)).flatten(0, 1)
         decay = None if g is None else _decay(g)
         read, erase, write = _rows(q, k, beta, decay)
         P, M = _product(q, k.mT, scale), torch.bmm(k, k.mT)  # scale lower(Q K^T * G); strictly lower(K K^T * G)
