@@ -103,6 +103,27 @@ class ChunkedTime:
             there = index < self.length
             out[0, index[there]] = y.flatten(0, 1)[there].to(out.dtype)
 
+    def segments(self, numbers: int, width: int) -> list[tuple[int, int]]:
+        """Cut the chunk positions into ranges that hold about `numbers` elements at `width` elements per token."""
+        ranges: list[tuple[int, int]] = []
+        first, held = 0, 0
+        for position, (start, stop) in enumerate(self.steps):
+            size = (stop - start) * self.size * width
+            if held and held + size > numbers:
+                ranges.append((first, position))
+                first, held = position, 0
+            held += size
+        return [*ranges, (first, len(self.steps))] if self.steps else []
+
+    def part(self, x: Tensor, positions: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """(B, T, H, ...) -> the chunks of a range of positions, (N, C, ...) with N = chunks * heads."""
+        return self.split(x, positions).flatten(0, 1).to(dtype)
+
+    def rows(self, positions: tuple[int, int], heads: int) -> list[slice]:
+        """At each position of a range, which of the N = chunks * heads rows of the range run there."""
+        steps = self.steps[slice(*positions)]
+        return [slice((start - steps[0][0]) * heads, (stop - steps[0][0]) * heads) for start, stop in steps]
+
     def order(self, state: Tensor) -> Tensor:
         """States by document -> states in the order of the scan."""
         return state if self._order is None else state[self._order]

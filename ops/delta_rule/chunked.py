@@ -21,11 +21,12 @@ from torch.autograd.function import once_differentiable
 from zoo.ops.chunks import ChunkedTime
 from zoo.ops.decay import sum_before, sum_from
 
-# Forward + backward in ms at C = 16 / 32 / 64 / 128, two cores (shared, best of 8), float32, without | with g:
-# B = 2, T = 2048, H = 4, K = V = 64: 211 / 108 / 63 / 88 | 81 / 64 / 67 / 102 (the loop without g: 6011);
-# B = 8, T = 256, H = 2, K = V = 64: 18 / 15 / 19 / 23 | 18 / 19 / 18 / 25; H = 4, K = V = 32: 18 / 13 / 17 / 24 |
-# 17 / 18 / 21 / 36. Flat between 32 and 64; 64 walks half as many chunks and keeps half as many states.
+# Forward + backward, two cores (shared), float32. Chunks of 16 / 32 / 64 / 128, ms, without | with g, B = 2, T = 2048,
+# H = 4, K = V = 64: 211 / 108 / 63 / 88 | 81 / 64 / 67 / 102; B = 8, T = 256, H = 2: 18 / 15 / 19 / 23 | 18 / 19 / 18 /
+# 25. Flat between 32 and 64; 64 walks half as many chunks and keeps half as many states. Stretches of 2**16 ... 2**21
+# numbers: flat (54 to 72 ms, and 528 to 618 at T = 16384) where all at once took 61 and 797.
 CHUNK = 64
+SEGMENT = 2**18
 SMALLEST_LOG_DECAY = -100.0  # e^-100 is 4e-44: nothing is left, while b stays finite and its differences exact
 
 
@@ -46,12 +47,15 @@ def delta_rule_step(
 
 def delta_rule_chunked(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, scale: float,
-    cuts: tuple[int, ...] | None = None, size: int | None = None,
+    cuts: tuple[int, ...] | None = None, size: int | None = None, segment: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The whole sequence in chunks of `size` tokens (CHUNK when None, less for short documents); T >= 1."""
+    """The whole sequence in chunks of `size` tokens (CHUNK when None, less for short documents).
+
+    `segment`: about how many numbers of one of q, k, v are worked on at a time; SEGMENT when None.
+    """
     lengths = [q.shape[1]] if cuts is None else [right - left for left, right in itertools.pairwise(cuts)]
     size = size or min(CHUNK, 1 << max(0, max(lengths) - 1).bit_length())
-    return _Chunked.apply(q, k, v, beta, g, S0, scale, cuts, size)
+    return _Chunked.apply(q, k, v, beta, g, S0, scale, cuts, size, segment or SEGMENT)
 
 
 class _Decay(NamedTuple):
@@ -69,13 +73,6 @@ def _decay(g: Tensor) -> _Decay:
     future = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).triu_(1)
     between = (b - b.mT).masked_fill_(future, float("-inf")).exp_()
     return _Decay(between, b.exp(), (b[:, -1:] - b).exp(), b[:, -1:].exp())
-
-
-def _rows(q: Tensor, k: Tensor, beta: Tensor, decay: _Decay | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What reads the state before a chunk, what erases from it and what writes to the state after it, (N, C, K)."""
-    if decay is None:
-        return q, beta * k, k
-    return q * decay.before, (beta * decay.before) * k, decay.after * k
 
 
 def _unit_lower_inverse(A: Tensor) -> Tensor:
@@ -98,100 +95,144 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=factor)
 
 
+class _Pieces(NamedTuple):
+    """What both directions need of a stretch of chunks, N = chunks * heads; the state plays no part."""
+
+    q: Tensor  # (N, C, K)
+    k: Tensor  # (N, C, K)
+    v: Tensor  # (N, C, V)
+    beta: Tensor  # (N, C, 1)
+    decay: _Decay | None
+    read: Tensor  # (N, C, K) diag(e^b) Q
+    erase: Tensor  # (N, C, K) diag(beta e^b) K
+    write: Tensor  # (N, C, K) diag(e^{b_C - b}) K
+    P: Tensor  # (N, C, C) scale lower(Q K^T * G)
+    M: Tensor  # (N, C, C) strictly lower(K K^T * G), so that A = diag(beta) M
+
+
+def _pieces(
+    time: ChunkedTime, positions: tuple[int, int], dtype: torch.dtype, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+) -> _Pieces:  # fmt: skip
+    q, k, v, beta = (time.part(x, positions, dtype) for x in (q, k, v, beta))
+    beta = beta.unsqueeze(-1)
+    P, M = _product(q, k.mT, scale), torch.bmm(k, k.mT)
+    if g is None:
+        return _Pieces(q, k, v, beta, None, q, beta * k, k, P.tril_(), M.tril_(-1))
+    d = _decay(time.part(g, positions, dtype))
+    P, M = P.mul_(d.between), M.mul_(d.between).tril_(-1)
+    return _Pieces(q, k, v, beta, d, q * d.before, (beta * d.before) * k, d.after * k, P, M)
+
+
 class _Chunked(torch.autograd.Function):
-    """The whole recurrence as one node. N = chunks * heads rows of chunks, laid out once and kept for the backward."""
+    """The whole recurrence as one node, a stretch of chunks at a time, so that what is worked on stays in the cache.
+
+    Saved for the backward: the inputs, X and U, and the states where stretches begin.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, scale: float,
-        cuts: tuple[int, ...] | None, size: int,
+        cuts: tuple[int, ...] | None, size: int, segment: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         (B, T, H, K), V = q.shape, v.shape[-1]
-        dtypes = tuple(None if x is None else x.dtype for x in (q, k, v, beta, g))
         time = ChunkedTime(B, T, size, cuts, q.device)
-        q, k, v, beta = (time.split(x.to(S0.dtype)).flatten(0, 1) for x in (q, k, v, beta))
-        beta = beta.unsqueeze(-1)
-        if g is not None:
-            g = time.split(g.to(S0.dtype)).flatten(0, 1)
-        decay = None if g is None else _decay(g)
-        read, erase, write = _rows(q, k, beta, decay)
-        P, M = _product(q, k.mT, scale), torch.bmm(k, k.mT)  # scale lower(Q K^T * G); strictly lower(K K^T * G)
-        if decay is None:
-            P, M = P.tril_(), M.tril_(-1)
-        else:
-            P, M = P.mul_(decay.between), M.mul_(decay.between).tril_(-1)
-        X = _unit_lower_inverse(beta * M)
-        U = beta * v  # (N, C, V), becomes X (U - erase S) below
-        before = U.new_empty(len(U), K, V)  # the state before each chunk
+        segments, kept = time.segments(segment, H * max(K, V)), []
+        out = torch.empty_like(v, memory_format=torch.contiguous_format)
         S = time.order(S0).flatten(0, 1).clone()  # (documents * H, K, V)
-        for start, stop in time.steps:
-            rows, running = slice(start * H, stop * H), S[: (stop - start) * H]
-            before[rows] = running
-            U[rows] = torch.bmm(X[rows], torch.baddbmm(U[rows], erase[rows], running, alpha=-1))
-            if decay is not None:
-                running.mul_(decay.total[rows])
-            running.baddbmm_(write[rows].mT, U[rows])
-        o = torch.bmm(P, U).baddbmm_(read, before, alpha=scale)
-        ctx.save_for_backward(q, k, v, beta, g, before, X, U, P, M)
-        ctx.time, ctx.scale, ctx.heads, ctx.dtypes = time, scale, H, dtypes
-        return time.merge(o.unflatten(0, (-1, H))).to(dtypes[2]), time.unorder(S.unflatten(0, (-1, H)))
+        for positions in segments:
+            p = _pieces(time, positions, S0.dtype, scale, q, k, v, beta, g)
+            X = _unit_lower_inverse(p.beta * p.M)
+            U = p.beta * p.v  # (N, C, V), becomes X (U - erase S) below
+            kept += [X, U, S.clone()]
+            before = U.new_empty(len(U), K, V)  # the state before each chunk
+            for rows in time.rows(positions, H):
+                running = S[: rows.stop - rows.start]
+                before[rows] = running
+                U[rows] = torch.bmm(X[rows], torch.baddbmm(U[rows], p.erase[rows], running, alpha=-1))
+                if p.decay is not None:
+                    running.mul_(p.decay.total[rows])
+                running.baddbmm_(p.write[rows].mT, U[rows])
+            o = torch.bmm(p.P, U).baddbmm_(p.read, before, alpha=scale)
+            time.put(out, o.unflatten(0, (-1, H)), positions)
+        ctx.save_for_backward(q, k, v, beta, g, *kept)
+        ctx.time, ctx.scale, ctx.segments = time, scale, segments
+        return out, time.unorder(S.unflatten(0, (-1, H)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, beta, g, before, X, U, P, M = ctx.saved_tensors
-        time, H, scale = ctx.time, ctx.heads, ctx.scale
-        decay = None if g is None else _decay(g)
-        read, erase, write = _rows(q, k, beta, decay)
-        do = time.split(do.to(U.dtype)).flatten(0, 1)  # (N, C, V)
-
-        # against time: dU, dR = X^T dU (of the right-hand side R = diag(beta) V - erase S) and dS
-        dU, dR = torch.bmm(P.mT, do), torch.empty_like(U)
-        asked = _product(read.mT, do, scale)  # (N, K, V) what the outputs ask of the state before their chunk
-        after = torch.empty_like(before)  # gradient of the state after each chunk
+        q, k, v, beta, g, *kept = ctx.saved_tensors
+        time, scale, H = ctx.time, ctx.scale, q.shape[2]
+        inputs = (q, k, v, beta, g)
+        grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         running = time.order(dS).flatten(0, 1).clone()
-        for start, stop in reversed(time.steps):
-            rows = slice(start * H, stop * H)
-            d = running[: (stop - start) * H]
-            after[rows] = d
-            dR[rows] = torch.bmm(X[rows].mT, dU[rows].baddbmm_(write[rows], d))
-            if decay is not None:
-                d.mul_(decay.total[rows])
-            d.add_(asked[rows]).baddbmm_(erase[rows].mT, dR[rows], alpha=-1)
-        del dU, asked
+        for i, positions in reversed(list(enumerate(ctx.segments))):
+            p = _pieces(time, positions, dS.dtype, scale, *inputs)
+            X, U, S = kept[3 * i : 3 * i + 3]
+            rows = time.rows(positions, H)
+            found = _backward(p, X, U, S.clone(), time.part(do, positions, dS.dtype), running, rows, scale)
+            for out, y in zip(grads, found, strict=True):
+                if out is not None and y is not None:
+                    time.put(out, y.unflatten(0, (-1, H)), positions)
+        return *grads, time.unorder(running.unflatten(0, (-1, H))), None, None, None, None
 
-        # all chunks at once; d... names gradients of the pieces
-        dP = torch.bmm(do, U.mT).tril_()
-        dA = _product(dR, U.mT, -1.0).tril_(-1)
-        dread = _product(do, before.mT, scale)
-        derase = _product(dR, before.mT, -1.0)
-        dwrite = torch.bmm(U, after.mT)
-        dv = beta * dR
-        dbeta = (dR * v).sum(-1).add_((dA * M).sum(-1))
-        dg = None
-        if decay is None:
-            dbeta.add_((derase * k).sum(-1))
-            dM = dA.mul_(beta)
-            derase.mul_(beta)
-        else:
-            # b_i - b_j is the sum of g from j + 1 to i: sums over open ranges, so that nothing cancels
-            ends = (dread * read).sum(-1) + (derase * erase).sum(-1)  # of b_i, which sums g up to i
-            starts = (dwrite * write).sum(-1)  # of b_C - b_j, which sums g after j
-            F = (dP * P).add_(dA * (beta * M)).tril_(-1)  # of b_i - b_j
-            ends = ends.add_(F.sum(2)).sub_(F.sum(1))
-            dg = sum_from(ends).add_(sum_before(starts))
-            dg.add_(decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
-            dread.mul_(decay.before)
-            derase.mul_(decay.before)
-            dbeta.add_((derase * k).sum(-1))
-            derase.mul_(beta)
-            dwrite.mul_(decay.after)
-            dP.mul_(decay.between)
-            dM = dA.mul_(beta).mul_(decay.between)
-        dq = dread.baddbmm_(dP, k, alpha=scale)
-        dk = derase.add_(dwrite).baddbmm_(dP.mT, q, alpha=scale).baddbmm_(dM + dM.mT, k)
-        grads = tuple(
-            None if x is None else time.merge(x.unflatten(0, (-1, H))).to(dtype)
-            for x, dtype in zip((dq, dk, dv, dbeta, dg), ctx.dtypes, strict=True)
-        )
-        return *grads, time.unorder(running.unflatten(0, (-1, H))), None, None, None
+
+def _backward(
+    p: _Pieces, X: Tensor, U: Tensor, S: Tensor, do: Tensor, running: Tensor, steps: list[slice], scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, beta and g of a stretch; `running`, that of the state after it, becomes that before it.
+
+    S: the state before the stretch, used up. d... names gradients.
+    """
+    before = U.new_empty(len(U), *S.shape[1:])
+    for rows in steps:
+        now = S[: rows.stop - rows.start]
+        before[rows] = now
+        if p.decay is not None:
+            now.mul_(p.decay.total[rows])
+        now.baddbmm_(p.write[rows].mT, U[rows])
+
+    # against time: dU, dR = X^T dU (of the right-hand side R = diag(beta) V - erase S) and dS
+    dU, dR = torch.bmm(p.P.mT, do), torch.empty_like(U)
+    asked = _product(p.read.mT, do, scale)  # (N, K, V) what the outputs ask of the state before their chunk
+    after = torch.empty_like(before)  # gradient of the state after each chunk
+    for rows in reversed(steps):
+        d = running[: rows.stop - rows.start]
+        after[rows] = d
+        dR[rows] = torch.bmm(X[rows].mT, dU[rows].baddbmm_(p.write[rows], d))
+        if p.decay is not None:
+            d.mul_(p.decay.total[rows])
+        d.add_(asked[rows]).baddbmm_(p.erase[rows].mT, dR[rows], alpha=-1)
+
+    # all chunks at once
+    dP = torch.bmm(do, U.mT).tril_()
+    dA = _product(dR, U.mT, -1.0).tril_(-1)
+    dread = _product(do, before.mT, scale)
+    derase = _product(dR, before.mT, -1.0)
+    dwrite = torch.bmm(U, after.mT)
+    dv = p.beta * dR
+    dbeta = (dR * p.v).sum(-1).add_((dA * p.M).sum(-1))
+    dg = None
+    if p.decay is None:
+        dbeta.add_((derase * p.k).sum(-1))
+        dM = dA.mul_(p.beta)
+        derase.mul_(p.beta)
+    else:
+        # b_i - b_j is the sum of g from j + 1 to i: sums over open ranges, so that nothing cancels
+        ends = (dread * p.read).sum(-1) + (derase * p.erase).sum(-1)  # of b_i, which sums g up to i
+        starts = (dwrite * p.write).sum(-1)  # of b_C - b_j, which sums g after j
+        F = (dP * p.P).add_(dA * (p.beta * p.M)).tril_(-1)  # of b_i - b_j
+        ends = ends.add_(F.sum(2)).sub_(F.sum(1))
+        dg = sum_from(ends).add_(sum_before(starts))
+        dg.add_(p.decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
+        dread.mul_(p.decay.before)
+        derase.mul_(p.decay.before)
+        dbeta.add_((derase * p.k).sum(-1))
+        derase.mul_(p.beta)
+        dwrite.mul_(p.decay.after)
+        dP.mul_(p.decay.between)
+        dM = dA.mul_(p.beta).mul_(p.decay.between)
+    dq = dread.baddbmm_(dP, p.k, alpha=scale)
+    dk = derase.add_(dwrite).baddbmm_(dP.mT, p.q, alpha=scale).baddbmm_(dM + dM.mT, p.k)
+    return dq, dk, dv, dbeta, dg

@@ -26,10 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.chunks import ChunkedTime
 
-# CPU time of forward + backward, float32, B=2 T=2048 H=4 K=V=64, one EPYC core of a busy machine (good to about 15 %):
-# chunks of 16, 32, 64 take 225, 170, 246 ms (at K=V=32, 16 and 32 are alike); segments of 2**15 ... 2**19 numbers take
-# 235, 185, 178, 170, 240 ms: shorter ones pay for launches, longer ones fall out of the cache. On 2
-# cores beside other load: 130 ms, 9 times as fast as the loop (1180 ms); T=16384 takes 6.8 times as long as T=2048.
+# CPU time of forward + backward, float32, B=2 T=2048 H=4 K=V=64, a model's gates, one core of a busy machine (to about
+# 15 %): chunks of 32 / 64 / 128 take 82 / 88 / 105 ms with blocks of 32, 94 / 102 / 114 with blocks of 16, and 130
+# with blocks of 1 (chunks of 32); stretches of 2**16 ... 2**19 numbers are alike.
 CHUNK = 32
 # exp(30) and its square are far from float32's 3e38. What enters at a block's edge passes the middle and returns, so
 # that the gradient of g holds differences of numbers of order 1, while all of it is exp(g) in size where every step is
@@ -196,38 +195,38 @@ class _Chunked(torch.autograd.Function):
         segment: int,
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        S = time.order(state).clone()
-        segments, starts = _segments(time, segment, q.shape[2] * max(q.shape[3], v.shape[3])), []
+        S = time.order(state).flatten(0, 1).clone()
+        segments, starts = time.segments(segment, q.shape[2] * max(q.shape[3], v.shape[3])), []
         for positions in segments:
             starts.append(S.clone())
-            q_, k_, v_, g_ = (_part(time, x, positions, state.dtype) for x in (q, k, v, g))
+            q_, k_, v_, g_ = (time.part(x, positions, state.dtype) for x in (q, k, v, g))
             f = _factors(q_, k_, g_, scale, keep=False)
-            before = _scan(_steps(time, positions), f.decay, f.top.k.mT @ v_, S)
+            before = _scan(time.rows(positions, q.shape[2]), f.decay, f.top.k.mT @ v_, S)
             o = (f.P @ v_).baddbmm_(f.top.q, before)
             time.put(out, o.unflatten(0, (-1, q.shape[2])), positions)
         ctx.save_for_backward(q, k, v, g, *starts)
         ctx.scale, ctx.time, ctx.segments = scale, time, segments
-        return out, time.unorder(S)
+        return out, time.unorder(S.unflatten(0, (-1, q.shape[2])))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, g, *starts), time = ctx.saved_tensors, ctx.time
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]
-        dS = time.order(dS).clone()
+        dS = time.order(dS).flatten(0, 1).clone()
         for positions, S in zip(reversed(ctx.segments), reversed(starts), strict=True):
-            q_, k_, v_, g_, do_ = (_part(time, x, positions, dS.dtype) for x in (q, k, v, g, do))
+            q_, k_, v_, g_, do_ = (time.part(x, positions, dS.dtype) for x in (q, k, v, g, do))
             f = _factors(q_, k_, g_, ctx.scale, keep=True)
-            steps = _steps(time, positions)
-            before = _scan(steps, f.decay, f.top.k.mT @ v_, S.clone())
-            after = _scan(steps[::-1], f.decay, f.top.q.mT @ do_, dS)  # gradients of the states after each chunk
+            rows = time.rows(positions, q.shape[2])
+            before = _scan(rows, f.decay, f.top.k.mT @ v_, S.clone())
+            after = _scan(rows[::-1], f.decay, f.top.q.mT @ do_, dS)  # gradients of the states after each chunk
             dP = do_ @ v_.mT
             dv = (f.P.mT @ do_).baddbmm_(f.top.k, after)
             through = f.decay.mul(before.mul(after).sum(-1))
             dq, dk, dg = _factors_backward(f, dP, do_ @ before.mT, v_ @ after.mT, through, q_, k_, ctx.scale)
             for out, y in zip(grads, (dq, dk, dv, dg), strict=True):
                 time.put(out, y.unflatten(0, (-1, q.shape[2])), positions)
-        return *grads, time.unorder(dS), None, None, None
+        return *grads, time.unorder(dS.unflatten(0, (-1, q.shape[2]))), None, None, None
 
 
 def _factors_backward(
@@ -283,39 +282,15 @@ def _product(a: Tensor, x: Tensor) -> Tensor:
     return y if s == 1 else y.addcmul_(a[..., 1:], x[..., 1:, :])
 
 
-def _segments(time: ChunkedTime, numbers: int, width: int) -> list[tuple[int, int]]:
-    """Cut the chunk positions into ranges that hold about `numbers` elements at `width` elements per token."""
-    ranges: list[tuple[int, int]] = []
-    first, held = 0, 0
-    for position, (start, stop) in enumerate(time.steps):
-        size = (stop - start) * time.size * width
-        if held and held + size > numbers:
-            ranges.append((first, position))
-            first, held = position, 0
-        held += size
-    return [*ranges, (first, len(time.steps))] if time.steps else []
+def _scan(rows: list[slice], decay: Tensor, write: Tensor, S: Tensor) -> Tensor:
+    """S -> decay * S + write over the chunks in order; S in place, and the S that each chunk meets returned.
 
-
-def _part(time: ChunkedTime, x: Tensor, positions: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """(B, T, H, K) -> the chunks of a range of positions, (N, C, K)."""
-    return time.split(x, positions).flatten(0, 1).to(dtype)
-
-
-def _steps(time: ChunkedTime, positions: tuple[int, int]) -> list[tuple[int, int]]:
-    """The slices of the chunk axis at each position, counted from the first of them."""
-    steps = time.steps[slice(*positions)]
-    return [(start - steps[0][0], stop - steps[0][0]) for start, stop in steps]
-
-
-def _scan(steps: list[tuple[int, int]], decay: Tensor, write: Tensor, S: Tensor) -> Tensor:
-    """S -> decay * S + write over the chunks of `steps` in order; S in place, and the S that each chunk meets returned.
-
-    decay (N, K), write (N, K, V), with N = chunks * heads; S (documents, H, K, V).
+    decay (N, K), write (N, K, V), with N = chunks * heads; S (documents * H, K, V).
     """
     met = torch.empty_like(write)
-    decay, write_, met_ = (x.unflatten(0, (-1, S.shape[1])) for x in (decay.unsqueeze(-1), write, met))
-    for start, stop in steps:
-        here, now = slice(start, stop), S[: stop - start]
-        met_[here] = now
-        torch.addcmul(write_[here], decay[here], now, out=now)
+    decay = decay.unsqueeze(-1)
+    for here in rows:
+        now = S[: here.stop - here.start]
+        met[here] = now
+        torch.addcmul(write[here], decay[here], now, out=now)
     return met

@@ -1,6 +1,7 @@
 """The delta rule against implementations that are not ours, and against algebra that needs no implementation."""
 
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_chunk_size_changes_nothing(size: int, K: int, V: int) -> None:
         strict=True,
     ):
         assert relative_error(got, want) < 1e-10
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("cuts", [(0, 75), (0, 5, 5, 60, 75), (0, 0, 33, 75, 75)])
+def test_stretches_of_packed_documents_change_nothing(cuts: tuple[int, ...], gated: bool) -> None:
+    made = OPERATORS["gated_delta_rule"].inputs(1, 75, {"H": 2, "K": 16, "V": 24}, documents=len(cuts) - 1)
+    leaves: list[Any] = [x.requires_grad_() for x in made.values()]
+    names = list(made)
+    if not gated:
+        leaves[names.index("g")] = None
+    wanted_of = [x for x in leaves if x is not None]
+    exact = delta_rule(**dict(zip(names, leaves, strict=True)), cu_seqlens=torch.tensor(cuts), backend="reference")
+    cotangents = [torch.randn_like(x) for x in exact]
+    wanted = (*exact, *torch.autograd.grad(exact, wanted_of, cotangents))
+    for segment in (1, 3000):  # one chunk position at a time; a few
+        ours = delta_rule_chunked(*leaves, 0.25, cuts, size=16, segment=segment)
+        found = (*ours, *torch.autograd.grad(ours, wanted_of, cotangents))
+        for got, want in zip(found, wanted, strict=True):
+            assert relative_error(got, want) < 1e-11
 
 
 def test_a_gradient_through_one_output_alone() -> None:
