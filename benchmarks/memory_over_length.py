@@ -1,14 +1,14 @@
 """How does the peak memory of a training step grow with the length of the sequence?
 
 Every length gets a process of its own, which runs one step (forward, loss, backward) of a model with activation
-checkpointing and reports how far its resident memory rose above that of the model with its gradients.
+checkpointing and reports how much torch held at most above the model and its gradients, as torch.profiler counts
+allocations. (Resident memory says little: it holds what the C library keeps, several times as much in some runs.)
 
     python benchmarks/memory_over_length.py [--model deltanet] [--lengths 4096 8192 16384 32768] [--threads N]
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -16,11 +16,7 @@ import time
 import torch
 
 import zoo
-
-
-def peak() -> float:
-    """The highest resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+from zoo.bench.measure import peak_bytes
 
 
 def one(args: argparse.Namespace, length: int) -> dict[str, float]:
@@ -33,11 +29,14 @@ def one(args: argparse.Namespace, length: int) -> dict[str, float]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     tokens = torch.randint(257, (1, length + 1))
-    before = peak()
     start = time.perf_counter()
-    hidden, _ = model.encode(tokens[:, :-1])
-    model.head_loss(hidden, tokens[:, 1:]).backward()
-    return {"tokens": length, "MiB": round(peak() - before), "seconds": round(time.perf_counter() - start, 1)}
+
+    def step() -> None:
+        hidden, _ = model.encode(tokens[:, :-1])
+        model.head_loss(hidden, tokens[:, 1:]).backward()
+
+    peak = peak_bytes(step, torch.device("cpu"))
+    return {"tokens": length, "MiB": round(peak / 2**20), "seconds": round(time.perf_counter() - start, 1)}
 
 
 def main() -> None:
