@@ -76,7 +76,8 @@ class SequenceModel(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
         elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            module.initialise(self.config.n_layers)
+            own: Any = module
+            own.initialise(self.config.n_layers)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
