@@ -6,15 +6,19 @@ since an interpreted kernel cannot be compiled.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
+import multiprocessing
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,29 +107,48 @@ def all_cases(pattern: str = "") -> Iterator[KernelCase]:
                     yield case
 
 
+@functools.cache
+def _cases(pattern: str) -> list[KernelCase]:
+    return list(all_cases(pattern))
+
+
+def _compile_numbered(job: tuple[str, int, str]) -> Report:
+    """For worker processes: kernels cannot be sent to them, their place in the table can."""
+    pattern, number, target = job
+    return compile_case(_cases(pattern)[number], target)
+
+
+def _jobs(pattern: str, targets: Sequence[str], first: bool) -> list[tuple[str, int, str]]:
+    seen, jobs = set[str](), []
+    for number, case in enumerate(_cases(pattern)):
+        again = case.kernel.__name__ in seen
+        seen.add(case.kernel.__name__)
+        for target in targets:
+            once = first or (target.startswith("gfx") and len(targets) > 1)
+            if not (again and once):
+                jobs.append((pattern, number, target))
+    return jobs
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m zoo.ops.compile", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel names")
     parser.add_argument("--targets", nargs="+", choices=SHARED_LIMIT, default=[*SHARED_LIMIT], metavar="TARGET")
     parser.add_argument("--first", action="store_true", help="only the first case of each kernel")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile side by side")
     args = parser.parse_args(argv)
     if dispatch.INTERPRETED:
         parser.error("unset TRITON_INTERPRET: an interpreted kernel cannot be compiled")
-    red, seen = 0, set[str]()
+    red, jobs = 0, _jobs(args.pattern, args.targets, args.first)
     print(f"{'target':>6} {'regs':>5} {'spill B':>8} {'shared B':>9}  kernel")
-    for case in all_cases(args.pattern):
-        again = case.kernel.__name__ in seen
-        if args.first and again:
-            continue
-        seen.add(case.kernel.__name__)
-        for target in args.targets:
-            if again and target == "gfx942" and len(args.targets) > 1:
-                continue
-            report = compile_case(case, target)
+    with (
+        ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) if args.jobs > 1 else nullcontext() as pool
+    ):
+        for report in map(_compile_numbered, jobs) if pool is None else pool.map(_compile_numbered, jobs):
             red += bool(report.problem)
             mark = f"  RED: {report.problem}" if report.problem else ""
             print(
-                f"{target:>6} {report.registers:>5} {report.spills:>8} {report.shared:>9}  {report.name}{mark}",
+                f"{report.target:>6} {report.registers:>5} {report.spills:>8} {report.shared:>9}  {report.name}{mark}",
                 flush=True,
             )
     print(f"{red} red" if red else "all within limits")
