@@ -2,8 +2,9 @@
 
 Every kind has `first.then(second)` (associative, with `identity`) and `apply(state)`, so that a stretch may be cut,
 computed anywhere and put together again: chunks, ranks and cached prefixes are all this one algebra. The affine kinds,
-state -> A state + b, also know `transposed(b)`, the map through which gradients return, and `reset_to(value)`: a border
-of documents lies inside the stretch, so that whatever arrives ends there and `value` leaves.
+state -> A state + b, also know `transposed(b)`, the map through which gradients return; `reset_to(value)`: a border of
+documents lies inside the stretch, so that whatever arrives ends there and `value` leaves; and `columns(n)`: the element
+in n parts along `axis` of the state, each of which acts on its part alone, so that a state may travel in blocks.
 """
 
 import functools
@@ -55,6 +56,14 @@ class Elementwise(NamedTuple):
     def reset_to(self, value: Tensor) -> "Elementwise":
         return Elementwise(torch.zeros_like(self.a), value)
 
+    @property
+    def axis(self) -> int:
+        return -1
+
+    def columns(self, n: int) -> list["Elementwise"]:
+        a = self.a.expand(self.b.shape)
+        return [Elementwise(*part) for part in zip(a.tensor_split(n, -1), self.b.tensor_split(n, -1), strict=True)]
+
 
 class Diagonal(NamedTuple):
     """S -> diag(exp(log_a)) S + b on matrices: log_a (..., K), b (..., K, V).
@@ -81,6 +90,13 @@ class Diagonal(NamedTuple):
     def reset_to(self, value: Tensor) -> "Diagonal":
         return Diagonal(torch.full_like(self.log_a, float("-inf")), value)
 
+    @property
+    def axis(self) -> int:
+        return -1
+
+    def columns(self, n: int) -> list["Diagonal"]:
+        return [Diagonal(self.log_a, b) for b in self.b.tensor_split(n, -1)]
+
 
 class Matrix(NamedTuple):
     """S -> M S + b on matrices: M (..., K, K), b (..., K, V)."""
@@ -105,6 +121,13 @@ class Matrix(NamedTuple):
 
     def reset_to(self, value: Tensor) -> "Matrix":
         return Matrix(torch.zeros_like(self.M), value)
+
+    @property
+    def axis(self) -> int:
+        return -1
+
+    def columns(self, n: int) -> list["Matrix"]:
+        return [Matrix(self.M, b) for b in self.b.tensor_split(n, -1)]
 
 
 class Block2x2(NamedTuple):
@@ -132,6 +155,14 @@ class Block2x2(NamedTuple):
 
     def reset_to(self, value: Tensor) -> "Block2x2":
         return Block2x2(torch.zeros_like(self.A), value)
+
+    @property
+    def axis(self) -> int:
+        return -2
+
+    def columns(self, n: int) -> list["Block2x2"]:
+        parts = zip(self.A.tensor_split(n, -3), self.b.tensor_split(n, -2), strict=True)
+        return [Block2x2(*part) for part in parts]
 
 
 Affine = Elementwise | Diagonal | Matrix | Block2x2

@@ -17,6 +17,7 @@ if dispatch.HAS_TRITON:
 
 
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"b": 2, "a": 2}, shared=("resets",))
 def affine_scan(
     a: Tensor,
     b: Tensor,

@@ -17,6 +17,7 @@ if dispatch.HAS_TRITON:
 
 
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"b": 2, "A": 2})
 def block_affine_scan(
     A: Tensor,
     b: Tensor,

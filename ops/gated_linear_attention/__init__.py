@@ -15,6 +15,7 @@ if dispatch.HAS_TRITON:
 
 
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"q": 2, "k": 2, "v": 2, "g": 2})
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ if dispatch.HAS_TRITON:
 
 
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"u": 2, "delta": 2, "A": 0, "D": 0}, shared=("B", "C"))
 def selective_scan(
     u: Tensor,
     delta: Tensor,

@@ -13,6 +13,7 @@ BACKENDS = ("auto", "torch", "reference")
 
 
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped=("B", "C"))
 def ssd(
     x: Tensor,
     dt: Tensor,

@@ -120,3 +120,16 @@ def test_log_sum_exp_is_a_softmax_with_finite_gradients() -> None:
     want = torch.autograd.grad((scores[:2].softmax(-1) @ values).sum() + scores[:2].logsumexp(-1).sum(), scores)[0]
     torch.testing.assert_close(gradients[0][:2], want[:2], rtol=1e-9, atol=1e-9)
     assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("kind", AFFINE)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_columns_act_each_on_its_part(kind: str, n: int) -> None:
+    step, initial = KINDS[kind]
+    generator = torch.Generator().manual_seed(0)
+    element, state = step(generator), initial(generator)
+    parts = element.columns(n)
+    assert len(parts) == n
+    states = state.split([part.b.shape[element.axis] for part in parts], dim=element.axis)
+    joined = torch.cat([part.apply(x) for part, x in zip(parts, states, strict=True)], dim=element.axis)
+    assert_same(joined, element.apply(state))

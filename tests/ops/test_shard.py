@@ -21,7 +21,7 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "errors.json").read_text())  # {ranks: {check: {what: error}}}

@@ -1,0 +1,58 @@
+"""Time cut across the ranks of a process group: which slice is here, and what crosses its edges.
+
+    with shard.use(shard.SequenceShard(group, method="zeco")):
+        logits, state = model(tokens)  # every rank holds the next stretch of the same sequences, in order of rank
+
+Operators with a state ask once and receive the state at their left edge; nothing above them knows. The state that they
+return is the one at the right edge of the rank's own stretch. A `state` that is passed in is respected on the first
+rank; on later ranks the past is what the earlier ranks send.
+
+Packed documents: every rank gets its slice of the flattened stream with the boundaries that `local_boundaries` makes.
+The first local document is the one that goes on from earlier ranks: where a new document begins exactly at the edge,
+an empty one comes first. The last local document goes on to later ranks.
+
+Every exchange remembers its shard, because the backward pass runs when the `with` is over.
+
+| file | its one idea |
+|---|---|
+| `place.py` | `SequenceShard`: one rank's place, and how what crosses the edges travels |
+| `layout.py` | which tokens a rank holds, in which documents they lie, and at which positions they stand |
+| `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
+| `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
+| `scan.py` | `incoming_state`: the state at the left edge, by all-gather, ring chain or pipelined blocks |
+| `halo.py` | `halo`: the last rows before the left edge, for convolutions and token shifts |
+| `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
+| `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
+"""
+
+from zoo.ops.shard.exchange import Message, observed
+from zoo.ops.shard.halo import halo
+from zoo.ops.shard.heads import over_heads
+from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, positions, stretch
+from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
+from zoo.ops.shard.scan import incoming_state
+from zoo.ops.shard.scope import checkpoint_contexts, current, refuse, use
+from zoo.ops.shard.serial import serial
+
+__all__ = [
+    "ATTENTION",
+    "LAYOUTS",
+    "METHODS",
+    "Link",
+    "LocalBoundaries",
+    "Message",
+    "SequenceShard",
+    "checkpoint_contexts",
+    "current",
+    "halo",
+    "held",
+    "incoming_state",
+    "local_boundaries",
+    "observed",
+    "over_heads",
+    "positions",
+    "refuse",
+    "serial",
+    "stretch",
+    "use",
+]

@@ -1,0 +1,134 @@
+"""Messages and collectives between the ranks of a shard: the only calls of torch.distributed, and who counts them.
+
+torch renames its collectives from version to version; whatever needs to know lives here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from zoo.ops.shard.place import SequenceShard
+
+# torch 2.13 renamed reduce_scatter_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Message(NamedTuple):
+    """One exchange as a rank sees it: its kind, and the bytes that left and arrived, own copies not counted.
+
+    kind: "send", "receive", "all_gather", "all_to_all", "reduce_scatter".
+    """
+
+    kind: str
+    sent: int
+    received: int
+
+
+_OBSERVERS: list[Callable[[Message], None]] = []
+
+
+@contextmanager
+def observed(observer: Callable[[Message], None]) -> Iterator[None]:
+    """Tell `observer` of every exchange of this process that completes inside, the backward's included.
+
+    For counting bytes, and for emulating a slow link by sleeping in the observer.
+    """
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
+
+def _tell(kind: str, sent: int, received: int) -> None:
+    for observer in _OBSERVERS:
+        observer(Message(kind, sent, received))
+
+
+class Pending:
+    """A message under way; `wait` completes it and may be called once."""
+
+    def __init__(self, kind: str, x: Tensor, work: Any):
+        self._kind, self._x, self._work = kind, x, work  # the tensor must live until the message is through
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        size = self._x.nbytes
+        _tell(self._kind, size if self._kind == "send" else 0, size if self._kind == "receive" else 0)
+        return self._x
+
+
+def send(shard: SequenceShard, x: Tensor, peer: int) -> Pending:
+    """Start to send to a rank of the group."""
+    x = x.contiguous()
+    return Pending("send", x, dist.isend(x, group=shard.group, group_dst=peer))
+
+
+def receive(shard: SequenceShard, like: Tensor, peer: int) -> Pending:
+    """Start to receive a tensor such as `like` from a rank of the group; messages of one sender arrive in order."""
+    x = torch.empty_like(like, memory_format=torch.contiguous_format)
+    return Pending("receive", x, dist.irecv(x, group=shard.group, group_src=peer))
+
+
+def swap(shard: SequenceShard, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Send to some ranks and receive from some at once: {rank: tensor} out, {rank: tensor like what comes} in."""
+    out = {peer: x.contiguous() for peer, x in sends.items()}
+    back = {peer: torch.empty_like(x, memory_format=torch.contiguous_format) for peer, x in receives.items()}
+    work = [dist.P2POp(dist.isend, x, group=shard.group, group_peer=peer) for peer, x in sorted(out.items())]
+    work += [dist.P2POp(dist.irecv, x, group=shard.group, group_peer=peer) for peer, x in sorted(back.items())]
+    if work:
+        for request in dist.batch_isend_irecv(work):
+            request.wait()
+    for x in out.values():
+        _tell("send", x.nbytes, 0)
+    for x in back.values():
+        _tell("receive", 0, x.nbytes)
+    return back
+
+
+def all_gather(shard: SequenceShard, x: Tensor) -> list[Tensor]:
+    """The x of all ranks, which are of one shape."""
+    x = x.contiguous()
+    everyone = [torch.empty_like(x) for _ in range(shard.size)]
+    dist.all_gather(everyone, x, group=shard.group)
+    others = (shard.size - 1) * x.nbytes
+    _tell("all_gather", others, others)
+    return everyone
+
+
+def all_to_all(
+    shard: SequenceShard, parts: Sequence[Tensor], likes: Sequence[Tensor], ranks: Sequence[int] | None = None
+) -> list[Tensor]:
+    """parts[i] goes to ranks[i], and what comes from there is like likes[i]; all ranks of the group when omitted.
+
+    By messages between pairs, so that any subset of the group may meet without a group of its own.
+    """
+    ranks = range(shard.size) if ranks is None else ranks
+    others = [(i, rank) for i, rank in enumerate(ranks) if rank != shard.rank]
+    out = [parts[i].contiguous() for i, _ in others]
+    back = [torch.empty_like(likes[i], memory_format=torch.contiguous_format) for i, _ in others]
+    work = [
+        dist.P2POp(action, x, group=shard.group, group_peer=rank)
+        for action, tensors in ((dist.isend, out), (dist.irecv, back))
+        for x, (_, rank) in zip(tensors, others, strict=True)
+        if x.numel()
+    ]
+    if work:
+        for request in dist.batch_isend_irecv(work):
+            request.wait()
+    _tell("all_to_all", sum(x.nbytes for x in out), sum(x.nbytes for x in back))
+    arrived = {i: x for (i, _), x in zip(others, back, strict=True)}
+    return [arrived[i] if i in arrived else parts[i] for i in range(len(ranks))]
+
+
+def reduce_scatter(shard: SequenceShard, x: Tensor) -> Tensor:
+    """The sum over all ranks of their x[rank], for x (size, ...)."""
+    out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
+    _reduce_scatter(out, x.contiguous().flatten(0, 1) if x.ndim > 1 else x, group=shard.group)
+    others = (shard.size - 1) * out.nbytes
+    _tell("reduce_scatter", others, others)
+    return out

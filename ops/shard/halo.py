@@ -1,0 +1,79 @@
+"""The rows before a rank's left edge, for convolutions and token shifts: one message to the right, one back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.ops.algebra import Tail
+from zoo.ops.shard import exchange
+from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.scope import Scope, scope
+
+
+def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
+    """The rows just before this rank's stretch, (B, width, D), from the previous rank; arguments as `incoming_state`.
+
+    Raises:
+        ValueError: the shard's layout is not contiguous.
+
+    Cost: one message to the next rank and one from the previous one, forward and backward. Stretches shorter than the
+    width pass on what they received, one rank after the other.
+    """
+    found = scope()
+    if found is None or found.shard.size == 1 or tail.width == 0:
+        return state
+    found.shard.require_contiguous("a convolution over time")
+    if several:
+        tail = tail.reset_to(tail.apply(state[-1:]))
+    first = _Halo.apply(found, state[:1] if several else state, tail.rows)
+    return torch.cat([first, state[1:]]) if several else first
+
+
+class _Halo(torch.autograd.Function):
+    """The last rows of [what arrived, rows] go to the next rank; their gradient comes back and is added."""
+
+    @staticmethod
+    def forward(ctx: Any, found: Scope, state: Tensor, rows: Tensor) -> Tensor:
+        shard, width = found.shard, state.shape[1]
+        missing = width - rows.shape[1]
+
+        def bring() -> Tensor:
+            if shard.rank == 0:
+                arrived = state.clone()
+                _shift(shard, torch.cat([arrived[:, width - missing :], rows], dim=1), None, step=1)
+            elif not missing:
+                arrived = _shift(shard, rows, state, step=1)
+            else:
+                arrived = _shift(shard, None, state, step=1)
+                _shift(shard, torch.cat([arrived[:, width - missing :], rows], dim=1), None, step=1)
+            return arrived
+
+        ctx.shard, ctx.missing = shard, missing
+        return found.arrival(bring)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
+        shard, missing = ctx.shard, ctx.missing
+        if missing:
+            G = _shift(shard, None, dZ, step=-1)
+            dZ = dZ.clone()
+            dZ[:, dZ.shape[1] - missing :] += G[:, :missing]
+            _shift(shard, dZ, None, step=-1)
+        else:
+            G = _shift(shard, dZ, dZ, step=-1)
+        return None, dZ if shard.rank == 0 else None, G[:, missing:]
+
+
+def _shift(shard: SequenceShard, x: Tensor | None, like: Tensor | None, *, step: int) -> Tensor:
+    """x to the rank `step` further, and what comes from the rank as far behind; zeros where there is none."""
+    ends = range(shard.size)
+    to, source = shard.rank + step, shard.rank - step
+    sends = {to: x} if x is not None and to in ends else {}
+    receives = {source: like} if like is not None and source in ends else {}
+    found = exchange.swap(shard, sends, receives)
+    if source in found:
+        return found[source]
+    return torch.zeros(()) if like is None else torch.zeros_like(like, memory_format=torch.contiguous_format)

@@ -1,0 +1,110 @@
+"""One rank's place in a sequence that is cut across a process group, and how what crosses the edges travels."""
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+METHODS = ("allgather", "lasp", "lasp2", "zeco", "heads")
+ATTENTION = ("allgather", "ring", "zigzag", "striped", "ulysses", "usp", "tokenring", "lightseq")
+LAYOUTS = ("contiguous", "zigzag", "striped")
+OWN_LAYOUT = {"zigzag": "zigzag", "striped": "striped"}  # the ring methods that are named after theirs
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message between neighbouring ranks costs: latency + bytes / bandwidth.
+
+    Args:
+        latency: seconds a message.
+        bandwidth: bytes a second.
+    """
+
+    latency: float = 20e-6
+    bandwidth: float = 25e9
+
+    def blocks(self, ranks: int, size: int, most: int) -> int:
+        """Into how many blocks All-Scan cuts a state of `size` bytes, at most `most`.
+
+        A chain of P ranks that hands on b blocks takes (P - 2 + b)(latency + t / b) with t = size / bandwidth, least
+        at b = sqrt((P - 2) t / latency).
+        """
+        best = ((ranks - 2) * size / self.bandwidth / max(self.latency, 1e-12)) ** 0.5 if ranks > 2 else 1.0
+        return max(1, min(round(best), most))
+
+    def seconds(self, ranks: int, size: int, blocks: int) -> float:
+        """The time until the last rank has the state, by the same model; one hop for two ranks."""
+        return (max(ranks - 2, 0) + blocks) * (self.latency + size / self.bandwidth / blocks)
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """One rank's place in a sequence that is cut across a process group.
+
+    Args:
+        group: the process group whose ranks hold the stretches in order; None for the default group.
+        method: how states cross ranks.
+            "allgather": every rank gets transitions and increments of all and folds those before it, both ways.
+            "lasp2": the same forward; the transitions are kept, so that backward only gradients of states travel.
+            "lasp": a chain; each rank receives one state, applies its element, sends one state.
+            "zeco": the same chain in blocks of columns, so that the ranks work side by side (All-Scan).
+            "heads": two all-to-alls turn slices of time into slices of heads and back; no summary is needed.
+            Convolutions always exchange a halo; memories without a summary pass their state on in micro-batches.
+        attention: how softmax attention crosses ranks, see zoo.ops.attention.
+        layout: which tokens a rank holds. "contiguous": stretches in order of rank, which every operator with a state
+            needs; "zigzag": of 2 P chunks the r-th from both ends; "striped": every P-th token. None is the layout
+            that the attention method is named after, or contiguous.
+        length: tokens of the whole sequence; None where all ranks hold equally many.
+        documents: boundaries of the packed documents in the whole stream, as a tuple; None for a batch. Attention and
+            positions need it; operators with a state read their own `cu_seqlens`.
+        link: what a message costs; "zeco" chooses its number of blocks by it.
+        blocks: of "zeco", in place of that choice.
+        inner: of "usp", the ranks of one head group, neighbours; a divisor of the group's size.
+
+    Attributes: rank and size, in the group.
+    """
+
+    group: dist.ProcessGroup | None = None
+    method: str = "allgather"
+    attention: str = "allgather"
+    layout: str | None = None
+    length: int | None = None
+    documents: tuple[int, ...] | None = None
+    link: Link = Link()
+    blocks: int | None = None
+    inner: int | None = None
+    rank: int = field(init=False)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not dist.is_initialized():
+            raise ValueError("SequenceShard: needs a process group; call torch.distributed.init_process_group first")
+        layout = self.layout or OWN_LAYOUT.get(self.attention, "contiguous")
+        for name, value, known in (
+            ("method", self.method, METHODS),
+            ("attention", self.attention, ATTENTION),
+            ("layout", layout, LAYOUTS),
+        ):
+            if value not in known:
+                raise ValueError(f"SequenceShard: {name} must be one of {', '.join(known)}; got {value!r}")
+        if OWN_LAYOUT.get(self.attention, layout) != layout:
+            raise ValueError(
+                f"SequenceShard: attention {self.attention!r} is a ring over the {OWN_LAYOUT[self.attention]} layout; "
+                f"got layout {layout!r}, leave it out"
+            )
+        object.__setattr__(self, "layout", layout)
+        object.__setattr__(self, "rank", dist.get_rank(self.group))
+        object.__setattr__(self, "size", dist.get_world_size(self.group))
+        if self.rank < 0:
+            raise ValueError("SequenceShard: this process is no member of the group; make it on the group's ranks only")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"SequenceShard: blocks must be at least 1; got {self.blocks}")
+        if self.inner is not None and (self.inner < 1 or self.size % self.inner):
+            raise ValueError(f"SequenceShard: inner must divide the {self.size} ranks; got {self.inner}")
+
+    def require_contiguous(self, what: str) -> None:
+        """Raise unless every rank holds a stretch of time in one piece."""
+        if self.layout != "contiguous":
+            raise ValueError(
+                f"{what} needs every rank to hold one contiguous stretch of time; got layout {self.layout!r}, use a "
+                "contiguous attention method such as 'lightseq' or 'ulysses' beside it"
+            )

@@ -1,0 +1,195 @@
+"""The state at a rank's left edge: an exclusive scan of elements along the ranks, and its reverse for gradients.
+
+Z_{r+1} = A_r Z_r + b_r, where Z_0 is the first rank's state. With G_r the whole gradient of Z_r and dZ_r the part that
+rank r's own use of it makes, G_r = dZ_r + A_r^T G_{r+1}: the same scan from the other side, with transposed
+transitions. Then db_r = G_{r+1}, and dA_r is that of A_r Z_r under G_{r+1}.
+
+| method | a rank receives, each way | in |
+|---|---|---|
+| allgather | (P - 1)(state + transition) | one all-gather |
+| lasp2 | forward the same; backward (P - 1) states | one all-gather |
+| lasp | one state | P - 1 messages, one after the other |
+| zeco | one state | P - 2 + b messages of 1/b of it, all ranks at once |
+
+A chain never sends a transition: each rank applies its own. Blocks are columns of the state, each of which obeys the
+same recurrence, since transitions act from the left.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zoo.ops.algebra import Affine
+from zoo.ops.shard import exchange
+from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.scope import Scope, scope
+
+Kind = Callable[..., Any]  # a class of zoo.ops.algebra, (transition, b) -> element
+
+
+def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Tensor:
+    """The state at the left edge of this rank's stretch: all earlier ranks' elements, applied in order.
+
+    Args:
+        element: of this rank's stretch; with several documents of the last one, on its own.
+        state: the states before the first token. On the first rank they are kept; on the others the first document's
+            row, or all rows of a batch, is replaced by what arrives.
+        several: the stretch holds more than one packed document, so that what arrives ends inside.
+
+    Returns:
+        As `state`. Gradients reach every rank whose tokens made it, and the first rank's `state`.
+
+    Raises:
+        ValueError: the shard's layout is not contiguous, or its method sends heads and not states.
+
+    Cost: by the shard's method, see the table of this file.
+    """
+    found = scope()
+    if found is None or found.shard.size == 1:
+        return state
+    found.shard.require_contiguous("an operator with a state")
+    if found.shard.method not in SCANS:
+        raise ValueError(
+            f"method {found.shard.method!r} sends heads from rank to rank, and this operator has none to send; "
+            f"use one of {', '.join(SCANS)}"
+        )
+    if several:
+        element = element.reset_to(element.apply(state[-1:]))
+    transition, b = element
+    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b)
+    return torch.cat([first, state[1:]]) if several else first
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, found: Scope, kind: Kind, state: Tensor, transition: Tensor, b: Tensor) -> Tensor:
+        shard = found.shard
+        ctx.method = SCANS[shard.method](shard, kind)
+        Z = found.arrival(lambda: ctx.method.forward(kind(transition, b), state))
+        ctx.first, ctx.kind = shard.rank == 0, kind
+        ctx.save_for_backward(transition, Z)
+        return Z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
+        transition, Z = ctx.saved_tensors
+        G = ctx.method.backward(ctx.kind(transition, dZ))
+        with torch.enable_grad():
+            A, z = transition.detach().requires_grad_(), Z.detach().requires_grad_()
+            left = ctx.kind(A, torch.zeros_like(Z)).apply(z)
+        dA, dz = torch.autograd.grad(left, (A, z), G)
+        return None, None, dZ + dz if ctx.first else None, dA, G
+
+
+class _Scanner:
+    """One way for states to cross: `forward` gives Z of this rank, `backward` G of the state that leaves it."""
+
+    def __init__(self, shard: SequenceShard, kind: Kind):
+        self.shard, self.kind = shard, kind
+
+    def forward(self, element: Affine, state: Tensor) -> Tensor:
+        """`element` of this rank's stretch, `state` before the first rank's."""
+        raise NotImplementedError
+
+    def backward(self, element: Affine) -> Tensor:
+        """`element`: this rank's transition, and dZ for its increment."""
+        raise NotImplementedError
+
+
+class _AllGather(_Scanner):
+    """Transitions and increments of all ranks to all, folded in order; keeps nothing for the backward."""
+
+    def forward(self, element: Affine, state: Tensor) -> Tensor:
+        rank = self.shard.rank
+        if rank == 0:
+            element = self.kind(element[0], element.apply(state))
+        elements = self._gather(element)
+        if rank == 0:
+            return state.clone()
+        return _folded(elements[0].b, elements[1:rank])
+
+    def backward(self, element: Affine) -> Tensor:
+        return self._back(self._gather(element), element.b)
+
+    def _back(self, elements: Sequence[Affine], like: Tensor) -> Tensor:
+        later = [e.transposed(e.b) for e in reversed(elements[self.shard.rank + 1 :])]
+        return _folded(torch.zeros_like(like), later)
+
+    def _gather(self, element: Affine) -> list[Affine]:
+        flat = torch.cat([x.reshape(-1) for x in element])
+        parts = (x.split([y.numel() for y in element]) for x in exchange.all_gather(self.shard, flat))
+        return [self.kind(*(x.view(y.shape) for x, y in zip(part, element, strict=True))) for part in parts]
+
+
+class _Lasp2(_AllGather):
+    """As `_AllGather`, but what the transitions were is remembered: backward only states travel."""
+
+    def forward(self, element: Affine, state: Tensor) -> Tensor:
+        self._transitions: list[Tensor] = []
+        return super().forward(element, state)
+
+    def _gather(self, element: Affine) -> list[Affine]:
+        elements = super()._gather(element)
+        self._transitions = [e[0] for e in elements]
+        return elements
+
+    def backward(self, element: Affine) -> Tensor:
+        if not getattr(self, "_transitions", None):  # recomputation read Z back and met nobody
+            return super().backward(element)
+        gradients = exchange.all_gather(self.shard, element.b)
+        elements = [self.kind(A, dZ) for A, dZ in zip(self._transitions, gradients, strict=True)]
+        return self._back(elements, element.b)
+
+
+class _Lasp(_Scanner):
+    """A chain: receive a state, apply the own element, send it on, in `blocks` parts of the columns."""
+
+    def forward(self, element: Affine, state: Tensor) -> Tensor:
+        return self._chain(element, state, step=1)
+
+    def backward(self, element: Affine) -> Tensor:
+        return self._chain(element.transposed(element.b), torch.zeros_like(element.b), step=-1)
+
+    def blocks(self, element: Affine) -> int:
+        return 1
+
+    def _chain(self, element: Affine, initial: Tensor, step: int) -> Tensor:
+        """The exclusive scan along the ranks in the direction `step`; `initial` is before its first rank."""
+        shard = self.shard
+        before, after = shard.rank - step, shard.rank + step
+        parts = element.columns(self.blocks(element))
+        columns = [part.b.shape[element.axis] for part in parts]
+        states = [x.contiguous() for x in initial.split(columns, dim=element.axis)]
+        coming = [exchange.receive(shard, x, before) for x in states] if 0 <= before < shard.size else []
+        going = []
+        for i, part in enumerate(parts):
+            if coming:
+                states[i] = coming[i].wait()
+            if 0 <= after < shard.size:
+                going.append(exchange.send(shard, part.apply(states[i]), after))
+        for message in going:
+            message.wait()
+        return torch.cat(states, dim=element.axis)
+
+
+class _Zeco(_Lasp):
+    """All-Scan: the chain in as many blocks as the link makes worth while, so that the ranks work side by side."""
+
+    def blocks(self, element: Affine) -> int:
+        most = max(1, element.b.shape[element.axis])
+        if self.shard.blocks is not None:
+            return min(self.shard.blocks, most)
+        return self.shard.link.blocks(self.shard.size, element.b.nbytes, most)
+
+
+def _folded(state: Tensor, elements: Sequence[Affine]) -> Tensor:
+    for element in elements:
+        state = element.apply(state)
+    return state.clone(memory_format=torch.contiguous_format)
+
+
+SCANS: dict[str, type[_Scanner]] = {"allgather": _AllGather, "lasp": _Lasp, "lasp2": _Lasp2, "zeco": _Zeco}

@@ -1,0 +1,86 @@
+"""The shard in use here, and recomputation that reads arrivals back and sends nothing."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+from typing import NamedTuple
+
+from torch import Tensor
+
+from zoo.ops.shard.place import SequenceShard
+
+
+class Scope(NamedTuple):
+    """The current shard, and where arrivals are written down or read back when activations are recomputed."""
+
+    shard: SequenceShard
+    records: tuple[list[Tensor], ...] = ()
+    replay: Iterator[Tensor] | None = None
+
+    def arrival(self, exchange: Callable[[], Tensor]) -> Tensor:
+        """What an exchange brings; a recomputation reads it back and sends nothing."""
+        (arrived,) = self.arrivals(lambda: (exchange(),), 1)
+        return arrived
+
+    def arrivals(self, exchange: Callable[[], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """The same for an exchange that brings `count` tensors."""
+        replay = self.replay
+        arrived = exchange() if replay is None else tuple(next(replay).detach() for _ in range(count))
+        for record in self.records:
+            record += [x.detach() for x in arrived]
+        return arrived
+
+
+_SCOPE: ContextVar[Scope | None] = ContextVar("zoo_sequence_shard", default=None)
+_ENTERED: list[None] = []  # one entry per scope open on any thread: torch.compile can read a list, not a ContextVar
+
+
+def scope() -> Scope | None:
+    """The scope in use here, or None; costs the length of a list where no shard is in use."""
+    return _SCOPE.get() if _ENTERED else None
+
+
+class _Entering(AbstractContextManager[None]):
+    """Sets the scope; may be entered again, as recomputation does."""
+
+    def __init__(self, scope: Callable[[], Scope | None]):
+        self._scope = scope
+        self._tokens: list[Token[Scope | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_SCOPE.set(self._scope()))
+        _ENTERED.append(None)
+
+    def __exit__(self, *error: object) -> None:
+        _ENTERED.pop()
+        _SCOPE.reset(self._tokens.pop())
+
+
+def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
+    """Everything inside is one rank's stretch of time; None switches an outer shard off."""
+    return _Entering(lambda: None if shard is None else Scope(shard))
+
+
+def current() -> SequenceShard | None:
+    """The shard in use here, or None."""
+    found = scope()
+    return None if found is None else found.shard
+
+
+def refuse(what: str) -> None:
+    """Raise where a computation would silently take its own stretch of time for the whole sequence."""
+    if current() is not None:
+        raise ValueError(
+            f"{what} cannot be cut across ranks: each would take its stretch of time for the whole sequence; "
+            "run it outside zoo.ops.shard.use(...)"
+        )
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch.utils.checkpoint: recomputation keeps the shard, reads arrivals back and sends nothing."""
+    found = scope()
+    if found is None:
+        return nullcontext(), nullcontext()
+    tape: list[Tensor] = []
+    forward = Scope(found.shard, (*found.records, tape), found.replay)
+    return _Entering(lambda: forward), _Entering(lambda: Scope(found.shard, (), iter(tape)))
