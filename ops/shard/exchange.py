@@ -21,13 +21,16 @@ class Message(NamedTuple):
     """One exchange as a rank sees it: its kind, and the bytes that left and arrived, own copies not counted.
 
     kind: "send", "receive", "all_gather", "all_to_all", "reduce_scatter".
+    what: "state", "halo", or "activations" (heads, keys and values, ...).
     """
 
     kind: str
+    what: str
     sent: int
     received: int
 
 
+ACTIVATIONS = "activations"
 _OBSERVERS: list[Callable[[Message], None]] = []
 
 
@@ -44,37 +47,40 @@ def observed(observer: Callable[[Message], None]) -> Iterator[None]:
         _OBSERVERS.remove(observer)
 
 
-def _tell(kind: str, sent: int, received: int) -> None:
+def _tell(kind: str, what: str, sent: int, received: int) -> None:
     for observer in _OBSERVERS:
-        observer(Message(kind, sent, received))
+        observer(Message(kind, what, sent, received))
 
 
 class Pending:
     """A message under way; `wait` completes it and may be called once."""
 
-    def __init__(self, kind: str, x: Tensor, work: Any):
-        self._kind, self._x, self._work = kind, x, work  # the tensor must live until the message is through
+    def __init__(self, kind: str, what: str, x: Tensor, work: Any):
+        self._kind, self._what = kind, what
+        self._x, self._work = x, work  # the tensor must live until the message is through
 
     def wait(self) -> Tensor:
         self._work.wait()
         size = self._x.nbytes
-        _tell(self._kind, size if self._kind == "send" else 0, size if self._kind == "receive" else 0)
+        _tell(self._kind, self._what, size if self._kind == "send" else 0, size if self._kind == "receive" else 0)
         return self._x
 
 
-def send(shard: SequenceShard, x: Tensor, peer: int) -> Pending:
+def send(shard: SequenceShard, x: Tensor, peer: int, what: str = ACTIVATIONS) -> Pending:
     """Start to send to a rank of the group."""
     x = x.contiguous()
-    return Pending("send", x, dist.isend(x, group=shard.group, group_dst=peer))
+    return Pending("send", what, x, dist.isend(x, group=shard.group, group_dst=peer))
 
 
-def receive(shard: SequenceShard, like: Tensor, peer: int) -> Pending:
+def receive(shard: SequenceShard, like: Tensor, peer: int, what: str = ACTIVATIONS) -> Pending:
     """Start to receive a tensor such as `like` from a rank of the group; messages of one sender arrive in order."""
     x = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return Pending("receive", x, dist.irecv(x, group=shard.group, group_src=peer))
+    return Pending("receive", what, x, dist.irecv(x, group=shard.group, group_src=peer))
 
 
-def swap(shard: SequenceShard, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def swap(
+    shard: SequenceShard, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor], what: str = ACTIVATIONS
+) -> dict[int, Tensor]:
     """Send to some ranks and receive from some at once: {rank: tensor} out, {rank: tensor like what comes} in."""
     out = {peer: x.contiguous() for peer, x in sends.items()}
     back = {peer: torch.empty_like(x, memory_format=torch.contiguous_format) for peer, x in receives.items()}
@@ -84,19 +90,19 @@ def swap(shard: SequenceShard, sends: Mapping[int, Tensor], receives: Mapping[in
         for request in dist.batch_isend_irecv(work):
             request.wait()
     for x in out.values():
-        _tell("send", x.nbytes, 0)
+        _tell("send", what, x.nbytes, 0)
     for x in back.values():
-        _tell("receive", 0, x.nbytes)
+        _tell("receive", what, 0, x.nbytes)
     return back
 
 
-def all_gather(shard: SequenceShard, x: Tensor) -> list[Tensor]:
+def all_gather(shard: SequenceShard, x: Tensor, what: str = ACTIVATIONS) -> list[Tensor]:
     """The x of all ranks, which are of one shape."""
     x = x.contiguous()
     everyone = [torch.empty_like(x) for _ in range(shard.size)]
     dist.all_gather(everyone, x, group=shard.group)
     others = (shard.size - 1) * x.nbytes
-    _tell("all_gather", others, others)
+    _tell("all_gather", what, others, others)
     return everyone
 
 
@@ -120,7 +126,7 @@ def all_to_all(
     if work:
         for request in dist.batch_isend_irecv(work):
             request.wait()
-    _tell("all_to_all", sum(x.nbytes for x in out), sum(x.nbytes for x in back))
+    _tell("all_to_all", ACTIVATIONS, sum(x.nbytes for x in out), sum(x.nbytes for x in back))
     arrived = {i: x for (i, _), x in zip(others, back, strict=True)}
     return [arrived[i] if i in arrived else parts[i] for i in range(len(ranks))]
 
@@ -130,5 +136,5 @@ def reduce_scatter(shard: SequenceShard, x: Tensor) -> Tensor:
     out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
     _reduce_scatter(out, x.contiguous().flatten(0, 1) if x.ndim > 1 else x, group=shard.group)
     others = (shard.size - 1) * out.nbytes
-    _tell("reduce_scatter", others, others)
+    _tell("reduce_scatter", ACTIVATIONS, others, others)
     return out

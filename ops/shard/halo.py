@@ -73,7 +73,7 @@ def _shift(shard: SequenceShard, x: Tensor | None, like: Tensor | None, *, step:
     to, source = shard.rank + step, shard.rank - step
     sends = {to: x} if x is not None and to in ends else {}
     receives = {source: like} if like is not None and source in ends else {}
-    found = exchange.swap(shard, sends, receives)
+    found = exchange.swap(shard, sends, receives, "halo")
     if source in found:
         return found[source]
     return torch.zeros(()) if like is None else torch.zeros_like(like, memory_format=torch.contiguous_format)

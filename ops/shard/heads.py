@@ -239,7 +239,7 @@ class _FromFirst(torch.autograd.Function):
 
         def bring() -> Tensor:
             others = {rank: parts[rank] for rank in range(1, shard.size)} if shard.rank == 0 else {}
-            back = exchange.swap(shard, others, {} if shard.rank == 0 else {0: parts[shard.rank]})
+            back = exchange.swap(shard, others, {} if shard.rank == 0 else {0: parts[shard.rank]}, "state")
             return back[0] if shard.rank else parts[0].clone()
 
         return found.arrival(bring)
@@ -249,7 +249,8 @@ class _FromFirst(torch.autograd.Function):
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         shard, widths = ctx.shard, _widths(ctx.cut.heads)
         if shard.rank:
-            exchange.swap(shard, {0: d}, {})
+            exchange.swap(shard, {0: d}, {}, "state")
             return None, None, None, None
-        back = exchange.swap(shard, {}, {rank: _shaped(d, d1=widths[rank]) for rank in range(1, shard.size)})
+        likes = {rank: _shaped(d, d1=widths[rank]) for rank in range(1, shard.size)}
+        back = exchange.swap(shard, {}, likes, "state")
         return None, torch.cat([d, *(back[rank] for rank in range(1, shard.size))], dim=1), None, None

@@ -121,7 +121,7 @@ class _AllGather(_Scanner):
 
     def _gather(self, element: Affine) -> list[Affine]:
         flat = torch.cat([x.reshape(-1) for x in element])
-        parts = (x.split([y.numel() for y in element]) for x in exchange.all_gather(self.shard, flat))
+        parts = (x.split([y.numel() for y in element]) for x in exchange.all_gather(self.shard, flat, "state"))
         return [self.kind(*(x.view(y.shape) for x, y in zip(part, element, strict=True))) for part in parts]
 
 
@@ -140,7 +140,7 @@ class _Lasp2(_AllGather):
     def backward(self, element: Affine) -> Tensor:
         if not getattr(self, "_transitions", None):  # recomputation read Z back and met nobody
             return super().backward(element)
-        gradients = exchange.all_gather(self.shard, element.b)
+        gradients = exchange.all_gather(self.shard, element.b, "state")
         elements = [self.kind(A, dZ) for A, dZ in zip(self._transitions, gradients, strict=True)]
         return self._back(elements, element.b)
 
@@ -164,13 +164,13 @@ class _Lasp(_Scanner):
         parts = element.columns(self.blocks(element))
         columns = [part.b.shape[element.axis] for part in parts]
         states = [x.contiguous() for x in initial.split(columns, dim=element.axis)]
-        coming = [exchange.receive(shard, x, before) for x in states] if 0 <= before < shard.size else []
+        coming = [exchange.receive(shard, x, before, "state") for x in states] if 0 <= before < shard.size else []
         going = []
         for i, part in enumerate(parts):
             if coming:
                 states[i] = coming[i].wait()
             if 0 <= after < shard.size:
-                going.append(exchange.send(shard, part.apply(states[i]), after))
+                going.append(exchange.send(shard, part.apply(states[i]), after, "state"))
         for message in going:
             message.wait()
         return torch.cat(states, dim=element.axis)
@@ -186,7 +186,7 @@ class _Zeco(_Lasp):
         return self.shard.link.blocks(self.shard.size, element.b.nbytes, most)
 
 
-def _folded(state: Tensor, elements: Sequence[Affine]) -> Tensor:
+def _folded(state: Tensor, elements: Sequence[Any]) -> Tensor:
     for element in elements:
         state = element.apply(state)
     return state.clone(memory_format=torch.contiguous_format)

@@ -65,14 +65,14 @@ class _Receive(torch.autograd.Function):
         ctx.shard, ctx.count = shard, len(inputs)
         if shard.rank == 0:
             return state.clone()
-        return found.arrival(lambda: exchange.receive(shard, state, shard.rank - 1).wait())
+        return found.arrival(lambda: exchange.receive(shard, state, shard.rank - 1, "state").wait())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         shard: SequenceShard = ctx.shard
         if shard.rank:
-            exchange.send(shard, d, shard.rank - 1).wait()
+            exchange.send(shard, d, shard.rank - 1, "state").wait()
         return None, None if shard.rank else d, *(None for _ in range(ctx.count))
 
 
@@ -84,7 +84,7 @@ class _Send(torch.autograd.Function):
         shard = found.shard
         ctx.shard = shard
         if shard.rank + 1 < shard.size and found.replay is None:
-            exchange.send(shard, state, shard.rank + 1).wait()
+            exchange.send(shard, state, shard.rank + 1, "state").wait()
         return y.view_as(y), state.view_as(state)
 
     @staticmethod
@@ -92,5 +92,5 @@ class _Send(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, d: Tensor) -> tuple[Tensor | None, ...]:
         shard: SequenceShard = ctx.shard
         if shard.rank + 1 < shard.size:
-            d = d + exchange.receive(shard, d, shard.rank + 1).wait()
+            d = d + exchange.receive(shard, d, shard.rank + 1, "state").wait()
         return None, dy, d

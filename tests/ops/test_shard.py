@@ -1,6 +1,8 @@
 """Sequences cut across ranks equal whole ones; the processes and their checks are in sharded.py."""
 
+import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +16,12 @@ from hypothesis import strategies as st
 from zoo.ops import shard
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import relative_error
+
+spec = importlib.util.spec_from_file_location("sharded_latency", Path(__file__).with_name("sharded_latency.py"))
+assert spec is not None
+assert spec.loader is not None
+sharded_latency = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sharded_latency)
 
 
 @pytest.mark.slow
@@ -39,6 +47,26 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path) -> None:
                     unseen.append((ranks, name, output, gradient))
     assert not wrong
     assert not unseen
+
+
+@pytest.mark.slow
+def test_all_scan_takes_the_time_of_its_model(tmp_path: Path) -> None:
+    """On an emulated link: (P - 2 + b)(latency + t / b), least near the number of blocks that the link chooses."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("sharded_latency.py")), str(tmp_path)],
+        capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seconds = {int(b): s for b, s in json.loads((tmp_path / "seconds.json").read_text()).items()}
+    size = 4 * math.prod(sharded_latency.STATE)
+    link = shard.Link(sharded_latency.LATENCY, size / sharded_latency.WHOLE)
+    for blocks, measured in seconds.items():
+        model = link.seconds(sharded_latency.RANKS, size, blocks)
+        assert 0.97 * model < measured < 1.4 * model + 0.03, (blocks, measured, model)
+    best = link.blocks(sharded_latency.RANKS, size, sharded_latency.COLUMNS)
+    assert best == 6
+    assert min(seconds, key=lambda b: seconds[b]) in (3, 4, 6, 8, 12)
+    assert seconds[best] < 0.75 * min(seconds[1], seconds[64])
 
 
 @given(st.integers(1, 6), st.lists(st.integers(0, 20), max_size=6), st.integers(1, 20))

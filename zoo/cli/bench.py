@@ -28,10 +28,11 @@ def bench_command(settings: list[str], base: str | None, config_dir: Path | None
         "op": lambda: _operators(settings, base),
         "model": lambda: _model(settings, base, config_dir),
         "report": lambda: _report(settings, base),
+        "cp": lambda: _context_parallel(settings[1:], base, config_dir),
     }
     if kind not in kinds:
         what = f"got {first!r}" if first else "nothing was named"
-        raise UsageError(f"zoo bench begins with op=NAME, op=all, model=NAME or report=FILE; {what}")
+        raise UsageError(f"zoo bench begins with op=NAME, op=all, model=NAME, cp model=NAME or report=FILE; {what}")
     return kinds[kind]()
 
 
@@ -78,6 +79,56 @@ def _model(settings: list[str], base: str | None, config_dir: Path | None) -> in
     request = ModelRequest(config, steps, repeats)
     record = run_model(request, _say) if base is None else compare_models(request, base, _say)
     return _finish(record, f"model-{config['model']['name']}", out)
+
+
+def _context_parallel(settings: list[str], base: str | None, config_dir: Path | None) -> int:
+    """Predict a step whose sequence is cut across many ranks."""
+    from zoo.bench.context_parallel import STATES, predict_model
+    from zoo.layers.pattern import parse_pattern
+    from zoo.ops.shard import Link
+    from zoo.registry import create_model
+
+    if base is not None:
+        raise UsageError("--base measures another commit; zoo bench cp predicts from this one")
+    own, rest = _own(settings, ("ranks", "tokens", "latency", "bandwidth", "local", "methods", "repeats"))
+    model = _config(rest, config_dir, "zoo bench cp")["model"]
+    methods = own.get("methods", ",".join(STATES)).split(",")
+    for method in methods:
+        if method not in STATES:
+            raise UsageError(f"methods can be {', '.join(STATES)}; got {method!r}")
+    fields = {key: value for key, value in model.items() if key not in ("name", "size", "n_layers")}
+    fields["vocab_size"] = fields.get("vocab_size") or 256
+    period = len(parse_pattern(fields["pattern"])) if fields.get("pattern") else 1
+
+    def build(layers: int) -> Any:
+        return create_model(model["name"], model["size"], **fields, n_layers=layers)
+
+    usual = Link()
+    link = Link(_positive("latency", own, usual.latency), _positive("bandwidth", own, usual.bandwidth))
+    tokens = _whole("tokens", own.get("tokens", "8192"))
+    found = predict_model(
+        build, model["n_layers"], period, tokens=tokens, link=link, methods=methods,
+        ranks=[_whole("ranks", word) for word in own.get("ranks", "2,8,64,256,1024").split(",")],
+        local=_positive("local", own, None), repeats=_whole("repeats", own.get("repeats", "3")), say=_say,
+    )  # fmt: skip
+    _say("")
+    how = "given" if "local" in own else f"measured here, median of {own.get('repeats', '3')}"
+    print(
+        f"{model['name']} {model['size']}, {tokens:,} tokens a rank: {found.local:.4g} s a step by itself ({how}); "
+        f"link {link.latency * 1e6:g} us, {link.bandwidth / 1e9:g} GB/s; nothing overlapped\n"
+    )
+    print(found.markdown(), end="")
+    return 0
+
+
+def _positive(key: str, own: dict[str, str], usual: float | None) -> Any:
+    try:
+        value = float(own[key]) if key in own else usual
+    except ValueError:
+        value = -1.0
+    if value is not None and not value > 0:
+        raise UsageError(f"{key} must be a number over 0 (seconds, or bytes a second), got {own[key]!r}")
+    return value
 
 
 def _report(settings: list[str], base: str | None) -> int:
