@@ -2,11 +2,13 @@
 
 from zoo.layers.backbone import SequenceConfig, SequenceModel
 from zoo.layers.block import Block
-from zoo.layers.conv import ShortConvolution
+from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
+from zoo.layers.encoder import Encoder, EncoderConfig
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.mixers.attention import Attention
 from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
+from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
 from zoo.layers.norms import GatedRMSNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers, register_mixer
@@ -15,9 +17,13 @@ __all__ = [
     "Attention",
     "Block",
     "DeltaNet",
+    "DepthwiseConvolution",
+    "Encoder",
+    "EncoderConfig",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedRMSNorm",
+    "Hydra",
     "Mamba",
     "Mamba2",
     "RMSNorm",

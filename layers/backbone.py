@@ -12,6 +12,7 @@ from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.norms import RMSNorm
+from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy, shard
 
 
@@ -51,7 +52,12 @@ class SequenceModel(nn.Module):
     Args:
         config: a SequenceConfig.
         mixer: i -> the mixer of layer i.
+
+    Raises:
+        ValueError: a mixer sees the future (its `causal` is False): the next token would not have to be predicted.
     """
+
+    causal = True
 
     def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):
         super().__init__()
@@ -67,6 +73,12 @@ class SequenceModel(nn.Module):
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+        for block_mixer in self._mixers():
+            if not getattr(block_mixer, "causal", True):
+                raise ValueError(
+                    f"the mixers of a causal model must not see the future, and {type(block_mixer).__name__} does; "
+                    "take it out of the pattern, or compose a zoo.layers.Encoder of it"
+                )
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -102,8 +114,10 @@ class SequenceModel(nn.Module):
         """As `forward`, without the head: the normalised hidden vectors, (B, T, D), and the state."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
-        if mask is not None:
-            return self._encode_masked(tokens, state, mask, cu_seqlens)
+        rows = None if mask is None else unpadded(tokens, mask, cu_seqlens)
+        if rows is not None:
+            x, state = self.encode(rows.pack(tokens), state, cu_seqlens=rows.cu_seqlens)
+            return rows.unpack(x), state
         x = self.embedding(tokens)
         contexts = noop_context_fn if shard.current() is None else shard.checkpoint_contexts
         states = []
@@ -116,22 +130,6 @@ class SequenceModel(nn.Module):
                 x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
             states.append(block_state)
         return self.norm(x), tuple(states)
-
-    def _encode_masked(self, tokens: Tensor, state: Any, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        """A masked step is the identity on every state because it is taken out: rows become packed documents."""
-        if cu_seqlens is not None or mask.shape != tokens.shape:
-            raise ValueError(
-                f"mask must be (B, T) = {tuple(tokens.shape)} and goes without cu_seqlens; got {tuple(mask.shape)}"
-            )
-        shard.refuse("A padded batch")
-        mask = mask.bool()
-        if mask.all():
-            return self.encode(tokens, state)
-        lengths = torch.cat([mask.new_zeros(1, dtype=torch.long), mask.sum(dim=1)])
-        packed, state = self.encode(tokens[mask][None], state, cu_seqlens=lengths.cumsum(0))
-        x = packed.new_zeros(*tokens.shape, packed.shape[-1])
-        x[mask] = packed[0]
-        return x, state
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""

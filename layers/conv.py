@@ -1,15 +1,15 @@
-"""The short causal convolution in front of a mixer's queries, keys and values."""
+"""The short convolution in front of a mixer: causal with a state, or over both sides."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from zoo.ops import causal_conv1d
+from zoo.ops import causal_conv1d, depthwise_conv1d
 
 
-class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over time, (B, T, D) -> (B, T, D); the state is its last width - 1 inputs."""
+class _Taps(nn.Module):
+    """The parameters of a depthwise convolution: weight (D, W), bias (D,) or None."""
 
     def __init__(
         self,
@@ -32,6 +32,13 @@ class ShortConvolution(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"
+
+
+class ShortConvolution(_Taps):
+    """Depthwise causal convolution over time, (B, T, D) -> (B, T, D); the state is its last width - 1 inputs."""
+
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -44,8 +51,15 @@ class ShortConvolution(nn.Module):
         D, W = self.weight.shape
         return self.weight.new_zeros(batch, W - 1, D)
 
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, width={self.weight.shape[1]}, activation={self.activation}"
+
+class DepthwiseConvolution(_Taps):
+    """Depthwise convolution over both sides of every token, (B, T, D) -> (B, T, D); it needs the whole sequence."""
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        return depthwise_conv1d(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype),
+            activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
 
 
 def initial_tails(convs: Iterable[nn.Module], batch: int) -> tuple[Tensor, ...]:

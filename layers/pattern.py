@@ -17,6 +17,7 @@ from torch import nn
 from zoo.layers.mixers.attention import Attention
 from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
+from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
 
 MixerMaker = Callable[..., nn.Module]  # (d_model, **options) -> mixer
@@ -26,6 +27,7 @@ MIXERS: dict[str, MixerMaker] = {
     "deltanet": DeltaNet,
     "gated_deltanet": GatedDeltaNet,
     "gla": GatedLinearAttention,
+    "hydra": Hydra,
     "mamba": Mamba,
     "mamba2": Mamba2,
 }

@@ -24,3 +24,16 @@ def state_bytes(state: Any) -> int:
 def detach(state: Any) -> Any:
     """Cut the graph behind a state: truncated back-propagation through time."""
     return map_state(lambda x: x.detach(), state)
+
+
+def refuse_state(what: str, state: Any) -> None:
+    """What sees both sides of a token cannot go on where another call ended.
+
+    Raises:
+        ValueError: a state was given.
+    """
+    if state is not None:
+        raise ValueError(
+            f"{what} sees both sides of every token and carries no state, but was given one; "
+            "pass the whole sequence in one call, without a state"
+        )

@@ -5,8 +5,10 @@ from zoo.ops.attention import attention
 from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
+from zoo.ops.depthwise_conv1d import depthwise_conv1d
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.quasiseparable import quasiseparable
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
 from zoo.ops.selective_scan import selective_scan, selective_scan_summary
@@ -23,10 +25,12 @@ __all__ = [
     "causal_conv1d_summary",
     "delta_rule",
     "delta_rule_summary",
+    "depthwise_conv1d",
     "gated_linear_attention",
     "gated_linear_attention_summary",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "quasiseparable",
     "rms_norm",
     "rotary",
     "selective_scan",

@@ -5,9 +5,11 @@ from zoo.ops.attention.spec import SPECS as ATTENTION
 from zoo.ops.block_affine_scan.spec import SPECS as BLOCK_AFFINE_SCAN
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
+from zoo.ops.depthwise_conv1d.spec import SPECS as DEPTHWISE_CONV1D
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
 from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from zoo.ops.proof import OperatorSpec
+from zoo.ops.quasiseparable.spec import SPECS as QUASISEPARABLE
 from zoo.ops.rms_norm.spec import SPECS as RMS_NORM
 from zoo.ops.rotary.spec import SPECS as ROTARY
 from zoo.ops.selective_scan.spec import SPECS as SELECTIVE_SCAN
@@ -18,9 +20,11 @@ OPERATORS: dict[str, OperatorSpec] = {
     spec.name: spec
     for specs in (
         CAUSAL_CONV1D,
+        DEPTHWISE_CONV1D,
         GATED_LINEAR_ATTENTION,
         DELTA_RULE,
         SSD,
+        QUASISEPARABLE,
         AFFINE_SCAN,
         BLOCK_AFFINE_SCAN,
         SELECTIVE_SCAN,

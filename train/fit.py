@@ -22,7 +22,7 @@ from zoo.checkpoint import load, locate, run_of, save
 from zoo.config import compose
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError, remedy
-from zoo.registry import create_model, resolve
+from zoo.registry import create_model, model_info, resolve
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
@@ -37,7 +37,7 @@ from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
 from zoo.train.run_folder import RunFolder, is_main_process
 from zoo.train.stream import EndlessData
-from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
 
 __all__ = ["evaluate", "resume", "run"]
@@ -98,13 +98,15 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     model = load(found)
     run_folder = run_of(found)
     known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
-    config = _evaluation_config(known, overrides)
+    config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
     config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
     data = _build_data(config)
-    _check_vocabulary(model, data)
+    kind = resolve(config["task"]["_target_"])
+    _check_fields(model, data, kind)
     trainer_config = _trainer_config(config["trainer"])
-    task = LanguageModelling(model, resolve(config["optim"]["_target_"])(**_settings(config["optim"])), Limits(), data)
+    optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
+    task = kind(model, optim, Limits(), data, **_settings(config["task"]))
     with quiet_lightning():
         trainer = Trainer(
             accelerator=trainer_config.accelerator,
@@ -164,11 +166,12 @@ def _fit(
     data = _build_data(config)
     data.prepare_data()
     data.setup("fit")  # bad data are refused before there is a folder for the run
-    model = _build_model(config["model"], data)
+    kind = resolve(config["task"]["_target_"])
+    model = _build_model(config["model"], data, kind)
     limits = options.limits(_batches_per_epoch(options, data) if options.max_epochs is not None else None)
     optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
-    task = resolve(config["task"]["_target_"])(model, optim, limits, data, **_settings(config["task"]))
-    assert isinstance(task, LanguageModelling)
+    task = kind(model, optim, limits, data, **_settings(config["task"]))
+    assert isinstance(task, Task)
 
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
@@ -183,7 +186,8 @@ def _fit(
         show = partial(_show_bar, folder, bar)
     log = LogMetrics(options.log_every, table if keeps else None, show)
     callbacks.append(log)
-    draw = partial(sample, generate, tokenizer=data.tokenizer) if getattr(data, "tokenizer", None) is not None else None
+    writes = task.continues_text and getattr(data, "tokenizer", None) is not None
+    draw = partial(sample, generate, tokenizer=data.tokenizer) if writes else None
     if draw is not None:
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
@@ -200,7 +204,8 @@ def _fit(
         folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
     if checkpoint is None:
         parameters = sum(p.numel() for p in model.parameters())
-        folder.say(f"training {config['model']['name']} ({parameters:,} parameters) in {folder.path}")
+        what = config["task"]["_target_"].rpartition(".")[2]
+        folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
     else:
         folder.say(f"going on with {folder.path}")
     try:
@@ -254,23 +259,31 @@ def _build_data(config: Mapping[str, Any]) -> Any:
     return owner(**settings)
 
 
-def _build_model(section: Mapping[str, Any], data: Any) -> nn.Module:
-    """The model, with the vocabulary of the data unless the user wants a larger one."""
+def _build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.Module:
+    """The model, with the vocabulary (and the classes) of the data unless the user wants more."""
     fields = {key: value for key, value in section.items() if key not in ("name", "size")}
-    if fields.get("vocab_size") is None:
-        fields["vocab_size"] = data.vocab_size
+    for field, value in task.fields(data).items():
+        if field not in model_info(section["name"]).fields:
+            raise UserError(
+                f"{task.__name__} needs a model with the field {field}, and {section['name']} has none; "
+                "zoo list --tag encoder shows models that have it"
+            )
+        if fields.get(field) is None:
+            fields[field] = value
     model = create_model(section["name"], section["size"], **fields)
-    _check_vocabulary(model, data)
+    _check_fields(model, data, task)
     return model
 
 
-def _check_vocabulary(model: nn.Module, data: Any) -> None:
-    size: int = model.config.vocab_size  # type: ignore[union-attr,assignment]
-    if size < data.vocab_size:
-        raise UserError(
-            f"the model's vocabulary must hold that of the data: model.vocab_size is {size} and the data have "
-            f"{data.vocab_size} tokens; leave model.vocab_size out or choose other data"
-        )
+def _check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
+    """Refuse a model that has no room for the tokens or the classes of the data."""
+    for field, least in task.fields(data).items():
+        size = getattr(model.config, field, None)
+        if size is None or size < least:
+            raise UserError(
+                f"the model must hold what the data have: model.{field} is {size}, and this task on these data needs "
+                f"{least}; leave model.{field} out or choose other data"
+            )
 
 
 def _build_trainer(
@@ -383,6 +396,14 @@ def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -
             )
         config[group][name] = yaml.safe_load(text)
     return config
+
+
+def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with the task that a model without a run was made for."""
+    if any(override.startswith("task=") for override in overrides):
+        return list(overrides)
+    classes = getattr(model.config, "n_classes", None) is not None
+    return [f"task={'classification' if classes else model_info(str(model.name)).task}", *overrides]
 
 
 def _with_own_tokenizer(

@@ -7,7 +7,7 @@ of that class. So the keys that a group takes are the parameters of its class, a
 import inspect
 import itertools
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,8 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
             )
     known = choices([config_dir] if config_dir else [])
     _check_choices(parsed, known)
-    words = [(o, _without_file(o, known) or [_unlocked(o)]) for o in parsed]
+    chosen = {o.key_or_group for o in parsed}
+    words = [(o, _without_file(o, known, chosen) or [_unlocked(o)]) for o in parsed]
     config = _compose([word for _, replaced in words for word in replaced], config_dir)
     base = _compose([word for o, replaced in words if _is_choice(o) for word in replaced], config_dir)
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
@@ -261,11 +262,13 @@ def _unlocked(override: Override) -> str:
     return f"++{line}" if is_plain_change and _root(override) != "hydra" else line
 
 
-def _without_file(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
-    """model=NAME for a model that has no YAML file, written out; else nothing."""
+def _without_file(override: Override, known: Mapping[str, Sequence[str]], chosen: Collection[str]) -> list[str]:
+    """model=NAME for a model that has no YAML file, written out, with the model's own task; else nothing."""
     if override.key_or_group != "model" or override.is_delete() or override.value() in known["model"]:
         return []
-    return ["~model", f"++model.name={override.value()}", "++model.size=tiny"]
+    task = model_info(override.value()).task
+    own = [f"task={task}"] if "task" not in chosen and task in known["task"] else []
+    return ["~model", f"++model.name={override.value()}", "++model.size=tiny", *own]
 
 
 def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:

@@ -256,6 +256,8 @@ class HuggingFaceTokenizer:
     # Names of end symbols, tried in this order when no configuration file beside the tokenizer says which it is.
     END_SYMBOLS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "<|im_end|>", "[SEP]")
 
+    MASK_SYMBOLS = ("[MASK]", "<mask>")  # what hides a token from a model that predicts it: BERT's, RoBERTa's
+
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         path = folder / "tokenizer.json"
@@ -281,6 +283,7 @@ class HuggingFaceTokenizer:
                 'add tokenizer_config.json with {"eos_token": "..."} beside tokenizer.json'
             )
         self.eos_token, self.eos_id = found, vocabulary[found]
+        self.mask_id = next((vocabulary[name] for name in self.MASK_SYMBOLS if name in vocabulary), None)
         self._special.add(self.eos_id)
         # Models of zoo saw eos_id before every document; a foreign one saw what its template puts there.
         template = [] if (folder / DESCRIPTION).is_file() else self._tokenizer.encode("", add_special_tokens=True).ids

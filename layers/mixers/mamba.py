@@ -24,7 +24,7 @@ def _inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
-def _step_sizes(like: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> Tensor:
+def step_sizes(like: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> Tensor:
     """Log-uniform in [dt_min, dt_max], as what softplus makes them of."""
     dt = torch.empty_like(like).uniform_(math.log(dt_min), math.log(dt_max)).exp_().clamp_min_(dt_floor)
     return _inverse_softplus(dt)
@@ -93,9 +93,9 @@ class Mamba(nn.Module):
             if self.x_proj is not None and self.dt_proj is not None:
                 self.x_proj.reset_parameters()
                 self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
-                self.dt_proj.bias.copy_(_step_sizes(self.dt_proj.bias))
+                self.dt_proj.bias.copy_(step_sizes(self.dt_proj.bias))
             if self.constant is not None:
-                self.constant["dt"].copy_(_step_sizes(self.constant["dt"]))
+                self.constant["dt"].copy_(step_sizes(self.constant["dt"]))
                 self.constant["B"].normal_()
                 self.constant["C"].normal_()
 
@@ -189,7 +189,7 @@ class Mamba2(nn.Module):
         _initialise_projections((self.in_proj, self.conv1d), self.out_proj, n_layers)
         with torch.no_grad():
             self.A_log.uniform_(1.0, 16.0).log_()
-            self.dt_bias.copy_(_step_sizes(self.dt_bias))
+            self.dt_bias.copy_(step_sizes(self.dt_bias))
             self.D.fill_(1.0)
 
     def forward(

@@ -6,7 +6,7 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes, randn
 
 
-def _conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+def conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
     D, W = sizes["D"], sizes["W"]
     return {
         "x": randn(generator, B, T, D),
@@ -19,7 +19,7 @@ SPECS = (
     OperatorSpec(
         name="causal_conv1d",
         function=causal_conv1d,
-        make=_conv_inputs,
+        make=conv_inputs,
         state=lambda n, sizes, generator: randn(generator, n, sizes["W"] - 1, sizes["D"]),
         sizes=({"D": 8, "W": 4}, {"D": 70, "W": 2}, {"D": 5, "W": 1}),
         time=("x",),

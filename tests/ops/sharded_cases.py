@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import zoo
-from zoo.ops import attention, shard
+from zoo.ops import attention, depthwise_conv1d, quasiseparable, shard
+from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes, relative_error
 
 LENGTH = 41  # no multiple of 2, 3 or 4: stretches are uneven
@@ -147,6 +148,8 @@ def refusals(place: shard.SequenceShard) -> Errors:
     silent = 0
     for call in (
         lambda: attention(x, x, x),
+        lambda: depthwise_conv1d(x[0], x.new_ones(2, 3)),
+        lambda: quasiseparable(**OPERATORS["quasiseparable"].inputs(1, 4)),
         lambda: net(torch.zeros(1, 4, dtype=torch.long), mask=torch.ones(1, 4)),
         lambda: shard.SequenceShard(place.group, method="pigeon"),
     ):

@@ -13,7 +13,7 @@ from zoo.train.callbacks.limits import update_done
 from zoo.train.checkpoint_io import AtomicCheckpointIO, link_over
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.rng import get_rng_states, set_rng_states
-from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.task import Task
 
 __all__ = ["Checkpoints"]
 
@@ -111,7 +111,7 @@ class Checkpoints(Checkpoint):
             self._complain(self.last, self.io.error)
         else:
             self.failed = False
-        if isinstance(pl_module, LanguageModelling):
+        if isinstance(pl_module, Task):
             pl_module.pause(time.monotonic() - start)
 
     def _complain(self, path: Path, error: OSError) -> None:

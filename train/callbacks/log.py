@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.train.callbacks.limits import update_done
 from zoo.train.loggers import CsvLog
-from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.task import Task
 
 __all__ = ["LogMetrics"]
 
@@ -35,7 +35,7 @@ class LogMetrics(Callback):
         """A training row, when it is time, and always a last one."""
         step = trainer.global_step
         if update_done(trainer, batch_idx) and (step % self.every == 0 or trainer.should_stop):
-            assert isinstance(pl_module, LanguageModelling)
+            assert isinstance(pl_module, Task)
             self._log(trainer, step, pl_module.training_row())
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -46,7 +46,7 @@ class LogMetrics(Callback):
         """A validation row."""
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
-        assert isinstance(pl_module, LanguageModelling)
+        assert isinstance(pl_module, Task)
         self.final = pl_module.validation_row()
         self._log(trainer, trainer.global_step, self.final)
         pl_module.pause(time.monotonic() - self._validation_began)

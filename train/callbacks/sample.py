@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.train.callbacks.limits import update_done
 from zoo.train.rng import get_rng_states, set_rng_states
-from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.task import Task
 
 __all__ = ["SampleText", "sample"]
 
@@ -75,7 +75,7 @@ class SampleText(Callback):
         step = trainer.global_step
         due = self.every and step % self.every == 0 and update_done(trainer, batch_idx) and not trainer.should_stop
         if due and trainer.is_global_zero:
-            assert isinstance(pl_module, LanguageModelling)
+            assert isinstance(pl_module, Task)
             start = time.monotonic()
             self.show(f"sample at step {step}:\n{self.draw(pl_module.model)}")
             pl_module.pause(time.monotonic() - start)

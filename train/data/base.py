@@ -16,7 +16,8 @@ class DataModule(LightningDataModule):
     """Batches for training and validation out of two sources that a subclass makes in `make_sources`.
 
     A batch is a dict: "tokens" and "targets", both (B, T) int64, targets already shifted and -100 where nothing is
-    scored; "cu_seqlens" (n + 1,) int32 when B = 1 row holds n documents; "n_bytes" () int64, the bytes of text that
+    scored; where the data have `n_classes`, "targets" (B,), one class per sequence, and -100 for a row that only fills
+    the batch; "cu_seqlens" (n + 1,) int32 when B = 1 row holds n documents; "n_bytes" () int64, the bytes of text that
     the scored targets stand for, where the data are text.
 
     Args:
@@ -27,6 +28,7 @@ class DataModule(LightningDataModule):
 
     tokenizer: Tokenizer | None = None
     metrics: tuple[Metric, ...] = ()
+    n_classes: int | None = None
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int):
         super().__init__()

@@ -19,7 +19,7 @@ from zoo.errors import UserError
 from zoo.ops.proof import TOLERANCE
 from zoo.registry import model_info
 from zoo.train import fit
-from zoo.train.tasks.language_modelling import LOSS_UNIT
+from zoo.train.tasks.task import LOSS_UNIT
 
 __all__ = ["about_model", "check_request", "measure_decoding", "run_model"]
 

@@ -42,7 +42,9 @@ DEFAULT = {"cpu": ("float32", _sizes(2, 2048, 4, 64)), "cuda": ("bfloat16", _siz
 # Sizes that a set does not speak of, or that mean something else for one operator.
 OWN_SIZES: Mapping[str, Sizes] = {
     "causal_conv1d": {"W": 4},
+    "depthwise_conv1d": {"W": 7},  # Hydra's
     "linear_cross_entropy": {"D": 512, "V": 50_000},
+    "quasiseparable": {"P": 64, "G": 1, "N": 64},  # Hydra's
     "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's
 }
 

@@ -66,8 +66,9 @@ class StopText:
 def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequence[str]) -> int:
     """Print the continuation of a prompt piece by piece."""
     found = checkpoint.locate(path)
-    tokenizer = _tokenizer(found)
     model = checkpoint.load(found)
+    decoding.refuse_unless_causal(model)
+    tokenizer = _tokenizer(found)
     size = cast(SequenceModel, model).config.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(

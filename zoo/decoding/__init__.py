@@ -1,5 +1,5 @@
 """Decoding: generators that yield as they go."""
 
-from zoo.decoding.sampling import generate, generate_batch, sample
+from zoo.decoding.sampling import generate, generate_batch, refuse_unless_causal, sample
 
-__all__ = ["generate", "generate_batch", "sample"]
+__all__ = ["generate", "generate_batch", "refuse_unless_causal", "sample"]

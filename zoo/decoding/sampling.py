@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from zoo.errors import UserError
 from zoo.layers import SequenceModel
 
 
@@ -51,6 +52,19 @@ def sample(
     return tokens.gather(1, drawn).squeeze(1)
 
 
+def refuse_unless_causal(model: nn.Module) -> None:
+    """Refuse a model that sees both sides of every token: it cannot be asked what comes next.
+
+    Raises:
+        UserError: `causal` of the model is False.
+    """
+    if not getattr(model, "causal", True):
+        raise UserError(
+            f"a text is continued by a causal model, and {getattr(model, 'name', 'this one')} sees both sides of every "
+            "token; zoo eval measures it"
+        )
+
+
 @torch.inference_mode()
 def generate_batch(
     model: SequenceModel,
@@ -77,8 +91,9 @@ def generate_batch(
         stop_ids: tokens that end a row.
 
     Raises:
-        ValueError: no prompt, an empty prompt, or a token outside the vocabulary.
+        ValueError: the model is not causal, no prompt, an empty prompt, or a token outside the vocabulary.
     """
+    refuse_unless_causal(model)
     vocab = model.config.vocab_size
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt must have at least one token; got an empty one")

@@ -1,0 +1,265 @@
+"""The backbone of models that see both sides of every token: embeddings, layers, a head for tokens or for classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from zoo.layers.padding import unpadded
+from zoo.layers.state import refuse_state
+from zoo.ops import linear_cross_entropy
+
+Pooling = Literal["first", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What every Encoder is told; a model's configuration adds its mixer's fields.
+
+    d_model, n_layers, vocab_size: width, depth, number of tokens.
+    n_token_types: number of kinds of tokens (sentence A, sentence B).
+    n_classes: None for a head that predicts tokens; otherwise one that tells so many classes of whole sequences apart.
+    pooling: what such a head sees: the "first" token, or the "mean" over all.
+    pattern: mixers by layer in the grammar of zoo.layers.pattern; empty for the model's own mixer everywhere.
+    prenorm: x + mixer(norm(x)) and a norm at the end; otherwise norm(x + mixer(x)).
+    dropout: after the embeddings, and before the classes.
+    norm_eps: of the layers' norms.
+    outer_norm_eps: of the norms of embeddings and head, and of the one at the end.
+    init_std: standard deviation of every linear and embedding weight; a mixer with a method `initialise(n_layers)`
+        starts as that says.
+    activation_checkpointing: recompute each layer in the backward pass and keep only its input.
+    """
+
+    d_model: int = 128
+    n_layers: int = 4
+    vocab_size: int = 30522
+    n_token_types: int = 2
+    n_classes: int | None = None
+    pooling: Pooling = "first"
+    pattern: str = ""
+    prenorm: bool = False
+    dropout: float = 0.1
+    norm_eps: float = 1e-5
+    outer_norm_eps: float = 1e-12
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "vocab_size", "n_token_types"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.n_classes is not None and self.n_classes < 2:
+            raise ValueError(f"n_classes must be at least 2, or None to predict tokens; got {self.n_classes}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + token type); positions are the mixers' to find."""
+
+    def __init__(self, vocab_size: int, n_token_types: int, d_model: int, *, norm_eps: float, dropout: float):
+        super().__init__()
+        self.word = nn.Embedding(vocab_size, d_model)
+        self.token_type = nn.Embedding(n_token_types, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
+        types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
+        return self.dropout(self.norm(self.word(tokens) + types))
+
+
+class EncoderLayer(nn.Module):
+    """norm(x + mixer(x)), or with `prenorm` x + mixer(norm(x)).
+
+    Args:
+        d_model: D.
+        mixer: (x, cu_seqlens=) -> (y, state); whatever state it makes is dropped.
+        prenorm: where the norm stands.
+        norm_eps: of the norm.
+    """
+
+    def __init__(self, d_model: int, mixer: nn.Module, *, prenorm: bool = False, norm_eps: float = 1e-5):
+        super().__init__()
+        self.mixer: Any = mixer
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.prenorm = prenorm
+
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        if self.prenorm:
+            return x + self.mixer(self.norm(x), cu_seqlens=cu_seqlens)[0]
+        return self.norm(x + self.mixer(x, cu_seqlens=cu_seqlens)[0])
+
+
+class MaskedTokenHead(nn.Module):
+    """BERT's: LayerNorm(gelu(W x + b)) E^T + c with the embedding's matrix E."""
+
+    def __init__(self, embedding: nn.Embedding, *, norm_eps: float):
+        super().__init__()
+        vocab_size, d_model = embedding.weight.shape
+        self.dense = nn.Linear(d_model, d_model)
+        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
+        self.decoder = nn.Linear(d_model, vocab_size)
+        self.decoder.weight = embedding.weight
+
+    def transform(self, x: Tensor) -> Tensor:
+        """All but the last product."""
+        return self.norm(F.gelu(self.dense(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.transform(x))
+
+
+class ClassificationHead(nn.Module):
+    """One row of logits per sequence: W_c tanh(W_p pooled + b_p) + b_c."""
+
+    def __init__(self, d_model: int, n_classes: int, *, pooling: Pooling, dropout: float):
+        super().__init__()
+        self.pooling = pooling
+        self.pooler = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.classes = nn.Linear(d_model, n_classes)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """(B, T, D), or (1, T, D) with n documents -> (B or n, n_classes). An empty sequence counts as zeros."""
+        pooled = self._pool(x, mask) if cu_seqlens is None else self._pool_documents(x[0], cu_seqlens)
+        return self.classes(self.dropout(torch.tanh(self.pooler(pooled))))
+
+    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return x[:, 0] if self.pooling == "first" else x.mean(dim=1)
+        if self.pooling == "first":  # a row without tokens is zeros everywhere
+            return x[torch.arange(len(x), device=x.device), mask.long().argmax(dim=1)]
+        return x.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # padding holds zeros
+
+    def _pool_documents(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        lengths = cu_seqlens.diff().long()
+        if self.pooling == "first":
+            first = x[cu_seqlens[:-1].long().clamp(max=len(x) - 1)]
+            return first * (lengths > 0).unsqueeze(-1)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
+        sums = x.new_zeros(len(lengths), x.shape[1]).index_add(0, owner, x)
+        return sums / lengths.clamp(min=1).unsqueeze(-1)
+
+
+class Encoder(nn.Module):
+    """Tokens -> logits of every token or of every sequence, through mixers that see both sides.
+
+    It follows the contract of models, `model(tokens) -> (logits, state)`, with None for a state: the whole sequence
+    goes in at once. `causal` is False, by which tasks and decoding know it.
+
+    Args:
+        config: an EncoderConfig.
+        mixer: i -> the mixer of layer i.
+    """
+
+    causal = False
+
+    def __init__(self, config: EncoderConfig, mixer: Callable[[int], nn.Module]):
+        super().__init__()
+        self.config = config
+        d, outer = config.d_model, config.outer_norm_eps
+        self.embeddings = Embeddings(config.vocab_size, config.n_token_types, d, norm_eps=outer, dropout=config.dropout)
+        self.blocks = nn.ModuleList(
+            EncoderLayer(d, mixer(i), prenorm=config.prenorm, norm_eps=config.norm_eps) for i in range(config.n_layers)
+        )
+        self.norm = nn.LayerNorm(d, eps=outer) if config.prenorm else None
+        self.lm_head: MaskedTokenHead | None = None
+        self.classifier: ClassificationHead | None = None
+        if config.n_classes is None:
+            self.lm_head = MaskedTokenHead(self.embeddings.word, norm_eps=outer)
+        else:
+            self.classifier = ClassificationHead(d, config.n_classes, pooling=config.pooling, dropout=config.dropout)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
+        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
+            own: Any = module
+            own.initialise(self.config.n_layers)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Logits of the token at every position, or of the class of every sequence.
+
+        Args:
+            tokens: (B, T) integers in [0, vocab_size).
+            state: None; it is there because causal models have one.
+            mask: (B, T) bool, False for padding on either side; padding reaches no token, and its logits are the head's
+                of zeros.
+            cu_seqlens: boundaries (n + 1,) of packed documents, B = 1, that do not see each other.
+            token_types: (B, T) integers in [0, n_token_types); zeros when omitted.
+
+        Returns:
+            logits: (B, T, vocab_size); with n_classes (B, n_classes), or (n, n_classes) of packed documents; and None.
+        """
+        x, _ = self.encode(tokens, state, mask=mask, cu_seqlens=cu_seqlens, token_types=token_types)
+        return self.head(x, mask=mask, cu_seqlens=cu_seqlens), None
+
+    def encode(
+        self,
+        tokens: Tensor,
+        state: Any = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """As `forward`, without the head: the hidden vectors, (B, T, D), zeros at the padding."""
+        refuse_state(type(self).__name__, state)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
+        rows = None if mask is None else unpadded(tokens, mask, cu_seqlens)
+        if rows is not None:
+            types = None if token_types is None else rows.pack(token_types)
+            packed, _ = self.encode(rows.pack(tokens), cu_seqlens=rows.cu_seqlens, token_types=types)
+            return rows.unpack(packed), None
+        x = self.embeddings(tokens, token_types)
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cu_seqlens=cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens=cu_seqlens)
+        return x if self.norm is None else self.norm(x), None
+
+    def head(self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The logits of what `encode` returned; a head for tokens looks at each alone, at any (..., D)."""
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        assert self.classifier is not None
+        return self.classifier(x, None if mask is None else mask.bool(), cu_seqlens)
+
+    def head_loss(
+        self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"
+    ) -> Tensor:
+        """Cross entropy of the tokens' logits, without these in memory: zoo.ops.linear_cross_entropy.
+
+        Raises:
+            ValueError: the model tells classes apart.
+        """
+        if self.lm_head is None:
+            raise ValueError("head_loss is that of a head for tokens, and this model has n_classes; take the logits")
+        decoder = self.lm_head.decoder
+        return linear_cross_entropy(
+            self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias,
+            ignore_index=ignore_index, reduction=reduction, backend=backend,
+        )  # fmt: skip
+
+    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
+        """Nothing is carried from one call to the next."""
+        return 0

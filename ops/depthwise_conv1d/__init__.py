@@ -1,0 +1,81 @@
+"""Depthwise convolution that sees both sides: the short convolution of bidirectional mixers."""
+
+import itertools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.ops import check, dispatch, shard
+from zoo.ops.causal_conv1d import ACTIVATIONS, causal_conv1d
+from zoo.ops.depthwise_conv1d.reference import depthwise_conv1d_reference
+
+
+@dispatch.keeps_its_precision
+def depthwise_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve each channel with its own W taps around it: y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1)//2 + w}).
+
+    Args:
+        x: input, (B, T, D), any float dtype; zeros beyond both ends.
+        weight: taps, (D, W), W >= 1; the present token is tap (W-1)//2, as torch's padding="same" has it.
+        bias: (D,), or None.
+        activation: None or "silu", applied to the sum.
+        cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; taps never cross a border.
+        backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
+
+    Returns:
+        y: (B, T, D), in the dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an unknown activation, the backend cannot run here, or time is
+            cut across ranks.
+
+    Cost: that of `causal_conv1d`, which does the work on an input shifted by W // 2: what it takes for the past of a
+    document is the document's own beginning.
+    """
+    name = "depthwise_conv1d"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be None or 'silu'; got {activation!r}")
+    sizes = check.shapes(name, {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")})
+    batch, T, W = (sizes[dim] for dim in "BTW")
+    check.same_dtype(name, x=x, weight=weight, bias=bias)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, batch, T)
+    chosen = dispatch.resolve(name, backend, x)
+    shard.refuse("A convolution that sees both sides")
+    if chosen == "reference" and T:
+        documents = [x] if cuts is None else [x[:, left:right] for left, right in itertools.pairwise(cuts)]
+        outputs = [depthwise_conv1d_reference(z, weight, bias, activation) for z in documents if z.shape[1]]
+        return torch.cat(outputs, dim=1)
+    ahead = W // 2
+    past, shifted = _batch(x, W, ahead) if cuts is None else _packed(x, W, ahead, cuts)
+    y, _ = causal_conv1d(shifted, weight, bias, past, activation=activation, cu_seqlens=cu_seqlens, backend=backend)
+    return y
+
+
+def _batch(x: Tensor, width: int, ahead: int) -> tuple[Tensor, Tensor]:
+    """The W - 1 rows before the first shifted input, and the shifted inputs x_{t + ahead}."""
+    past = F.pad(x[:, :ahead], (0, 0, width - 1 - ahead, max(0, ahead - x.shape[1])))
+    return past, F.pad(x[:, ahead:], (0, 0, 0, min(ahead, x.shape[1])))
+
+
+def _packed(x: Tensor, width: int, ahead: int, cuts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The same of every document: rows of x by number, where number T is a row of zeros."""
+    zeros = x.shape[1]
+    rows: list[int] = []
+    pasts: list[list[int]] = []
+    for left, right in itertools.pairwise(cuts):
+        wanted = range(left + ahead - (width - 1), right + ahead)
+        found = [t if left <= t < right else zeros for t in wanted]
+        pasts.append(found[: width - 1])
+        rows += found[width - 1 :]
+    padded = F.pad(x[0], (0, 0, 0, 1))  # (T + 1, D)
+    past = padded[torch.tensor(pasts, dtype=torch.long, device=x.device)]
+    return past, padded[torch.tensor(rows, dtype=torch.long, device=x.device)][None]
