@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import state_bytes
-from zoo.ops import selective_scan, ssd
+from zoo.ops import selective_scan, ssd, swiglu
 
 
 class MambaState(NamedTuple):
@@ -110,14 +110,17 @@ class Mamba(nn.Module):
         y, h = selective_scan(
             x, delta, -self.A_log.to(wide).exp(), B, C, self.D.to(wide), h, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        return self.out_proj(y * F.silu(z)), MambaState(h, tail)
+        return self.out_proj(swiglu(z, y, backend=self.backend)), MambaState(h, tail)
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (B, T, E), in float32 at least, and the maps B, C (B, T, N)."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.x_proj is not None and self.dt_proj is not None:
             dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-            dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
+            if dt.dtype == wide:
+                dt = self.dt_proj(dt)
+            else:  # the bias says more than bfloat16 holds
+                dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
             return F.softplus(dt), B.to(x.dtype), C.to(x.dtype)
         assert self.constant is not None
         delta = F.softplus(self.constant["dt"].to(wide)).expand(*x.shape)

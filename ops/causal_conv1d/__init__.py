@@ -6,7 +6,7 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Tail
 from zoo.ops.causal_conv1d.reference import causal_conv1d_reference
-from zoo.ops.causal_conv1d.shifted import causal_conv1d_shifted
+from zoo.ops.causal_conv1d.shifted import causal_conv1d_shifted, causal_conv1d_step
 from zoo.ops.chunks import chunk_table
 from zoo.ops.packing import each_document, last_document
 
@@ -70,6 +70,8 @@ def causal_conv1d(
         return each_document(
             lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), cuts, (x,), state
         )
+    if chosen == "torch" and T == 1 and cuts is None:
+        return causal_conv1d_step(x, weight, bias, state, activation)
     if chosen == "torch" or T == 0:
         return causal_conv1d_shifted(x, weight, bias, state, activation, cuts)
     table = chunk_table(B, T, kernels.BLOCK_T, cuts, x.device)

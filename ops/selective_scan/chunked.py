@@ -73,28 +73,34 @@ def selective_scan_chunked(
 
 
 class _Rows(NamedTuple):
-    """Sequences that are walked together, time first, in the dtype of the state; several documents in a single row."""
+    """Sequences that are walked together, time first; several documents in a single row."""
 
-    u: Tensor  # (T, R, E)
-    delta: Tensor  # (T, R, E)
-    B: Tensor  # (T, R, N)
-    C: Tensor  # (T, R, N)
+    time: tuple[Tensor, ...]  # u, delta, B, C (T, R, E or N): views
     states: list[Tensor]  # of each document, (R, N, E)
     starts: dict[int, int]  # step -> the document that begins there
     ends: dict[int, int]  # step -> the document whose last step it is
+
+    def chunk(self, left: int, right: int) -> tuple[Tensor, ...]:
+        """u, delta, B, C of the steps [left, right), in the dtype of the state."""
+        dtype = self.states[0].dtype
+        return tuple(_dense(x[left:right], dtype) for x in self.time)
+
+
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A chunk as the products want it. Copied chunk by chunk it stays in the cache, of the whole length it does not."""
+    return x.to(dtype).contiguous()
 
 
 def _rows(
     u: Tensor, delta: Tensor, B: Tensor, C: Tensor, state: Tensor, cuts: tuple[int, ...] | None, at: slice
 ) -> _Rows:
-    dtype, T = state.dtype, u.shape[1]
-    u_, d_, B_, C_ = (x[at].transpose(0, 1).to(dtype).contiguous() for x in (u, delta, B, C))
-    states = state.mT.contiguous()  # (R, N, E) or (n, N, E)
+    T, states = u.shape[1], state.mT.contiguous()  # (R, N, E) or (n, N, E)
+    time = tuple(x[at].transpose(0, 1) for x in (u, delta, B, C))
     if cuts is None:
-        return _Rows(u_, d_, B_, C_, [states[at]], {0: 0}, {T - 1: 0})
+        return _Rows(time, [states[at]], {0: 0}, {T - 1: 0})
     filled = [(i, left, right) for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     starts, ends = {left: i for i, left, _ in filled}, {right - 1: i for i, _, right in filled}
-    return _Rows(u_, d_, B_, C_, [*states.split(1)], starts, ends)
+    return _Rows(time, [*states.split(1)], starts, ends)
 
 
 class _Buffers(NamedTuple):
@@ -118,13 +124,19 @@ def _inner(x: Tensor, h: Tensor) -> Tensor:
     return torch.bmm(x.flatten(0, 1).unsqueeze(1), h.flatten(0, 1)).view(*h.shape[:2], h.shape[3])
 
 
-def _states(rows: _Rows, A2: Tensor, buffers: _Buffers, left: int, right: int) -> None:
-    """Fill a with the decays of the steps [left, right) and h[1:] with the states after them."""
-    n = right - left
-    a, h = buffers.a[:n], buffers.h[1 : n + 1]
-    torch.mul(rows.delta[left:right].unsqueeze(2), A2, out=a)
+def _over_channels(x: Tensor, h: Tensor) -> Tensor:
+    """(C, R, E) and (C, R, N, E) -> (R, C, N), the sum over E. With h on the left it costs 12 times."""
+    return torch.bmm(x.flatten(0, 1).unsqueeze(1), h.flatten(0, 1).mT).view(*h.shape[:3]).transpose(0, 1)
+
+
+def _states(
+    rows: _Rows, du: Tensor, delta: Tensor, B: Tensor, A2: Tensor, buffers: _Buffers, left: int, right: int
+) -> None:
+    """Fill a with the decays of the steps [left, right) and h[1:] with the states after them; du = delta u."""
+    a, h = buffers.a[: right - left], buffers.h[1 : right - left + 1]
+    torch.mul(delta.unsqueeze(2), A2, out=a)
     a.exp2_()
-    _outer(rows.delta[left:right] * rows.u[left:right], rows.B[left:right], h)
+    _outer(du, B, h)
     before = buffers.h[0]
     for t, a_t, h_t in zip(range(left, right), a.unbind(0), h.unbind(0), strict=True):
         if t in rows.starts:
@@ -151,33 +163,34 @@ class _Chunked(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         (batch, T, E), N = u.shape, B.shape[2]
-        y = torch.empty(T, batch, E, dtype=state.dtype, device=u.device)
+        y = torch.empty(u.shape, dtype=u.dtype, device=u.device)
         last = state.mT.clone(memory_format=torch.contiguous_format)  # empty documents hand their states through
         # fresh memory is dear: without a backward the states between chunks are not kept
         saved = state.new_empty(-(-T // chunk) if keep else 0, batch, N, E)
         A2 = (A.to(state.dtype) * _LOG2_E).mT.contiguous()  # (N, E)
+        D_ = None if D is None else D.to(state.dtype)
         for at in _blocks(batch, block):
-            rows = _rows(u, delta, B, C, state, cuts, at)
+            rows, y_ = _rows(u, delta, B, C, state, cuts, at), y[at].transpose(0, 1)
             buffers = _Buffers.like(last[at] if cuts is None else last[:1], chunk)
             buffers.h[0].zero_()
             for k, left in enumerate(range(0, T, chunk)):
                 right = min(left + chunk, T)
+                u_, d, B_, C_ = rows.chunk(left, right)
                 if keep:
                     saved[k, at] = buffers.h[0]
-                _states(rows, A2, buffers, left, right)
+                _states(rows, d * u_, d, B_, A2, buffers, left, right)
                 h = buffers.h[1 : right - left + 1]
-                y[left:right, at] = _inner(rows.C[left:right], h)
+                out = _inner(C_, h)
+                y_[left:right] = out if D_ is None else out.addcmul_(u_, D_)
                 for t in range(left, right):
                     if t in rows.ends:
                         (last[at] if cuts is None else last[rows.ends[t]]).copy_(
                             h[t - left] if cuts is None else h[t - left, 0]
                         )
                 buffers.h[0].copy_(h[-1])
-        if D is not None:
-            y.addcmul_(D.to(y.dtype), u.transpose(0, 1).to(y.dtype))
         ctx.save_for_backward(u, delta, A, B, C, D, state, saved)
         ctx.cuts, ctx.chunk, ctx.block = cuts, chunk, block
-        return y.transpose(0, 1).to(u.dtype).contiguous(), last.mT.contiguous()
+        return y, last.mT.contiguous()
 
     @staticmethod
     @once_differentiable
@@ -187,54 +200,55 @@ class _Chunked(torch.autograd.Function):
         batch, T, _ = u.shape
         At = A.to(dtype).mT.contiguous()
         A2, dA = At * _LOG2_E, torch.zeros_like(At)
-        du, ddelta, dB, dC = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (u, delta, B, C))
+        du, ddelta, dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta, B, C))
+        D_, dD = (None, None) if D is None else (D.to(dtype), torch.zeros_like(D, dtype=dtype))
         dlast_ = dlast.mT
         dstate = dlast_.clone(memory_format=torch.contiguous_format)
         for at in _blocks(batch, ctx.block):
-            rows = _rows(u, delta, B, C, state, cuts, at)
-            dy_ = dy[at].transpose(0, 1).to(dtype)  # (T, R, E)
+            rows, dy_t = _rows(u, delta, B, C, state, cuts, at), dy[at].transpose(0, 1)
             carry = torch.zeros_like(rows.states[0])  # what reaches the step at hand from after it
             buffers = _Buffers.like(carry, chunk)
             G_, w_ = (torch.empty_like(buffers.a) for _ in range(2))
             dA_ = torch.zeros_like(carry)
             for k in reversed(range(len(saved))):
                 left, right = k * chunk, min((k + 1) * chunk, T)
-                n = right - left
+                n, now = right - left, (at, slice(left, right))
                 a, h, G, w = buffers.a[:n], buffers.h[: n + 1], G_[:n], w_[:n]
+                u_, d, B_, C_ = rows.chunk(left, right)
+                dy_ = _dense(dy_t[left:right], dtype)
+                x = d * u_
                 h[0].copy_(saved[k, at])
-                _states(rows, A2, buffers, left, right)
-                u_, d, dy_c = rows.u[left:right], rows.delta[left:right], dy_[left:right]
-                _outer(dy_c, rows.C[left:right], G)
+                _states(rows, x, d, B_, A2, buffers, left, right)
+                _outer(dy_, C_, G)
                 for i in range(n - 1, -1, -1):
                     if left + i in rows.ends:
-                        document = rows.ends[left + i]
-                        G[i].add_(dlast_[at] if cuts is None else dlast_[document])
+                        G[i].add_(dlast_[at] if cuts is None else dlast_[rows.ends[left + i]])
                     elif i == n - 1:
                         G[i].add_(carry)
                     else:
                         G[i].addcmul_(a[i + 1], G[i + 1])
-                dC[at, left:right] = torch.mul(h[1:], dy_c.unsqueeze(2), out=w).sum(3).transpose(0, 1)
-                dB[at, left:right] = torch.mul(G, (d * u_).unsqueeze(2), out=w).sum(3).transpose(0, 1)
-                dx = _inner(rows.B[left:right], G)
+                dC[now] = _over_channels(dy_, h[1:]).to(dC.dtype)
+                dB[now] = _over_channels(x, G).to(dB.dtype)
+                dx = _inner(B_, G)
                 a.mul_(G)
-                torch.mul(a, h[:-1], out=w)
-                for i in range(n):
-                    if left + i in rows.starts:
-                        document = rows.starts[left + i]
-                        torch.mul(a[i], rows.states[document], out=w[i])
-                        dstate[at if cuts is None else slice(document, document + 1)] = a[i]
-                    dA_.addcmul_(w[i], d[i].unsqueeze(1))
                 carry.copy_(a[0])
+                torch.mul(a, h[:-1], out=w)
+                for t in range(left, right):
+                    if t in rows.starts:
+                        document = rows.starts[t]
+                        torch.mul(a[t - left], rows.states[document], out=w[t - left])
+                        dstate[at if cuts is None else slice(document, document + 1)] = a[t - left]
+                dA_ += torch.mul(w, d.unsqueeze(2), out=a).sum(0)
                 dd = w.mul_(At).sum(2)
-                ddelta[at, left:right] = dd.addcmul_(dx, u_).transpose(0, 1)
-                du[at, left:right] = dx.mul_(d).transpose(0, 1)
+                ddelta[now] = dd.addcmul_(dx, u_).transpose(0, 1)
+                dx.mul_(d)
+                if D_ is not None and dD is not None:
+                    dx.addcmul_(dy_, D_)
+                    dD += dy_.mul(u_).sum((0, 1))
+                du[now] = dx.transpose(0, 1)
             dA += dA_.sum(0)
-        dD = None
-        if D is not None:
-            du.addcmul_(D.to(dtype), dy.to(dtype))
-            dD = (dy.to(dtype) * u).sum((0, 1)).to(D.dtype)
-        grads = (du.to(u.dtype), ddelta.to(delta.dtype), dA.mT.to(A.dtype), dB.to(B.dtype), dC.to(C.dtype), dD)
-        return *grads, dstate.mT.contiguous(), None, None, None, None
+        dD = None if D is None or dD is None else dD.to(D.dtype)
+        return du, ddelta, dA.mT.to(A.dtype), dB, dC, dD, dstate.mT.contiguous(), None, None, None, None
 
 
 def _blocks(batch: int, size: int) -> list[slice]:

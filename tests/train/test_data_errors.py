@@ -12,6 +12,7 @@ from zoo.errors import UserError
 from zoo.train.data.base import DataModule
 from zoo.train.data.copying import Copying
 from zoo.train.data.hub import Hub
+from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
 from zoo.train.data.pydocs import PyDocs
 from zoo.train.data.text_files import TextFiles
@@ -112,6 +113,8 @@ SETTINGS: dict[str, tuple[Callable[..., DataModule], dict[str, Any], str]] = {
     "copying length": (Copying, {"seq_len": 20}, "2 \\* n_tokens \\+ 1 <= seq_len; got 16 tokens and length 20"),
     "copying vocabulary": (Copying, {"vocab_size": 2}, "got data.vocab_size=2"),
     "copying variant": (Copying, {"variant": "backwards"}, "selective or plain; got 'backwards'"),
+    "induction length": (InductionHeads, {"seq_len": 2}, "got data.vocab_size=16, data.seq_len=2: raise both"),
+    "induction vocabulary": (InductionHeads, {"vocab_size": 2}, "got data.vocab_size=2, data.seq_len=256"),
     "hub name": (Hub, {"name": ""}, "data.name must name a data set"),
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zoo.train.data.base import DataModule
 from zoo.train.data.copying import Copying
+from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
 from zoo.train.data.pydocs import PyDocs
 
@@ -25,6 +26,7 @@ SMALL: dict[str, Callable[..., DataModule]] = {
     "packed": lambda **kw: PyDocs(seq_len=4096, batch_size=10, packing="packed", **kw),
     "mqar": lambda **kw: MQAR(train_samples=320, **kw),
     "copying": lambda **kw: Copying(train_samples=320, **kw),
+    "induction": lambda **kw: InductionHeads(train_samples=320, **kw),
 }
 
 

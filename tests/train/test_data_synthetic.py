@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from zoo.train.data._philox import Draws, philox
 from zoo.train.data.copying import Copying
+from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
 from zoo.train.data.synthetic import TRAINING, VALIDATION, SyntheticData
 
@@ -139,10 +140,30 @@ def test_selective_copying_spreads_its_tokens() -> None:
     assert (share - 8 / 32).abs().max() < 0.04
 
 
-TASKS: list[SyntheticData] = [MQAR(seed=5), MQAR(seed=5, filler="random"), Copying(seed=5)]
+@FAST
+@given(vocab_size=st.integers(3, 20), seq_len=st.integers(3, 40), seed=st.integers(0, 2**40))
+def test_induction_heads_as_published(vocab_size: int, seq_len: int, seed: int) -> None:
+    data = InductionHeads(vocab_size=vocab_size, seq_len=seq_len, batch_size=8, seed=seed)
+    batch = data.samples(np.arange(8))
+    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+        assert tokens[-1] == vocab_size - 1
+        first = tokens.index(vocab_size - 1)
+        assert tokens.count(vocab_size - 1) == 2
+        assert targets == [-100] * (seq_len - 1) + [tokens[first + 1]]
+        assert 0 <= targets[-1] < vocab_size - 1
 
 
-@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying"])
+def test_induction_heads_ask_for_every_place_and_token_alike() -> None:
+    batch = InductionHeads(vocab_size=6, seq_len=12).samples(np.arange(8000))
+    places = (batch["tokens"] == 5).int().argmax(dim=1)
+    assert (torch.bincount(places, minlength=12)[:10] / 8000 - 1 / 10).abs().max() < 0.015
+    assert (torch.bincount(batch["targets"][:, -1], minlength=5) / 8000 - 1 / 5).abs().max() < 0.02
+
+
+TASKS: list[SyntheticData] = [MQAR(seed=5), MQAR(seed=5, filler="random"), Copying(seed=5), InductionHeads(seed=5)]
+
+
+@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying", "induction"])
 def test_a_sample_is_the_same_in_any_company(data: SyntheticData) -> None:
     numbers = np.array([3, 70, 2**33 + 1, 4, 3])
     together = data.samples(numbers)
@@ -153,7 +174,7 @@ def test_a_sample_is_the_same_in_any_company(data: SyntheticData) -> None:
     assert not torch.equal(together["tokens"][0], together["tokens"][3])
 
 
-@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying"])
+@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying", "induction"])
 def test_training_validation_and_seeds_do_not_meet(data: SyntheticData) -> None:
     def rows(seed: int, stream: int) -> set[tuple[int, ...]]:
         kwargs = {"filler": data.filler} if isinstance(data, MQAR) else {}
@@ -194,8 +215,9 @@ def test_says_what_it_is() -> None:
         MQAR(vocab_size=8192, seq_len=128, n_pairs=32, batch_size=64),
         MQAR(vocab_size=256, seq_len=128, n_pairs=8, filler="random", batch_size=64),
         Copying(seq_len=128, batch_size=64),
+        InductionHeads(seq_len=128, batch_size=64),
     ],
-    ids=["mqar", "filler", "copying"],
+    ids=["mqar", "filler", "copying", "induction"],
 )
 def test_a_batch_takes_milliseconds(data: SyntheticData) -> None:
     """64 x 128 takes 1 to 2 ms on one core; the bound is for a busy machine, and the best of many counts."""
