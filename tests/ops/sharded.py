@@ -22,7 +22,7 @@ from zoo.ops import shard
 from zoo.ops.operators import OPERATORS
 
 RANKS = 4
-HANGS_AFTER = 240  # seconds; then every process says where it stands
+HANGS_AFTER = 540  # seconds; then every process says where it stands
 
 
 def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:

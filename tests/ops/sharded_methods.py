@@ -159,7 +159,7 @@ def refuses_other_layouts(place: shard.SequenceShard) -> Errors:
 
 def checks() -> dict[str, Check]:
     made: dict[str, Check] = {}
-    affine = {name: spec for name, spec in OPERATORS.items() if spec.cp_kind == "affine"}
+    affine = {name: spec for name, spec in OPERATORS.items() if spec.cp_kind == "affine" and spec.summary}
     for (name, spec), way in itertools.product(affine.items(), WAYS):
         for layout in ["batch"] if "column" in way else LAYOUTS:
             made[f"{name}, {way}, {layout}"] = crossing(spec, way, layout)
