@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
-from zoo.ops import attention, rotary
+from zoo.ops import attention, rotary, shard
 
 
 class AttentionState(NamedTuple):
@@ -23,6 +23,9 @@ class AttentionState(NamedTuple):
 
 class Attention(nn.Module):
     """Causal softmax attention, (B, T, D) -> (B, T, D).
+
+    When time is cut across ranks (zoo.ops.shard) positions are those of the whole sequence; the state that comes back
+    holds the keys of the rank's own tokens, and none may be given: decode on one rank, after a prefill there.
 
     Args:
         d_model: D.
@@ -76,8 +79,18 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         past = None if state is None else state.length
+        place = shard.current()
+        if place is not None and state is not None:
+            raise ValueError(
+                "Attention: across ranks keys come from other ranks, and a cache would come before them on every rank; "
+                "got a state, leave it out or run outside zoo.ops.shard.use(...)"
+            )
         if self.rope_base is not None:
-            cos, sin = rotary_tables(_positions(T, past, cu_seqlens, x.device), self.head_dim, self.rope_base)
+            if place is None or (place.documents is None and cu_seqlens is not None):
+                positions = _positions(T, past, cu_seqlens, x.device)
+            else:
+                positions = shard.positions(place, T, x.device)[None]
+            cos, sin = rotary_tables(positions, self.head_dim, self.rope_base)
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if cu_seqlens is None:
             o, state = self._batch(q, k, v, state)
@@ -114,10 +127,13 @@ class Attention(nn.Module):
             documents_v.append(torch.cat([state.v[i, rows - cached[i] :], v[0, new]]))
         sizes = [len(document) for document in documents_k]
         cu_k = torch.tensor([0, *sizes], device=cu_seqlens.device).cumsum(0)
-        o = attention(
-            q, torch.cat(documents_k)[None], torch.cat(documents_v)[None],
-            window=self.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_k, backend=self.backend,
-        )  # fmt: skip
+        if shard.current() is None:
+            o = attention(
+                q, torch.cat(documents_k)[None], torch.cat(documents_v)[None],
+                window=self.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_k, backend=self.backend,
+            )  # fmt: skip
+        else:
+            o = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, backend=self.backend)
         keep = self._keep(max(sizes))
         k, v = (torch.stack([_right(document, keep) for document in d]) for d in (documents_k, documents_v))
         return o, AttentionState(k, v, state.length + cu_seqlens.diff().long())

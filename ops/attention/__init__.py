@@ -7,10 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from zoo.ops import check, dispatch, shard
+from zoo.ops import check, dispatch
 from zoo.ops.attention.blockwise import attention_blockwise
+from zoo.ops.attention.parallel import attention_across
 from zoo.ops.attention.reference import attention_reference
 from zoo.ops.attention.sdpa import attention_sdpa, builds_a_large_mask
+from zoo.ops.shard.scope import scope
 
 if dispatch.HAS_TRITON:
     from zoo.ops.attention import kernels
@@ -84,20 +86,34 @@ def attention(
             documents, key_lengths with T > 1) or has no log-sum-exp to give, and "torch" for the rest, for float64, and
             for larger heads (said once). The choice on CUDA is not timed on a device yet.
 
+    Under `zoo.ops.shard.use(...)` q, k and v are one rank's own tokens, and o and lse are of its queries over the keys
+    of all ranks, by the shard's `attention` method. Documents are then the shard's `documents`, with or without
+    `cu_seqlens`, the rank's view of them. Partial results, sums of gradients and what travels of them are float32.
+        "allgather": all keys to every rank, one call, no merge; any layout.
+        "ring": keys go round, P - 1 hops; "zigzag" and "striped" are rings over the layouts that balance causal work.
+        "ulysses": heads are shared out by all-to-alls; at least one query head a rank, key heads repeated as needed.
+        "usp": the same among `inner` neighbouring ranks, and a ring across; contiguous or zigzag.
+        "tokenring": queries go round and their answers come straight home; the better layout is zigzag.
+        "lightseq": early ranks help late ones, P // 2 + 1 steps; contiguous and causal.
+    With a window in a contiguous layout only the keys that it reaches travel, by any method that does not share out
+    heads. What each method moves is in `zoo.ops.attention.parallel`. Recomputation of activations reads (o, lse) back.
+
     Returns:
         o: (B, T, H, V), in the dtype of q. A query that sees no key gives zeros.
         lse: with return_lse, L_i = log sum_j exp(scale q_i . k_j), natural logarithm, (B, T, H), float32 (float64 for
             float64 inputs); -inf for a query that sees no key. Differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, window < 1, an unknown backend, or one that cannot run here.
+        ValueError: shapes, dtypes or devices disagree, window < 1, an unknown backend, or one that cannot run here; or
+            the shard's method cannot take these heads, layout or mask.
 
     Cost: 2 H (K + V) operations for each query and key that see each other, 2.5 times that backward; no T x S matrix is
     kept, except a mask for key_lengths with few queries. Kernels and blocks accumulate in float32.
-    Source: arXiv 1706.03762; grouped queries arXiv 2305.13245; blocks and kernels arXiv 2307.08691.
+    Source: arXiv 1706.03762; grouped queries arXiv 2305.13245; blocks and kernels arXiv 2307.08691;
+        across ranks arXiv 2310.01889 (ring), 2311.09431 (striped), 2309.14509 (ulysses), 2405.07719 (usp), 2412.20501
+        (tokenring), 2310.03294 (lightseq).
     """
     name = "attention"
-    shard.refuse(name)
     sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B S Hk K"), "v": (v, "B S Hk V")})
     _B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
     check.same_dtype(name, q=q, k=k, v=v)
@@ -111,6 +127,13 @@ def attention(
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"{name}: scale must be a finite number or None for K**-0.5; got {scale!r}")
     scale = K**-0.5 if scale is None else float(scale)
+    found = scope()
+    if found is not None and found.shard.size > 1:
+        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, found.shard.documents, backend, q)
+        o, lse = attention_across(found, q, k, v, causal, window, scale)
+        return (o, lse) if return_lse else o
+    if found is not None and found.shard.documents is not None and cu_seqlens is None:
+        cu_seqlens = torch.tensor(found.shard.documents, device=q.device)
     cuts, keys = _documents(name, sizes, causal, cu_seqlens, cu_seqlens_k, key_lengths, q.device)
     if window is not None and window >= max(S, T):
         window = None
@@ -140,6 +163,35 @@ def attention(
         outputs.append(o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return (o, sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)) if return_lse else o
+
+
+def _across_ranks(
+    name: str,
+    sizes: dict[str, int],
+    cu_seqlens: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_lengths: Tensor | None,
+    documents: tuple[int, ...] | None,
+    backend: str,
+    q: Tensor,
+) -> None:
+    """Refuse what a sequence that is cut across ranks cannot have."""
+    T, S = sizes["T"], sizes["S"]
+    if T != S or cu_seqlens_k is not None or key_lengths is not None:
+        given = ["cu_seqlens_k"] * (cu_seqlens_k is not None) + ["key_lengths"] * (key_lengths is not None)
+        raise ValueError(
+            f"{name}: across ranks every rank gives the keys of its own queries and no others; got "
+            f"{', '.join([f'T = {T}, S = {S}', *given])}, run cached decoding outside zoo.ops.shard.use(...)"
+        )
+    if cu_seqlens is not None and documents is None:
+        raise ValueError(
+            f"{name}: documents that cross ranks are bounded in the whole stream, and cu_seqlens is one rank's view; "
+            "give SequenceShard documents"
+        )
+    if dispatch.resolve(name, backend, q) != "torch":
+        if backend != "auto":
+            raise ValueError(f"{name}: blocks across ranks run in plain torch; got backend {backend!r}, use 'auto'")
+        dispatch.say_once(f"{name}: blocks across ranks run in plain torch, on this CUDA device as well")
 
 
 def _slices(cuts: tuple[int, ...] | None, keys: tuple[int, ...] | None) -> list[tuple[slice, slice]]:

@@ -25,7 +25,7 @@ def attention_blockwise(
     return o, lse
 
 
-class _Blocks:
+class Blocks:
     """The scores of one call, a block at a time: inputs with heads in front, in the dtype that sums are made in."""
 
     def __init__(
@@ -90,37 +90,68 @@ class _Blocks:
         return s
 
 
+def attend(at: Blocks, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """o (B, T, H, V) in `dtype`, and m and log l (B, T, H) in the dtype of sums; blind rows have m = +inf."""
+    o = at.q.new_empty(at.B, at.T, at.H, at.V, dtype=dtype)
+    m, log_l = (at.q.new_empty(at.B, at.T, at.H, dtype=at.dtype) for _ in range(2))
+    for left, right in at.queries():
+        b_q = at.rows(at.q, left, right) * at.scale
+        b_m = b_q.new_full((*b_q.shape[:3], 1), float("-inf"))
+        b_l, b_o = torch.zeros_like(b_m), b_q.new_zeros(*b_q.shape[:3], at.V)
+        for i, (begin, end) in enumerate(at.keys(left, right)):
+            s = at.scores(b_q, left, right, begin, end)
+            largest = torch.maximum(b_m, s.amax(-1, keepdim=True))
+            safe = largest.masked_fill(largest == float("-inf"), 0.0)
+            p = s.sub_(safe).exp_()
+            if i:
+                r = (b_m - safe).exp_()
+                b_l.mul_(r)
+                b_o.mul_(r)
+            b_l += p.sum(-1, keepdim=True)
+            b_o += p @ at.v[:, :, begin:end]
+            b_m = largest
+        blind = b_l == 0
+        b_l.masked_fill_(blind, 1.0)
+        queries = right - left
+        o[:, left:right] = at.back(b_o.div_(b_l), queries)
+        m[:, left:right] = at.back(b_m.masked_fill(blind, float("inf")), queries).squeeze(-1)
+        log_l[:, left:right] = at.back(b_l.log(), queries).squeeze(-1)
+    return o, m, log_l
+
+
+def gradients(
+    at: Blocks, do: Tensor, D: Tensor, m: Tensor, log_l: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, T, H, K) in `dtype`, dk and dv (B, S, Hk, K or V) in the dtype of sums.
+
+    D: sum of do * o less the gradient of the log-sum-exp, 0 in blind rows. m and log l as `attend` gives them; one of
+    both is enough where it is the log-sum-exp.
+    """
+    dq = at.q.new_empty(at.q.shape, dtype=dtype)
+    dk, dv = torch.zeros_like(at.k), torch.zeros_like(at.v)
+    for left, right in at.queries():
+        b_q, b_do = at.rows(at.q, left, right) * at.scale, at.rows(do, left, right)
+        b_m, b_D = (at.rows(x.unsqueeze(-1), left, right) for x in (m, D))
+        b_l = None if log_l is None else at.rows(log_l.unsqueeze(-1), left, right)
+        b_dq = torch.zeros_like(b_q)
+        for begin, end in at.keys(left, right):
+            s = at.scores(b_q, left, right, begin, end).sub_(b_m)
+            p = (s if b_l is None else s.sub_(b_l)).exp_()
+            dv[:, :, begin:end] += p.mT @ b_do
+            ds = (b_do @ at.v[:, :, begin:end].mT).sub_(b_D).mul_(p)
+            b_dq += ds @ at.k[:, :, begin:end]
+            dk[:, :, begin:end] += ds.mT @ b_q
+        dq[:, left:right] = at.back(b_dq.mul_(at.scale), right - left)
+    return dq, dk.transpose(1, 2), dv.transpose(1, 2)
+
+
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, window: int | None,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        at = _Blocks(q, k, v, key_lengths, causal, window, scale)
-        o = q.new_empty(at.B, at.T, at.H, at.V)
-        m, log_l = (q.new_empty(at.B, at.T, at.H, dtype=at.dtype) for _ in range(2))
-        for left, right in at.queries():
-            b_q = at.rows(q, left, right) * scale
-            b_m = b_q.new_full((*b_q.shape[:3], 1), float("-inf"))
-            b_l, b_o = torch.zeros_like(b_m), b_q.new_zeros(*b_q.shape[:3], at.V)
-            for i, (begin, end) in enumerate(at.keys(left, right)):
-                s = at.scores(b_q, left, right, begin, end)
-                largest = torch.maximum(b_m, s.amax(-1, keepdim=True))
-                safe = largest.masked_fill(largest == float("-inf"), 0.0)
-                p = s.sub_(safe).exp_()
-                if i:
-                    r = (b_m - safe).exp_()
-                    b_l.mul_(r)
-                    b_o.mul_(r)
-                b_l += p.sum(-1, keepdim=True)
-                b_o += p @ at.v[:, :, begin:end]
-                b_m = largest
-            blind = b_l == 0
-            b_l.masked_fill_(blind, 1.0)
-            queries = right - left
-            o[:, left:right] = at.back(b_o.div_(b_l), queries)
-            m[:, left:right] = at.back(b_m.masked_fill(blind, float("inf")), queries).squeeze(-1)
-            log_l[:, left:right] = at.back(b_l.log(), queries).squeeze(-1)
+        o, m, log_l = attend(Blocks(q, k, v, key_lengths, causal, window, scale), q.dtype)
         lse = (m + log_l).masked_fill_(m == float("inf"), float("-inf"))
         ctx.save_for_backward(q, k, v, key_lengths, o, m, log_l)
         ctx.masks = causal, window, scale
@@ -131,19 +162,8 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_lengths, o, m, log_l = ctx.saved_tensors
-        at = _Blocks(q, k, v, key_lengths, *ctx.masks)
+        at = Blocks(q, k, v, key_lengths, *ctx.masks)
         D = (do.to(at.dtype) * o.to(at.dtype)).sum(-1) - dlse.to(at.dtype)  # (B, T, H)
         D = D.masked_fill(m == float("inf"), 0.0)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(at.k), torch.zeros_like(at.v)
-        for left, right in at.queries():
-            b_q, b_do = at.rows(q, left, right) * at.scale, at.rows(do, left, right)
-            b_m, b_l, b_D = (at.rows(x.unsqueeze(-1), left, right) for x in (m, log_l, D))
-            b_dq = torch.zeros_like(b_q)
-            for begin, end in at.keys(left, right):
-                p = at.scores(b_q, left, right, begin, end).sub_(b_m).sub_(b_l).exp_()
-                dv[:, :, begin:end] += p.mT @ b_do
-                ds = (b_do @ at.v[:, :, begin:end].mT).sub_(b_D).mul_(p)
-                b_dq += ds @ at.k[:, :, begin:end]
-                dk[:, :, begin:end] += ds.mT @ b_q
-            dq[:, left:right] = at.back(b_dq.mul_(at.scale), right - left)
-        return dq, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None, None, None
+        dq, dk, dv = gradients(at, do, D, m, log_l, q.dtype)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None

@@ -74,20 +74,50 @@ def receive(shard: SequenceShard, like: Tensor, peer: int) -> Pending:
     return Pending("receive", x, dist.irecv(x, group=shard.group, group_src=peer))
 
 
+class Meeting:
+    """Messages under way to and from several ranks; `wait` completes them and may be called once."""
+
+    def __init__(self, sends: Sequence[Tensor], receives: dict[int, list[Tensor]], work: Sequence[Any]):
+        self._sends, self._receives, self._work = sends, receives, work  # tensors must live until they are through
+
+    def wait(self) -> dict[int, list[Tensor]]:
+        """{rank: what came from there}."""
+        for request in self._work:
+            request.wait()
+        for x in self._sends:
+            _tell("send", x.nbytes, 0)
+        for tensors in self._receives.values():
+            for x in tensors:
+                _tell("receive", 0, x.nbytes)
+        return self._receives
+
+
+def meet(
+    shard: SequenceShard, sends: Mapping[int, Sequence[Tensor]], receives: Mapping[int, Sequence[Tensor]]
+) -> Meeting:
+    """Start to send tensors to some ranks and to receive from some at once: {rank: tensors like what comes} in.
+
+    All ranks must meet in the same order, each message's two ends in the same meeting; empty tensors do not travel.
+    """
+    out = {peer: [x.contiguous() for x in tensors] for peer, tensors in sorted(sends.items())}
+    back = {
+        peer: [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+        for peer, tensors in sorted(receives.items())
+    }
+    work = [
+        dist.P2POp(action, x, group=shard.group, group_peer=peer)
+        for action, messages in ((dist.isend, out), (dist.irecv, back))
+        for peer, tensors in messages.items()
+        for x in tensors
+        if x.numel()
+    ]
+    return Meeting([x for tensors in out.values() for x in tensors], back, dist.batch_isend_irecv(work) if work else [])
+
+
 def swap(shard: SequenceShard, sends: Mapping[int, Tensor], receives: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Send to some ranks and receive from some at once: {rank: tensor} out, {rank: tensor like what comes} in."""
-    out = {peer: x.contiguous() for peer, x in sends.items()}
-    back = {peer: torch.empty_like(x, memory_format=torch.contiguous_format) for peer, x in receives.items()}
-    work = [dist.P2POp(dist.isend, x, group=shard.group, group_peer=peer) for peer, x in sorted(out.items())]
-    work += [dist.P2POp(dist.irecv, x, group=shard.group, group_peer=peer) for peer, x in sorted(back.items())]
-    if work:
-        for request in dist.batch_isend_irecv(work):
-            request.wait()
-    for x in out.values():
-        _tell("send", x.nbytes, 0)
-    for x in back.values():
-        _tell("receive", 0, x.nbytes)
-    return back
+    meeting = meet(shard, {peer: [x] for peer, x in sends.items()}, {peer: [x] for peer, x in receives.items()})
+    return {peer: x for peer, (x,) in meeting.wait().items()}
 
 
 def all_gather(shard: SequenceShard, x: Tensor) -> list[Tensor]:

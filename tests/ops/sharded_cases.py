@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import zoo
-from zoo.ops import attention, shard
+from zoo.ops import shard
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes, relative_error
 
 LENGTH = 41  # no multiple of 2, 3 or 4: stretches are uneven
@@ -142,11 +142,9 @@ def recomputation_sends_nothing(place: shard.SequenceShard) -> Errors:
 
 def refusals(place: shard.SequenceShard) -> Errors:
     """What cannot be cut says so."""
-    x = torch.zeros(1, 4, 1, 2)
     net = zoo.create_model("deltanet", d_model=16, n_layers=1, vocab_size=11)
     silent = 0
     for call in (
-        lambda: attention(x, x, x),
         lambda: net(torch.zeros(1, 4, dtype=torch.long), mask=torch.ones(1, 4)),
         lambda: shard.SequenceShard(place.group, method="pigeon"),
     ):

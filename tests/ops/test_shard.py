@@ -17,10 +17,11 @@ from zoo.ops.proof import relative_error
 
 
 @pytest.mark.slow
-def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suite", ["operators", "attention"])
+def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path)],
+        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), suite],
         capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
