@@ -24,8 +24,8 @@ class AttentionState(NamedTuple):
 class Attention(nn.Module):
     """Causal softmax attention, (B, T, D) -> (B, T, D).
 
-    When time is cut across ranks (zoo.ops.shard) positions are those of the whole sequence. The state that comes back is
-    the cache of the rank's own tokens, and none may be given: decode on one rank, after a prefill there.
+    When time is cut across ranks (zoo.ops.shard) positions are those of the whole sequence; the state that comes back
+    holds the keys of the rank's own tokens, and none may be given: decode on one rank, after a prefill there.
 
     Args:
         d_model: D.

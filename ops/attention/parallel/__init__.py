@@ -122,7 +122,9 @@ class _Across(torch.autograd.Function):
 
         o, lse = found.arrivals(attend, 2)
         ctx.crossing, ctx.dtypes = crossing, (q.dtype, k.dtype, v.dtype)
-        ctx.save_for_backward(o, lse, *(crossing.kept or (q, k, v)))
+        # what is recomputed must save what was saved, and a recomputation has nothing that was kept
+        again = bool(found.records) or found.replay is not None
+        ctx.save_for_backward(o, lse, *((q, k, v) if again or not crossing.kept else crossing.kept))
         crossing.kept = ()
         return o, lse
 
