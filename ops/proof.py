@@ -49,6 +49,7 @@ class OperatorSpec:
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
+        library: () -> the name of an optional package whose kernels "auto" prefers on CUDA, when it works here, or "".
     """
 
     name: str
@@ -63,6 +64,7 @@ class OperatorSpec:
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False
+    library: Callable[[], str] = str  # none
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0

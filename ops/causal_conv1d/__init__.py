@@ -5,6 +5,7 @@ from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Tail
+from zoo.ops.causal_conv1d import external
 from zoo.ops.causal_conv1d.reference import causal_conv1d_reference
 from zoo.ops.causal_conv1d.shifted import causal_conv1d_shifted, causal_conv1d_step
 from zoo.ops.chunks import chunk_table
@@ -37,7 +38,8 @@ def causal_conv1d(
             documents (n, W - 1, D).
         activation: None or "silu", applied to the sum.
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; taps never cross a border.
-        backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
+        backend: "auto" (on CUDA the package causal-conv1d where it is installed and takes the call, else Triton;
+            elsewhere torch), "triton", "torch" or "reference".
 
     Returns:
         y: (B, T, D), in the dtype of x.
@@ -57,6 +59,7 @@ def causal_conv1d(
     check.same_dtype(name, x=x, weight=weight, bias=bias)
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
     n = B if cuts is None else len(cuts) - 1
+    with_state = state is not None or shard.current() is not None
     if state is None:
         state = x.new_zeros(n, W - 1, D)
     check.shapes(name, {"state": (state, "N W-1 D"), "x": (x, "B T D")}, **{"N": n, "W-1": W - 1, "D": D})
@@ -65,6 +68,9 @@ def causal_conv1d(
         (last,) = last_document(cuts, x)
         state = shard.halo(Tail.of(last, W - 1), state, n > B)
 
+    if backend == "auto" and external.serves(x, W, packed=cuts is not None, with_state=with_state):
+        y = external.causal_conv1d_external(x, weight, bias, state if with_state else None, activation, cuts)
+        return y, _tail(x, state, cuts)
     chosen = dispatch.resolve(name, backend, x)
     if chosen == "reference" and T:
         return each_document(

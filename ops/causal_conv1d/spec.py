@@ -2,7 +2,7 @@
 
 import torch
 
-from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
+from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary, external
 from zoo.ops.proof import Inputs, OperatorSpec, Sizes, randn
 
 
@@ -26,5 +26,6 @@ SPECS = (
         extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
         cp_kind="halo",
         summary=lambda i, cu: causal_conv1d_summary(i["x"], i["weight"].shape[1], cu_seqlens=cu),
+        library=lambda: external.PACKAGE if external.available() else "",
     ),
 )

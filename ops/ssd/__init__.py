@@ -5,11 +5,13 @@ from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Diagonal
+from zoo.ops.chunks import chunk_table
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.ssd.chunked import ssd_chunked, ssd_step
 from zoo.ops.ssd.reference import ssd_reference
 
-BACKENDS = ("auto", "torch", "reference")
+if dispatch.HAS_TRITON:
+    from zoo.ops.ssd import kernels
 
 
 @dispatch.keeps_its_precision
@@ -38,7 +40,8 @@ def ssd(
         D: weight of the input on the output, (H,), or None.
         state: the memory before the first token, (B, H, N, P); zeros when omitted. With packed documents (n, H, N, P).
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
-        backend: "auto" or "torch", or "reference".
+        backend: "auto" (Triton on CUDA; torch elsewhere, for float64 and for a single token), "triton", "torch" or
+            "reference".
 
     Returns:
         y: (B, T, H, P), in the dtype of x.
@@ -61,15 +64,20 @@ def ssd(
         state = torch.zeros(n, H, N, P, dtype=dtype, device=x.device)
     check.shapes(name, {"state": (state, "n H N P"), "x": (x, "B T H P")}, n=n, H=H, N=N, P=P)
     state = state.to(dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"{name}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if backend == "triton" and dtype == torch.float64:
+        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     if shard.current() is not None:
         own = last_document(cuts, x, dt, B)
         state = shard.incoming_state(_element(*own, A=A, dtype=dtype), state, n > batch)
-    if backend == "reference" and T:
+
+    chosen = dispatch.resolve(name, backend, x)
+    if chosen == "reference" and T:
         return each_document(lambda x, dt, B, C, S: ssd_reference(x, dt, A, B, C, D, S), cuts, (x, dt, B, C), state)
-    if T == 1 and cuts is None:
+    if T == 1 and cuts is None and backend != "triton":
         return ssd_step(x, dt, A, B, C, D, state)
+    if chosen == "triton" and T and x.dtype != torch.float64:
+        begin, end, _, offsets = chunk_table(batch, T, kernels.CHUNK, cuts, x.device)
+        return kernels.ssd_fwd(x, dt, A, B, C, D, state, begin, end, offsets)
     return ssd_chunked(x, dt, A, B, C, D, state, cuts)
 
 

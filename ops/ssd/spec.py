@@ -39,6 +39,5 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: ssd_summary(i["x"], i["dt"], i["A"], i["B"], cu_seqlens=cu),
-        forms=("torch",),
     ),
 )

@@ -13,6 +13,7 @@ from rich.table import Table
 import zoo
 from zoo.errors import UsageError
 from zoo.ops import dispatch
+from zoo.ops.causal_conv1d import external
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import OperatorSpec, parity, red
 
@@ -29,6 +30,7 @@ def doctor_command(device: str | None) -> int:
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     out.print(f"zoo {zoo.__version__}, Python {platform.python_version()}, {platform.platform()}")
     out.print(_versions(), soft_wrap=True)
+    out.print(external.status(), soft_wrap=True, markup=False)
     for place in devices():
         out.print(f"device {place}: {_describe(place)}")
     return 0 if _report(out, places) else 1
@@ -70,6 +72,14 @@ def cases(device: torch.device) -> list[tuple[str, torch.dtype]]:
     return [(form, dtype) for form in forms for dtype in (torch.float64, torch.float32)]
 
 
+def form_cases(spec: OperatorSpec, device: torch.device) -> list[tuple[str, torch.dtype]]:
+    """Those that the operator has; where "auto" hands CUDA tensors to an optional package, that too."""
+    found = [case for case in cases(device) if case[0] in spec.forms]
+    if device.type == "cuda" and spec.library():
+        found += [("auto", torch.float32), ("auto", torch.bfloat16)]
+    return found
+
+
 def _report(out: Console, places: list[torch.device]) -> bool:
     table = Table(
         "operator", "device", "runs by default", "checked", "dtype", "worst error", "", box=None, pad_edge=False
@@ -80,7 +90,9 @@ def _report(out: Console, places: list[torch.device]) -> bool:
             runs = (
                 dispatch.resolve(spec.name, "auto", torch.empty(0, device=place)) if "triton" in spec.forms else "torch"
             )
-            for backend, dtype in (case for case in cases(place) if case[0] in spec.forms):
+            if place.type == "cuda":
+                runs = spec.library() or runs
+            for backend, dtype in form_cases(spec, place):
                 with warnings.catch_warnings(record=True) as said:
                     warnings.simplefilter("always")
                     worst, error, wrong = check(spec, backend, dtype, place)
