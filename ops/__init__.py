@@ -5,6 +5,7 @@ from zoo.ops.attention import attention
 from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
+from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d_summary",
     "delta_rule",
     "delta_rule_summary",
+    "fft_convolution",
     "gated_linear_attention",
     "gated_linear_attention_summary",
     "gated_rms_norm",

@@ -5,6 +5,7 @@ from zoo.ops.attention.spec import SPECS as ATTENTION
 from zoo.ops.block_affine_scan.spec import SPECS as BLOCK_AFFINE_SCAN
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
+from zoo.ops.fft_convolution.spec import SPECS as FFT_CONVOLUTION
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
 from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from zoo.ops.proof import OperatorSpec
@@ -24,6 +25,7 @@ OPERATORS: dict[str, OperatorSpec] = {
         AFFINE_SCAN,
         BLOCK_AFFINE_SCAN,
         SELECTIVE_SCAN,
+        FFT_CONVOLUTION,
         ATTENTION,
         RMS_NORM,
         SWIGLU,
