@@ -10,6 +10,7 @@ from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
+from zoo.ops.s4 import s4, s4_summary, s4d, s4d_summary
 from zoo.ops.selective_scan import selective_scan, selective_scan_summary
 from zoo.ops.ssd import ssd, ssd_summary
 from zoo.ops.swiglu import swiglu
@@ -31,6 +32,10 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
+    "s4",
+    "s4_summary",
+    "s4d",
+    "s4d_summary",
     "selective_scan",
     "selective_scan_summary",
     "ssd",

@@ -11,6 +11,7 @@ from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
 from zoo.ops.proof import OperatorSpec
 from zoo.ops.rms_norm.spec import SPECS as RMS_NORM
 from zoo.ops.rotary.spec import SPECS as ROTARY
+from zoo.ops.s4.spec import SPECS as S4
 from zoo.ops.selective_scan.spec import SPECS as SELECTIVE_SCAN
 from zoo.ops.ssd.spec import SPECS as SSD
 from zoo.ops.swiglu.spec import SPECS as SWIGLU
@@ -26,6 +27,7 @@ OPERATORS: dict[str, OperatorSpec] = {
         BLOCK_AFFINE_SCAN,
         SELECTIVE_SCAN,
         FFT_CONVOLUTION,
+        S4,
         ATTENTION,
         RMS_NORM,
         SWIGLU,

@@ -42,7 +42,10 @@ DEFAULT = {"cpu": ("float32", _sizes(2, 2048, 4, 64)), "cuda": ("bfloat16", _siz
 # Sizes that a set does not speak of, or that mean something else for one operator.
 OWN_SIZES: Mapping[str, Sizes] = {
     "causal_conv1d": {"W": 4},
+    "fft_convolution": {"L": 16384},
     "linear_cross_entropy": {"D": 512, "V": 50_000},
+    "s4": {"H": 256, "N": 32},  # channels, and half of the state
+    "s4d": {"H": 256, "N": 32},
     "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's
 }
 
