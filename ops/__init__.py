@@ -4,6 +4,7 @@ from zoo.ops.affine_scan import affine_scan, affine_scan_summary
 from zoo.ops.attention import attention
 from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
+from zoo.ops.complex_affine_scan import complex_affine_scan, complex_affine_scan_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
@@ -23,6 +24,8 @@ __all__ = [
     "block_affine_scan_summary",
     "causal_conv1d",
     "causal_conv1d_summary",
+    "complex_affine_scan",
+    "complex_affine_scan_summary",
     "delta_rule",
     "delta_rule_summary",
     "fft_convolution",

@@ -4,6 +4,7 @@ from zoo.ops.affine_scan.spec import SPECS as AFFINE_SCAN
 from zoo.ops.attention.spec import SPECS as ATTENTION
 from zoo.ops.block_affine_scan.spec import SPECS as BLOCK_AFFINE_SCAN
 from zoo.ops.causal_conv1d.spec import SPECS as CAUSAL_CONV1D
+from zoo.ops.complex_affine_scan.spec import SPECS as COMPLEX_AFFINE_SCAN
 from zoo.ops.delta_rule.spec import SPECS as DELTA_RULE
 from zoo.ops.fft_convolution.spec import SPECS as FFT_CONVOLUTION
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
@@ -25,6 +26,7 @@ OPERATORS: dict[str, OperatorSpec] = {
         SSD,
         AFFINE_SCAN,
         BLOCK_AFFINE_SCAN,
+        COMPLEX_AFFINE_SCAN,
         SELECTIVE_SCAN,
         FFT_CONVOLUTION,
         S4,

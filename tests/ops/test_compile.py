@@ -25,7 +25,7 @@ def test_every_kernel_fits(target: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     for kernel in (
         "causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_", " affine_", "block_affine_", "selective_",
-        "vandermonde_",
+        "vandermonde_", "complex_affine_",
     ):  # fmt: skip
         assert kernel in done.stdout
 
