@@ -69,6 +69,8 @@ class SequenceModel(nn.Module):
 
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.blocks = nn.ModuleList(Block(d, mixer(i), feed_forward(), norm_eps=eps) for i in range(config.n_layers))
+        if any(getattr(own, "bidirectional", False) for own in self._mixers()):
+            raise ValueError("a bidirectional mixer sees the future and cannot be part of a causal model; leave it out")
         self.norm = RMSNorm(d, eps=eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_embeddings:

@@ -19,6 +19,8 @@ from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
+from zoo.layers.mixers.s4 import S4
+from zoo.layers.mixers.s5 import S5
 
 MixerMaker = Callable[..., nn.Module]  # (d_model, **options) -> mixer
 
@@ -30,6 +32,8 @@ MIXERS: dict[str, MixerMaker] = {
     "hydra": Hydra,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "s4": S4,
+    "s5": S5,
 }
 _ITEM = re.compile(r"\s*(?P<name>[a-z_][a-z0-9_]*)\s*(?:\((?P<options>[^()]*)\))?\s*(?:\*\s*(?P<count>\d+))?\s*")
 

@@ -4,13 +4,16 @@ from zoo.ops.affine_scan import affine_scan, affine_scan_summary
 from zoo.ops.attention import attention
 from zoo.ops.block_affine_scan import block_affine_scan, block_affine_scan_summary
 from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
+from zoo.ops.complex_affine_scan import complex_affine_scan, complex_affine_scan_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.depthwise_conv1d import depthwise_conv1d
+from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
 from zoo.ops.quasiseparable import quasiseparable
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
+from zoo.ops.s4 import s4, s4_summary, s4d, s4d_summary
 from zoo.ops.selective_scan import selective_scan, selective_scan_summary
 from zoo.ops.ssd import ssd, ssd_summary
 from zoo.ops.swiglu import swiglu
@@ -23,9 +26,12 @@ __all__ = [
     "block_affine_scan_summary",
     "causal_conv1d",
     "causal_conv1d_summary",
+    "complex_affine_scan",
+    "complex_affine_scan_summary",
     "delta_rule",
     "delta_rule_summary",
     "depthwise_conv1d",
+    "fft_convolution",
     "gated_linear_attention",
     "gated_linear_attention_summary",
     "gated_rms_norm",
@@ -33,6 +39,10 @@ __all__ = [
     "quasiseparable",
     "rms_norm",
     "rotary",
+    "s4",
+    "s4_summary",
+    "s4d",
+    "s4d_summary",
     "selective_scan",
     "selective_scan_summary",
     "ssd",

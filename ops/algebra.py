@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
+from zoo.ops.pairs import as_complex, as_pairs
+
 
 class Element(Protocol):
     """What all kinds share. `then` takes an element of the same kind."""
@@ -165,7 +167,32 @@ class Block2x2(NamedTuple):
         return [Block2x2(*part) for part in parts]
 
 
-Affine = Elementwise | Diagonal | Matrix | Block2x2
+class ComplexElementwise(NamedTuple):
+    """h -> a * h + b with complex numbers as pairs (..., 2) of real ones; a may be broadcast to the state's shape."""
+
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def identity(cls, state: Tensor) -> "ComplexElementwise":
+        return cls(as_pairs(torch.ones_like(as_complex(state))), torch.zeros_like(state))
+
+    def then(self, second: "ComplexElementwise", /) -> "ComplexElementwise":
+        return ComplexElementwise(
+            as_pairs(as_complex(second.a) * as_complex(self.a)), second.apply(self.b)
+        )  # fmt: skip
+
+    def apply(self, state: Tensor) -> Tensor:
+        return as_pairs(as_complex(self.a) * as_complex(state)) + self.b
+
+    def transposed(self, b: Tensor) -> "ComplexElementwise":
+        return ComplexElementwise(torch.stack([self.a[..., 0], -self.a[..., 1]], dim=-1), b)
+
+    def reset_to(self, value: Tensor) -> "ComplexElementwise":
+        return ComplexElementwise(torch.zeros_like(self.a), value)
+
+
+Affine = Elementwise | Diagonal | Matrix | Block2x2 | ComplexElementwise
 
 
 class LogSumExp(NamedTuple):

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zoo.errors import UserError
 
-__all__ = ["AdamW", "Limits", "learning_rate_factor", "parameter_groups"]
+__all__ = ["AdamW", "Limits", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,21 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
     return groups
 
 
+def learning_rate_limits(model: nn.Module) -> dict[int, float]:
+    """id of a parameter -> the learning rate that it must not exceed.
+
+    A module says so by `max_learning_rates`, a mapping from names of its own parameters: decay rates and step sizes of
+    state spaces stand in exponents and want smaller steps than matrices.
+    """
+    limits: dict[int, float] = {}
+    for module in model.modules():
+        for name, limit in getattr(module, "max_learning_rates", {}).items():
+            parameter = getattr(module, name)
+            if parameter is not None:
+                limits[id(parameter)] = limit
+    return limits
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
     """AdamW with weight decay on matrices only, linear warm-up and a cosine to a floor.
@@ -97,17 +113,25 @@ class AdamW:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser for `model`; fused, so that a step can be skipped on the device without asking the host."""
-        groups = parameter_groups(model)
-        return torch.optim.AdamW(
-            [
-                {"params": [p for _, p in groups["decay"]], "weight_decay": self.weight_decay},
-                {"params": [p for _, p in groups["no_decay"]], "weight_decay": 0.0},
-            ],
+        limits = learning_rate_limits(model)
+        decay = {"decay": self.weight_decay, "no_decay": 0.0}
+        groups: list[dict[str, Any]] = []
+        for kind, members in parameter_groups(model).items():
+            by_scale: dict[float, list[nn.Parameter]] = {1.0: []}
+            for _, p in members:
+                by_scale.setdefault(min(1.0, limits.get(id(p), self.lr) / self.lr), []).append(p)
+            groups += [
+                {"params": params, "weight_decay": decay[kind], "lr_scale": scale} for scale, params in by_scale.items()
+            ]
+        optimizer = torch.optim.AdamW(
+            groups,
             lr=self.lr,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             fused=True,
         )
+        set_lr(optimizer, self.lr)
+        return optimizer
 
     def lr_at(self, step: int, progress: float) -> float:
         """The learning rate of the update that follows `step` updates."""
@@ -117,9 +141,9 @@ class AdamW:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group of the optimiser this learning rate."""
+    """Give every group of the optimiser this learning rate, times the group's own `lr_scale`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -33,7 +33,7 @@ def affine_scan_two_level(
     """The recurrence over all documents at once, computed in the dtype of `state`.
 
     Args:
-        a, b: (B, T, D); state: (B, D), or (n, D) with the borders `cuts` of packed documents.
+        a, b: (B, T, D), real or complex; state: (B, D), or (n, D) with the borders `cuts` of packed documents.
         chunks: P, how many chunks are walked side by side; chosen by size when omitted.
     """
     if cuts is None:
@@ -122,7 +122,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        a, h, state = ctx.saved_tensors
+        a, h, state = (x.conj().resolve_conj() for x in ctx.saved_tensors)  # of complex numbers; nothing for real ones
         if not h.shape[1]:
             return torch.zeros_like(a), torch.zeros_like(h), dlast, None
         d = dh.to(state.dtype, copy=True, memory_format=torch.contiguous_format)

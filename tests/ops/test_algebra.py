@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.ops import algebra
-from zoo.ops.algebra import Block2x2, Diagonal, Elementwise, LogSumExp, Matrix, Tail
+from zoo.ops.algebra import Block2x2, ComplexElementwise, Diagonal, Elementwise, LogSumExp, Matrix, Tail
 
 Make = Callable[[torch.Generator], Any]
 
@@ -38,10 +38,11 @@ KINDS: dict[str, tuple[Make, Make]] = {
     "diagonal": (lambda r: Diagonal(decay(r, 2, 3), randn(r, 2, 3, 4)), lambda r: randn(r, 2, 3, 4)),
     "matrix": (lambda r: Matrix(randn(r, 2, 3, 3) / 2, randn(r, 2, 3, 4)), lambda r: randn(r, 2, 3, 4)),
     "block": (lambda r: Block2x2(randn(r, 3, 2, 2) / 2, randn(r, 3, 2)), lambda r: randn(r, 3, 2)),
+    "complex": (lambda r: ComplexElementwise(randn(r, 2, 3, 2), randn(r, 2, 3, 2)), lambda r: randn(r, 2, 3, 2)),
     "log-sum-exp": (score, score),
     "tail": (lambda r: Tail(randn(r, 2, 1, 3), 4), lambda r: randn(r, 2, 4, 3)),
 }
-AFFINE = ("elementwise", "diagonal", "matrix", "block")
+AFFINE = ("elementwise", "diagonal", "matrix", "block", "complex")
 
 
 def tensors(value: Any) -> list[Tensor]:

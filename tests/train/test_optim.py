@@ -2,13 +2,14 @@
 
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.train.optim import AdamW, Limits, learning_rate_factor, parameter_groups
+from zoo.train.optim import AdamW, Limits, learning_rate_factor, parameter_groups, set_lr
 from zoo.train.trainer import DEFAULT_SECONDS, DEFAULT_STEPS, TrainerConfig
 
 
@@ -47,6 +48,35 @@ def test_decay_alone_shrinks_only_the_decay_group() -> None:
     for name, p in model.named_parameters():
         factor = 1 - 0.1 * 0.5 if name in ("embedding.weight", "proj.weight", "unmarked.weight") else 1.0
         torch.testing.assert_close(p.detach(), before[name] * factor)
+
+
+class Slow(nn.Module):
+    max_learning_rates: ClassVar = {"rate": 1e-3, "other": 1.0, "absent": 1e-3}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate, self.other = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+        self.proj = nn.Linear(2, 2, bias=False)
+        self.absent = None
+
+
+@pytest.mark.parametrize(("lr", "own"), [(1e-2, 1e-3), (1e-4, 1e-4)])
+def test_a_module_limits_the_learning_rate_of_its_parameters(lr: float, own: float) -> None:
+    """At the peak, along the schedule, and only downwards."""
+    model = Slow()
+    optimizer = AdamW(lr=lr).build(model)
+
+    def rates() -> dict[str, float]:
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+    assert rates() == pytest.approx({"rate": own, "other": lr, "proj.weight": lr})
+    set_lr(optimizer, lr / 2)
+    assert rates() == pytest.approx({"rate": own / 2, "other": lr / 2, "proj.weight": lr / 2})
+    saved = optimizer.state_dict()
+    optimizer = AdamW(lr=lr).build(model)
+    optimizer.load_state_dict(saved)
+    assert rates()["rate"] == pytest.approx(own / 2)
 
 
 def test_schedule_warms_up_and_ends_at_its_floor() -> None:

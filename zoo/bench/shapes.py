@@ -45,6 +45,9 @@ OWN_SIZES: Mapping[str, Sizes] = {
     "depthwise_conv1d": {"W": 7},  # Hydra's
     "linear_cross_entropy": {"D": 512, "V": 50_000},
     "quasiseparable": {"P": 64, "G": 1, "N": 64},  # Hydra's
+    "fft_convolution": {"L": 16384},
+    "s4": {"H": 256, "N": 32},  # channels, and half of the state
+    "s4d": {"H": 256, "N": 32},
     "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's
 }
 

@@ -1,0 +1,50 @@
+"""S4 and S4D as language models: time-invariant state spaces, one per channel."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from zoo.layers import S4, SequenceConfig, SequenceModel, layer_mixers
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class S4Config(SequenceConfig):
+    hidden_size: int | None = 0
+    d_state: int = 64
+    mode: str = "diag"  # diag: S4D; dplr: S4
+    init: str | None = None  # legs, lin, inv or real; None: lin for diag, legs for dplr
+    rule: str | None = None  # zoh or bilinear; None: zoh for diag, bilinear for dplr
+    n_ssm: int | None = None  # None: every channel has its own A and B
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dropout: float = 0.0
+    ssm_lr: float | None = 1e-3  # A, B, P and dt learn no faster than this
+
+
+@register(
+    "s4",
+    config=S4Config,
+    sizes={
+        "tiny": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True},
+        "tiny-dplr": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True, "mode": "dplr", "n_ssm": 1},
+    },
+    tags=("causal", "recurrent", "ssm"),
+    paper="Gu, Goel and Re, Efficiently Modeling Long Sequences with Structured State Spaces, arXiv 2111.00396",
+)
+def s4(config: S4Config) -> SequenceModel:
+    """A linear time-invariant state space per channel, trained as a convolution as long as the sequence."""
+    mixer = partial(
+        S4,
+        d_state=config.d_state,
+        mode=config.mode,
+        init=config.init,
+        rule=config.rule,
+        n_ssm=config.n_ssm,
+        dt_min=config.dt_min,
+        dt_max=config.dt_max,
+        dropout=config.dropout,
+        lr=config.ssm_lr,
+    )
+    return SequenceModel(
+        config, layer_mixers(config.d_model, config.n_layers, config.pattern or "s4", {"s4": mixer})
+    )  # fmt: skip
