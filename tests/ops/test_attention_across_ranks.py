@@ -130,7 +130,7 @@ def test_blocks_with_scores_far_apart(gap: float) -> None:
         for j in (1, 0, 2):
             if (block := seen.block(i, j)) is not None:
                 columns = slice(4 * j, 4 * j + 4)
-                total.add(block.rows, *local.forward(q[:, rows], k[:, columns], v[:, columns], block, 0.5))
+                total.add(block.rows, *local.forward(q[:, rows], k[:, columns], v[:, columns], block=block, scale=0.5))
         assert_close(total.o, o[:, rows])
         assert_close(total.lse, lse[:, rows])
     D = (do * o).sum(-1)
@@ -139,7 +139,7 @@ def test_blocks_with_scores_far_apart(gap: float) -> None:
         if (block := seen.block(i, j)) is not None:
             rows, columns = slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4)
             own = do[:, rows], D[:, rows], lse[:, rows]
-            parts = local.backward(q[:, rows], k[:, columns], v[:, columns], *own, block, 0.5)
+            parts = local.backward(q[:, rows], k[:, columns], v[:, columns], *own, block=block, scale=0.5)
             for total_, at, part in zip(found, (rows, columns, columns), parts, strict=True):
                 total_[:, at] += part
     for ours, exact in zip(found, want, strict=True):

@@ -63,7 +63,8 @@ def columns(block: Block, *tensors: Tensor) -> list[Tensor]:
 def add_part(total: local.Sum, block: Block | None, q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     """Attend to one block of the keys; nothing for a block that nobody sees."""
     if block is not None:
-        o, lse = local.forward(*rows(block, q), *columns(block, k, v), block, scale)
+        (q,), (k, v) = rows(block, q), columns(block, k, v)
+        o, lse = local.forward(q, k, v, block=block, scale=scale)
         total.add(block.rows, o, lse)
 
 
@@ -80,7 +81,7 @@ def add_gradients(
 ) -> None:
     """The same for gradients, added into (dq, dk, dv)."""
     if block is not None:
-        q, do, D, m = rows(block, q, do, D, m)
-        parts = local.backward(q, *columns(block, k, v), do, D, m, block, scale)
+        (q, do, D, m), (k, v) = rows(block, q, do, D, m), columns(block, k, v)
+        parts = local.backward(q, k, v, do, D, m, block=block, scale=scale)
         for x, part in zip((*rows(block, into[0]), *columns(block, *into[1:])), parts, strict=True):
             x.add_(part)

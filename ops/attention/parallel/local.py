@@ -37,14 +37,14 @@ class _Seen(Blocks):
         return s
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, block: Block, scale: float) -> tuple[Tensor, Tensor]:
     """The block's rows of q, columns of k and v -> o (B, rows, H, V), lse (B, rows, H), in the dtype of sums."""
     o, m, log_l = attend(_Seen(q, k, v, block, scale), state_dtype(q))
     return o, (m + log_l).masked_fill_(m == float("inf"), float("-inf"))
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, D: Tensor, m: Tensor, block: Block, scale: float
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, D: Tensor, m: Tensor, *, block: Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's dq, dk, dv in the dtype of sums; D = sum of do * o - dlse and m = lse over all keys, +inf if none."""
     return gradients(_Seen(q, k, v, block, scale), do, D, m, None, state_dtype(q))

@@ -49,7 +49,8 @@ class ForwardVisits(Visits):
         self.total = local.Sum(q, v)
 
     def host_queries(self, block: Block, visitors: Sequence[Tensor]) -> list[Tensor]:
-        return list(local.forward(visitors[0], *columns(block, *self.keys), block, self.scale))
+        k, v = columns(block, *self.keys)
+        return list(local.forward(visitors[0], k, v, block=block, scale=self.scale))
 
     def answers(self, block: Block) -> list[Tensor]:
         return rows(block, self.total.o, self.total.lse)
@@ -59,8 +60,9 @@ class ForwardVisits(Visits):
         self.total.add(block.rows, o, lse)
 
     def host_keys(self, block: Block, visitors: Sequence[Tensor]) -> list[Tensor]:
-        k, v = visitors
-        self.total.add(block.rows, *local.forward(*rows(block, *self.queries), k, v, block, self.scale))
+        (q,), (k, v) = rows(block, *self.queries), visitors
+        o, lse = local.forward(q, k, v, block=block, scale=self.scale)
+        self.total.add(block.rows, o, lse)
         return []
 
 
@@ -70,8 +72,8 @@ class BackwardVisits(Visits):
         self.dq, self.dk, self.dv = sums_like(q, k, v)
 
     def host_queries(self, block: Block, visitors: Sequence[Tensor]) -> list[Tensor]:
-        q, do, D, m = visitors
-        dq, *found = local.backward(q, *columns(block, *self.keys), do, D, m, block, self.scale)
+        (q, do, D, m), (k, v) = visitors, columns(block, *self.keys)
+        dq, *found = local.backward(q, k, v, do, D, m, block=block, scale=self.scale)
         self.take_returns(block, found)
         return [dq]
 
@@ -82,8 +84,8 @@ class BackwardVisits(Visits):
         self.answers(block)[0].add_(answers[0])
 
     def host_keys(self, block: Block, visitors: Sequence[Tensor]) -> list[Tensor]:
-        q, do, D, m = rows(block, *self.queries)
-        dq, dk, dv = local.backward(q, *visitors, do, D, m, block, self.scale)
+        (q, do, D, m), (k, v) = rows(block, *self.queries), visitors
+        dq, dk, dv = local.backward(q, k, v, do, D, m, block=block, scale=self.scale)
         self.take_answers(block, [dq])
         return [dk, dv]
 
