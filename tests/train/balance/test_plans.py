@@ -2,7 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from zoo.train.balance import (
     Hybrid,
     PackedStream,
     Plan,
+    Planner,
     Ring,
     StateHandOff,
     Uniform,
@@ -34,7 +34,7 @@ COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=Ring(0.03))
 SEVEN = PUBLISHED["7b"].cost()
 
 
-def planners(ranks: int, cost: CostModel, chunk: int) -> list[Callable[[list[int]], Plan]]:
+def planners(ranks: int, cost: CostModel, chunk: int) -> list[Planner]:
     return [
         Flexible(ranks, cost, chunk=chunk),
         Uniform(ranks, cost, chunk=chunk),
@@ -130,7 +130,7 @@ def test_the_order_of_the_batch_changes_names_only(drawn: tuple[list[int], int],
 
 
 @pytest.mark.parametrize("planner", planners(4, COST, 16), ids=repr)
-def test_what_fits_nowhere_is_refused_by_its_length(planner: Callable[[list[int]], Plan]) -> None:
+def test_what_fits_nowhere_is_refused_by_its_length(planner: Planner) -> None:
     with pytest.raises(ValueError, match=r"at most 4 ranks x 64 tokens = 256; one of 257 came"):
         planner([3, 257])
     with pytest.raises(ValueError, match="whole lengths of at least one token"):
