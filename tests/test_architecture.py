@@ -27,7 +27,7 @@ FLOORS = {
     "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors"},
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
-        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo",
+        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.configs", "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",

@@ -36,6 +36,7 @@ from zoo.train.optim import Limits
 from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
 from zoo.train.run_folder import RunFolder, is_main_process
+from zoo.train.strategies.fsdp import whole_weights
 from zoo.train.stream import EndlessData
 from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
@@ -168,7 +169,10 @@ def _fit(
     data.setup("fit")  # bad data are refused before there is a folder for the run
     kind = resolve(config["task"]["_target_"])
     model = _build_model(config["model"], data, kind)
-    limits = options.limits(_batches_per_epoch(options, data) if options.max_epochs is not None else None)
+    per_epoch = None
+    if options.max_epochs is not None:
+        per_epoch = _batches_per_epoch(options, data, _strategy(config.get("strategy")))
+    limits = options.limits(per_epoch)
     optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
     task = kind(model, optim, limits, data, **_settings(config["task"]))
     assert isinstance(task, Task)
@@ -196,6 +200,8 @@ def _fit(
     loggers = [table, *_loggers(config, folder)]
     try:
         trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
+    except UserError:
+        raise
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
 
@@ -212,8 +218,12 @@ def _fit(
         trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
     except OSError as error:
         raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
+    weights = whole_weights(model) if keeps else None
     if not trainer.is_global_zero or not keeps:
         return DONE
+    if weights is not None:
+        model = _build_model(config["model"], data)
+        model.load_state_dict(weights)
     return _finish(folder, model, data, draw, log.final, checkpoints.failed)
 
 
@@ -364,11 +374,12 @@ def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key != "_target_"}
 
 
-def _batches_per_epoch(options: TrainerConfig, data: Any) -> int:
+def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
     """Batches of an epoch on each rank; a throw-away trainer knows how many ranks there will be."""
     data.setup("fit")
     probe = Trainer(
         accelerator=options.accelerator,
+        strategy=strategy,
         devices=options.devices,
         num_nodes=options.num_nodes,
         logger=False,
@@ -376,7 +387,8 @@ def _batches_per_epoch(options: TrainerConfig, data: Any) -> int:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    return len(data.train_dataloader()) // probe.world_size
+    # ranks with data of their own: fewer where several share a sequence
+    return len(data.train_dataloader()) // int(getattr(probe.strategy, "dp_size", probe.world_size))
 
 
 def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from zoo.ops import shard
+from zoo.ops.shard.exchange import all_gather
+
 __all__ = ["Accuracy", "BitsPerByte", "MeanLoss", "Perplexity", "SequenceAccuracy"]
 
 IGNORED = -100  # the target of a position that is not scored
@@ -66,7 +69,8 @@ def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> t
 
     Args:
         logits: (B, T, vocab).
-        targets: (B, T), -100 where not scored.
+        targets: (B, T), -100 where not scored. Under a sequence shard both are a rank's stretch, and a sequence is
+            counted once, on the first rank of the group.
         cu_seqlens: (n + 1,) for packed documents (then B = 1), else None: every row is a sequence.
 
     Returns:
@@ -74,13 +78,24 @@ def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> t
     """
     scored = targets != IGNORED
     wrong = (logits.argmax(dim=-1) != targets) & scored
+    place = shard.current()
     if cu_seqlens is None:
         has_scored, has_wrong = scored.any(dim=1), wrong.any(dim=1)
     else:
-        lengths = cu_seqlens.diff()
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        zeros = torch.zeros(len(lengths), dtype=torch.int64, device=targets.device)
+        bounds, at = cu_seqlens.long(), torch.arange(targets.shape[1], device=targets.device)
+        if place is not None:
+            bounds = torch.tensor(place.documents, device=targets.device)
+            length = int(bounds[-1])
+            at = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(targets.device)
+        owner = torch.searchsorted(bounds[1:].contiguous(), at, right=True)
+        zeros = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=targets.device)
         has_scored = zeros.index_add(0, owner, scored[0].long()) > 0
         has_wrong = zeros.index_add(0, owner, wrong[0].long()) > 0
+    if place is not None:
+        has_scored, has_wrong = (
+            torch.stack(all_gather(place, torch.stack([has_scored, has_wrong]).long())).amax(0).bool()
+        )
+        if place.rank > 0:
+            has_scored, has_wrong = torch.zeros_like(has_scored), torch.zeros_like(has_wrong)
     n_scored, n_sequences = scored.sum(), has_scored.sum()
     return n_scored - wrong.sum(), n_scored, n_sequences - has_wrong.sum(), n_sequences

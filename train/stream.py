@@ -54,6 +54,11 @@ class EndlessData(LightningDataModule):
         super().__init__()
         self.inner = inner
 
+    @property
+    def schema(self) -> Any:
+        """The inner module's, None where it has none."""
+        return getattr(self.inner, "schema", None)
+
     def prepare_data(self) -> None:
         """The inner module's."""
         self.inner.prepare_data()

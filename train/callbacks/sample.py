@@ -71,10 +71,10 @@ class SampleText(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Draw one when it is time, on rank 0."""
+        """Draw one when it is time: on every rank, since weights may be cut across them and none could go on alone."""
         step = trainer.global_step
         due = self.every and step % self.every == 0 and update_done(trainer, batch_idx) and not trainer.should_stop
-        if due and trainer.is_global_zero:
+        if due:
             assert isinstance(pl_module, Task)
             start = time.monotonic()
             self.show(f"sample at step {step}:\n{self.draw(pl_module.model)}")

@@ -1,5 +1,6 @@
 """What all data modules share: checks of common settings, ranks, and a position that survives a restart."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,10 @@ from zoo.tokenizers import Tokenizer
 from zoo.train.data.loader import Loader, Source
 
 Metric = Literal["bits_per_byte", "perplexity", "accuracy"]
+Part = int | str
+# What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
+# (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
+BATCH: Mapping[str, Part] = {"tokens": 1, "targets": 1, "cu_seqlens": "documents", "n_bytes": "once"}
 
 
 class DataModule(LightningDataModule):
@@ -29,6 +34,7 @@ class DataModule(LightningDataModule):
     tokenizer: Tokenizer | None = None
     metrics: tuple[Metric, ...] = ()
     n_classes: int | None = None
+    schema: Mapping[str, Part] = BATCH
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int):
         super().__init__()

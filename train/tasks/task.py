@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from zoo.checkpoint import IN_TRAINER, describe
@@ -63,6 +64,12 @@ class Task(LightningModule):
         self._since = 0.0  # when it was last read
         self._pause = 0.0  # seconds since then that were not training
 
+    def configure_model(self) -> None:
+        """Let a strategy that cuts weights across ranks cut the model's; Lightning may ask more than once."""
+        shard_weights = getattr(self.trainer.strategy, "shard_weights", None)
+        if shard_weights is not None:
+            shard_weights(self.model)
+
     # -- what a task says ---------------------------------------------------------------------------------------
 
     @classmethod
@@ -110,7 +117,10 @@ class Task(LightningModule):
         grads = gradients(inner)
         # Data-parallel strategies average over ranks; the mean over tokens wants the sum.
         scale = self.trainer.world_size * LOSS_UNIT / totals[1].clamp(min=1.0)
-        norm = torch.nn.utils.get_total_norm(grads) * scale
+        norm = torch.nn.utils.get_total_norm(grads)
+        if isinstance(norm, DTensor):  # gradients that are cut across ranks
+            norm = norm.full_tensor()
+        norm = norm * scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(totals[0]))
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)

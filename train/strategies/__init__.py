@@ -1,0 +1,17 @@
+"""Lightning strategies that cut time across ranks; importing zoo.train enters their presets into Lightning's registry.
+
+| file | its one idea |
+|---|---|
+| `base.py` | the grid of ranks, the shard around every step, what both strategies refuse |
+| `ddp.py` | `ContextParallelStrategy`: weights on every rank |
+| `fsdp.py` | `ContextParallelFSDPStrategy`: weights cut over all ranks |
+| `batch.py` | which part of a batch a rank gets; whether its group holds the same one |
+| `kinds.py` | how a model's layers cross ranks, read off the operators that they call |
+| `presets.py` | names such as "zeco" and "zeco_fsdp" for `Trainer(strategy=...)` |
+"""
+
+from zoo.train.strategies.ddp import ContextParallelStrategy
+from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
+from zoo.train.strategies.presets import register
+
+__all__ = ["ContextParallelFSDPStrategy", "ContextParallelStrategy", "register"]

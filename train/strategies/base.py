@@ -1,0 +1,276 @@
+"""What both context-parallel strategies share: the ranks' grid, the cut of a batch, the shard around every step."""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils.data import DataLoader
+
+from zoo.errors import UserError
+from zoo.ops import shard
+from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
+from zoo.ops.shard.exchange import Message, all_gather
+from zoo.train.data.base import BATCH, Part
+from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
+from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
+
+PARTNER = "lightseq"  # attention beside layers with a state: contiguous stretches, and every rank works alike
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe", re.IGNORECASE)
+
+
+class ContextParallel(ParallelStrategy):
+    """Time cut across the ranks of a group, samples across groups; the rest is the strategy beside it in the bases.
+
+    Ranks form a grid (data, context) whose fastest axis is the context: neighbours share a sequence. Every rank of a
+    group must get the same batch, a dict; it is cut here, before it moves to the device, and `zoo.ops.shard` is set
+    around each step, so that neither model nor task knows of ranks. With one rank a group nothing is cut.
+    """
+
+    def _configure(
+        self,
+        cp_size: int | None,
+        method: str,
+        attention: str | None,
+        layout: str | None,
+        link: Link | None,
+        blocks: int | None,
+        inner: int | None,
+        schema: Mapping[str, Part] | None,
+        timeout: float,
+    ) -> None:
+        """Check and keep what both constructors take."""
+        for name, value, known in (
+            ("method", method, METHODS),
+            ("attention", attention, (None, *ATTENTION)),
+            ("layout", layout, (None, *LAYOUTS)),
+        ):
+            if value not in known:
+                raise UserError(f"strategy.{name} must be one of {', '.join(map(str, known))}; got {value!r}")
+        if cp_size is not None and cp_size < 1:
+            raise UserError(f"strategy.cp_size must be at least 1, or null for all ranks; got {cp_size}")
+        if timeout <= 0:
+            raise UserError(f"strategy.timeout must be above 0 seconds; got {timeout}")
+        self._cp_size = cp_size
+        self._crossing = {
+            "method": method,
+            "attention": attention or PARTNER,
+            "layout": layout,
+            "link": link or Link(),
+            "blocks": blocks,
+            "inner": inner,
+        }
+        self._attention_chosen = attention is not None
+        self._schema = schema
+        self._mesh: DeviceMesh | None = None
+        self._place: SequenceShard | None = None
+        self._compared: set[str] = set()  # stages whose first batch was compared in the group
+        self._watched: set[str] = set()  # stages whose first step was seen to cross ranks
+
+    # -- the grid of ranks --------------------------------------------------------------------------------------
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share a sequence."""
+        return self._cp_size or self.world_size
+
+    @property
+    def dp_size(self) -> int:
+        """Groups of ranks with different data."""
+        return self.world_size // self.cp_size
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Data differ between groups, not inside one."""
+        return {"num_replicas": self.dp_size, "rank": self.global_rank // self.cp_size}
+
+    def _configure_launcher(self) -> None:
+        if self.world_size % self.cp_size:
+            raise UserError(
+                f"strategy.cp_size must divide the {self.world_size} ranks (trainer.devices x trainer.num_nodes); got "
+                f"{self.cp_size}, choose a divisor"
+            )
+        inner: Any = self._crossing["inner"]
+        if inner is not None and (inner < 1 or self.cp_size % inner):
+            raise UserError(f"strategy.inner must divide strategy.cp_size = {self.cp_size}; got {inner}")
+        super()._configure_launcher()
+
+    def _make_grid(self, names: tuple[str, str]) -> DeviceMesh:
+        """The mesh of (data, context) ranks; its context groups are used once, since the first message opens them."""
+        mesh = init_device_mesh(self.root_device.type, (self.dp_size, self.cp_size), mesh_dim_names=names)
+        self._mesh = mesh
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = mesh
+        if self.cp_size > 1:
+            self._place = SequenceShard(mesh[names[1]].get_group(), **self._crossing)  # type: ignore[arg-type]
+            all_gather(self._place, torch.zeros(1, device=self.root_device))
+        return mesh
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a model whose time cannot be cut."""
+        if self._place is not None:
+            assert self.lightning_module is not None
+            refuse_uncuttable(self.lightning_module, self._place.layout or "contiguous")
+            self._tell_partner()
+        super().setup(trainer)
+
+    def _tell_partner(self) -> None:
+        assert self.lightning_module is not None
+        found = kinds(self.lightning_module)
+        if "attention" in found and CONTIGUOUS & set(found) and not self._attention_chosen and self.is_global_zero:
+            warnings.warn(
+                f"a hybrid of attention and layers with a state: its attention crosses ranks by {PARTNER}, whose "
+                "stretches are contiguous and whose work is even; attention= chooses another",
+                stacklevel=2,
+            )
+
+    def teardown(self) -> None:
+        """Give the groups of the grid back."""
+        super().teardown()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        mesh, self._mesh, self._place = self._mesh, None, None
+        self._compared.clear()
+        self._watched.clear()
+        if mesh is None or not dist.is_initialized():
+            return
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = None
+        for group in mesh.get_all_groups():
+            if group is not dist.group.WORLD:
+                with suppress(ValueError, RuntimeError):  # a group that a lost rank has broken, or that is gone
+                    dist.destroy_process_group(group)
+
+    # -- batches ------------------------------------------------------------------------------------------------
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Workers that draw at random do so alike in a group: they are seeded by the rank of the data."""
+        loader = super().process_dataloader(dataloader)
+        if isinstance(loader, DataLoader) and loader.worker_init_fn is None:
+            loader.worker_init_fn = partial(pl_worker_init_function, rank=self.distributed_sampler_kwargs["rank"])
+        return loader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Cut the batch, then move the rank's part."""
+        if self._place is None or isinstance(batch, LocalBatch):
+            return super().batch_to_device(batch, device, dataloader_idx)
+        stage = self._stage()
+        with self._clear_errors():
+            if stage not in self._compared:
+                refuse_different(batch, self._place, self.root_device)
+                self._compared.add(stage)
+        part = cut(batch, self._known_schema(), self._place)
+        moved = LocalBatch(super().batch_to_device(dict(part), device, dataloader_idx))
+        moved.place = part.place
+        return moved
+
+    def _known_schema(self) -> Mapping[str, Part]:
+        if self._schema is not None:
+            return self._schema
+        trainer = None if self.lightning_module is None else self.lightning_module._trainer
+        data = None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
+        found: Mapping[str, Part] | None = getattr(data, "schema", None)
+        return BATCH if found is None else found
+
+    def _stage(self) -> str:
+        trainer = None if self.lightning_module is None else self.lightning_module._trainer
+        return str(None if trainer is None else trainer.state.stage)
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's, on the rank's stretch of time."""
+        with self._stretch_of(args):
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's, on the rank's stretch of time."""
+        with self._stretch_of(args):
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's, on the rank's stretch of time."""
+        with self._stretch_of(args):
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The task's, on the rank's stretch of time."""
+        with self._stretch_of(args):
+            return super().predict_step(*args, **kwargs)
+
+    @contextmanager
+    def _stretch_of(self, args: tuple[Any, ...]) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(self._clear_errors())
+            if self._place is None:
+                yield
+                return
+            place = next((batch.place for batch in args if isinstance(batch, LocalBatch)), None)
+            if place is None:
+                raise UserError(
+                    "context parallelism cuts the batches that Lightning hands to a step; this step takes the loader's "
+                    "iterator, take batch and batch_idx instead"
+                )
+            stage = self._stage()
+            if stage in self._watched:
+                with shard.use(place):
+                    yield
+                return
+            messages: list[Message] = []
+            try:
+                with shard.use(place), shard.observed(messages.append):
+                    yield
+            except UserError:
+                raise
+            except ValueError as error:  # an operator that cannot be cut so
+                raise UserError(str(error)) from error
+            self._refuse_silent(place, len(messages))
+            self._watched.add(stage)
+
+    def _refuse_silent(self, place: SequenceShard, messages: int) -> None:
+        """A model whose layers never ask for their past would train, and be wrong."""
+        own = torch.tensor([messages], device=self.root_device)
+        if not any(int(x) for x in all_gather(place, own)):
+            raise UserError(
+                f"a model that is cut across {place.size} ranks must hand its state on; this one sent nothing in its "
+                "first step: build its layers along time from zoo.ops, or use a strategy such as ddp"
+            )
+
+    # -- ranks that are gone ------------------------------------------------------------------------------------
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As Lightning's; a rank that is gone is said in one sentence."""
+        with self._clear_errors():
+            return super().backward(closure_loss, *args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's; a rank that is gone is said in one sentence."""
+        with self._clear_errors():
+            return super().optimizer_step(*args, **kwargs)
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's; a rank that is gone is said in one sentence."""
+        with self._clear_errors():
+            return super().reduce(*args, **kwargs)
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
+                raise
+            raise UserError(
+                f"rank {self.global_rank} of {self.world_size} lost another rank, which ended or did not answer within "
+                f"strategy.timeout; see what that one said, then resume ({str(error).strip().splitlines()[0]})"
+            ) from error
