@@ -18,7 +18,7 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
 
     Any model whose layers along time are built from zoo.ops trains under it unchanged, to the numbers of one process.
     Gradients are averaged over all ranks, as DDP does. A task must therefore return (its summed loss) x ranks / (the
-    targets of all ranks); `LanguageModelling` does the division once, over a whole update.
+    targets of all ranks); `Task` does the division once, over a whole update.
 
     Args:
         cp_size: ranks that share a sequence, a divisor of all; None for all.

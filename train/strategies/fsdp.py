@@ -31,7 +31,7 @@ METHODS = ("encode", "head", "head_loss")  # of a model, called beside its `forw
 class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
     """FSDP2 over data x context: time as in `ContextParallelStrategy`, weights and optimiser cut over all ranks.
 
-    A task calls `trainer.strategy.shard_weights(model)` in its `configure_model`, as `LanguageModelling` does.
+    A task calls `trainer.strategy.shard_weights(model)` in its `configure_model`, as `Task` does.
     Gradients are averaged over all ranks, the convention of DDP. Checkpoints are whole and in one file, written by
     rank 0, so that a run resumes under any strategy. The groups of cut weights live as long as the weights.
 
