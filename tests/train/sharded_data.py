@@ -1,5 +1,6 @@
 """Data and a task for the tests of strategies: rows, targets and documents are a pure function of the step."""
 
+import os
 from typing import Any
 
 import torch
@@ -9,6 +10,13 @@ from zoo.train.data.base import DataModule
 from zoo.train.data.loader import Source
 
 V = 13
+
+
+def signal_at(step: int) -> None:
+    """SIGNAL_RANK="9 4 1": send the process of rank 1 signal 9 when it asks for training batch 4."""
+    which, at, rank = (int(word) for word in os.environ.get("SIGNAL_RANK", "0 -1 0").split())
+    if step == at and torch.distributed.is_initialized() and torch.distributed.get_rank() == rank:
+        os.kill(os.getpid(), which)
 
 
 class Rows(Source):
@@ -29,6 +37,7 @@ class Rows(Source):
         return 1000
 
     def batch(self, epoch: int, step: int, rank: int, world: int) -> dict[str, Tensor]:
+        signal_at(step)
         made = torch.Generator().manual_seed(1000 * epoch + step)
         text = torch.randint(V, (self.rows, self.length + 1), generator=made)
         targets = text[:, 1:].clone()
