@@ -68,5 +68,6 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
 
     def setup_environment(self) -> None:
         """The process group, then the grid."""
-        super().setup_environment()
+        with self._clear_errors():
+            super().setup_environment()
         self._make_grid(("dp", "cp"))

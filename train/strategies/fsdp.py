@@ -66,7 +66,8 @@ class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """The process group, the grid, and all of it in one row for the weights."""
-        self._setup_distributed()
+        with self._clear_errors():
+            self._setup_distributed()
         self._device_mesh = self._make_grid(("data_parallel", "cp"))
         # The flat mesh is kept: taking it from the grid by name is deprecated.
         self._weights_mesh = self._device_mesh._flatten("dp_cp")
