@@ -80,5 +80,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model.n_classes is 3, and this task on these data needs 10"):
         fit.run(settings("model.n_classes=3"), tmp_path / "few")
     monkeypatch.setattr(digits, "load_digits", None)
-    with pytest.raises(UserError, match="data=digits needs the images that come with scikit-learn; pip install"):
+    with pytest.raises(
+        UserError, match="data=digits needs the images that come with scikit-learn; pip install 'seqzoo"
+    ):
         Digits().setup()
