@@ -290,9 +290,10 @@ def _check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
     for field, least in task.fields(data).items():
         size = getattr(model.config, field, None)
         if size is None or size < least:
+            what = {"vocab_size": "tokens", "n_classes": "classes"}.get(field, field)
             raise UserError(
-                f"the model must hold what the data have: model.{field} is {size}, and this task on these data needs "
-                f"{least}; leave model.{field} out or choose other data"
+                f"the model must hold what the data have: model.{field} is {size} and the data have {least} {what} for "
+                f"{task.__name__}; leave model.{field} out or choose other data"
             )
 
 

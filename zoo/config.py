@@ -266,7 +266,7 @@ def _without_file(override: Override, known: Mapping[str, Sequence[str]], chosen
     """model=NAME for a model that has no YAML file, written out, with the model's own task; else nothing."""
     if override.key_or_group != "model" or override.is_delete() or override.value() in known["model"]:
         return []
-    task = model_info(override.value()).task
+    task = model_info(str(override.value())).task
     own = [f"task={task}"] if "task" not in chosen and task in known["task"] else []
     return ["~model", f"++model.name={override.value()}", "++model.size=tiny", *own]
 

@@ -77,8 +77,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     causal = compose(["model=gla", "task=classification", "data=digits", "trainer.accelerator=cpu"])
     with pytest.raises(UserError, match="Classification needs a model with the field n_classes, and gla has none"):
         fit.run(causal, tmp_path / "causal")
-    with pytest.raises(UserError, match=r"model.n_classes is 3, and this task on these data needs 10"):
+    with pytest.raises(UserError, match=r"model.n_classes is 3 and the data have 10 classes"):
         fit.run(settings("model.n_classes=3"), tmp_path / "few")
     monkeypatch.setattr(digits, "load_digits", None)
-    with pytest.raises(UserError, match="data=digits needs the images that come with scikit-learn; pip install"):
+    with pytest.raises(
+        UserError, match="data=digits needs the images that come with scikit-learn; pip install 'seqzoo"
+    ):
         Digits().setup()

@@ -41,7 +41,7 @@ class Digits(DataModule):
     def make_sources(self) -> tuple[Source, Source]:
         """The images, from the file that scikit-learn installs."""
         if load_digits is None:
-            raise UserError("data=digits needs the images that come with scikit-learn; pip install scikit-learn")
+            raise UserError("data=digits needs the images that come with scikit-learn; pip install 'seqzoo[images]'")
         found: Any = load_digits()
         pixels, labels = found.data.astype(np.int64), found.target.astype(np.int64)
         train = Labelled(pixels[:-HELD_OUT], labels[:-HELD_OUT], batch_size=self.batch_size, seed=self.seed)

@@ -5,11 +5,12 @@ from typing import Any
 
 from zoo.convert.flash_linear_attention import DELTA_NET, GATED_DELTANET, GLA, TRANSFORMER
 from zoo.convert.format import Format
+from zoo.convert.hydra import HYDRA
 from zoo.convert.llama import LLAMA
 from zoo.convert.mamba import MAMBA
 from zoo.errors import UserError, remedy
 
-FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER, MAMBA)
+FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER, MAMBA, HYDRA)
 
 
 def recognise(values: Mapping[str, Any], source: str) -> Format:
