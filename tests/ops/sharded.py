@@ -15,6 +15,7 @@ from typing import Any
 
 import sharded_attention
 import sharded_methods as methods
+import sharded_models
 import torch
 import torch.distributed as dist
 from sharded_cases import LAYOUTS, Errors, model, operator, recomputation_sends_nothing, refusals, without
@@ -53,7 +54,7 @@ def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
     return made
 
 
-SUITES = {"operators": checks, "attention": sharded_attention.checks}
+SUITES = {"operators": checks, "attention": sharded_attention.checks, "models": sharded_models.checks}
 
 
 def process(rank: int, folder: Path, suite: str, part: str) -> None:

@@ -25,7 +25,7 @@ spec.loader.exec_module(sharded_latency)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["operators", "attention"])
+@pytest.mark.parametrize("suite", ["operators", "attention", "models"])
 def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
