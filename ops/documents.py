@@ -12,13 +12,13 @@ from torch import Tensor
 class Group(NamedTuple):
     """Documents whose lengths lie within a factor of two, each a row that ends at the right edge.
 
-    documents: (n,) which documents; lengths: (n,) their tokens; index: (n, L) the token at each place, or the length of
-    the whole stream where a row has not begun. All int64.
+    documents: (n,) which documents; lengths: (n,) their tokens; places: (n, L) the token at each place, or the length
+        of the whole stream where a row has not begun. All int64.
     """
 
     documents: Tensor
     lengths: Tensor
-    index: Tensor
+    places: Tensor
 
 
 @functools.lru_cache(maxsize=64)
@@ -40,12 +40,12 @@ def groups(cuts: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
 
 def gather(x: Tensor, group: Group) -> Tensor:
     """(1, T, ...) -> (n, L, ...), zeros before a document begins."""
-    return torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[group.index]
+    return torch.cat([x[0], x.new_zeros(1, *x.shape[2:])])[group.places]
 
 
 def scatter(rows: Sequence[Tensor], of: Sequence[Group], length: int) -> Tensor:
     """The rows (n, L, ...) of every group back at their places, (1, T, ...)."""
-    index = torch.cat([group.index.flatten() for group in of])
+    index = torch.cat([group.places.flatten() for group in of])
     place = index.new_empty(length + 1)
     place[index] = torch.arange(len(index), device=index.device)
     return torch.cat([x.flatten(0, 1) for x in rows])[place[:length]].unsqueeze(0)

@@ -106,9 +106,9 @@ def complex_affine_scan_summary(
     return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
 
 
-def _dims(b: Tensor) -> list[str]:
-    """Names for the dimensions of b."""
-    channels = getattr(b, "ndim", 4) - 3
+def _dims(*tensors: Tensor) -> list[str]:
+    """Names for the dimensions of b, or of whichever has more of them."""
+    channels = max(getattr(x, "ndim", 4) for x in tensors) - 3
     return ["B", "T", *(["D"] if channels == 1 else [f"D{i + 1}" for i in range(channels)]), "2"]
 
 
@@ -117,7 +117,7 @@ def _checked(name: str, a: Tensor, b: Tensor) -> Tensor:
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim
     if both and a.shape[-1:] == (2,) and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
         a = a.expand(b.shape)
-    dims = " ".join(_dims(b))
+    dims = " ".join(_dims(a, b))
     check.shapes(name, {"b": (b, dims), "a": (a, dims)}, **{"2": 2})
     check.same_dtype(name, a=a, b=b)
     return a
@@ -145,7 +145,10 @@ def _run(
         h, last = kernels.complex_affine_fwd(a_, b_, keep, state_, *table)
     else:
         a_ = _masked(a.expand(b.shape), resets).reshape(B, T, D, 2)
-        states, end = affine_scan_two_level(*(as_complex(x.to(state.dtype)) for x in (a_, b_, state_)), cuts)
+        dtype = state.dtype
+        states, end = affine_scan_two_level(
+            as_complex(a_.to(dtype)), as_complex(b_.to(dtype)), as_complex(state_.to(dtype)), cuts
+        )
         h, last = as_pairs(states).to(b.dtype), as_pairs(end)
     return h.view(b.shape), last.view(state.shape)
 

@@ -29,7 +29,7 @@ def convolved(
             y, last = _rows(system, system.kernel(T), wide, state, torch.full((1,), T, device=u.device))
     else:
         made = documents.groups(cuts, u.device)
-        K = system.kernel(max(group.index.shape[1] for group in made))
+        K = system.kernel(max(group.places.shape[1] for group in made))
         outputs, indices, ends = [], [], []
         for group in made:
             rows = documents.gather(wide, group)

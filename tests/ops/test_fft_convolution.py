@@ -48,7 +48,7 @@ def test_groups_hold_every_document_once_with_little_padding(cuts: list[int]) ->
             assert row[row > 0].tolist() == x[0, left:right, 0].tolist()
             assert (row[: len(row) - (right - left)] == 0).all()
     assert torch.equal(documents.scatter(back, made, 90), x)
-    assert sum(group.index.numel() for group in made) <= 2 * 90
+    assert sum(group.places.numel() for group in made) <= 2 * 90
     filled = [i for i, (left, right) in enumerate(itertools.pairwise(bounds)) if left < right]
     assert sorted(i for group in made for i in group.documents.tolist()) == filled
 
