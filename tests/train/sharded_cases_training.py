@@ -32,7 +32,6 @@ class Case:
     fsdp: bool = False
     refused: str = ""  # part of the refusal on every rank
     like: str = ""  # the case whose one process it must equal; its own when empty
-    needs: str = ""  # a method of attention
     resume: str = ""
     save: bool = False
     every: int = 1  # of the weights, how many are compared
@@ -132,11 +131,9 @@ def cases() -> list[Case]:
     transformer = {**SMALL, "n_heads": 4}
     for method in ATTENTION:  # they run as soon as attention crosses ranks
         name = f"attention {method}"
-        made.append(Case(name=name, model="transformer", fields=transformer, data=length, needs=method, every=7,
+        made.append(Case(name=name, model="transformer", fields=transformer, data=length, every=7,
                          strategy={"attention": method}))  # fmt: skip
-    made.append(
-        Case(name="hybrid", fields={**SMALL, "pattern": "gla, attention"}, data=length, needs="lightseq", every=7)
-    )
+    made.append(Case(name="hybrid", fields={**SMALL, "pattern": "gla, attention"}, data=length, every=7))
     return made
 
 

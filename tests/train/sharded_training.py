@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from sharded_cases_training import CASES, OWN, Case
 from sharded_data import Data, V
 
-from zoo.ops import attention, shard
+from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.interrupt import Interrupts
 from zoo.train.metrics import count_right
@@ -83,22 +83,6 @@ def groups() -> int:
     return len(dist.distributed_c10d._world.pg_map)
 
 
-def crosses(method: str) -> bool:
-    """Whether attention can be cut yet; any other refusal than "no" is an error."""
-    if not dist.is_initialized():
-        return True
-    q = torch.zeros(1, 8, 4, 4)
-    place = shard.SequenceShard(attention=method)
-    try:
-        with shard.use(place):
-            attention(q, q, q)
-    except ValueError as error:
-        if "cannot be cut across ranks" not in str(error):
-            raise
-        return False
-    return True
-
-
 def sequences(size: int) -> dict[str, list[float]]:
     """What `count_right` finds on the stretches of a group, summed, and in the whole; by layout and packing."""
     made = torch.Generator().manual_seed(5)
@@ -144,8 +128,6 @@ def process(rank: int, world: int, port: int, folder: Path) -> None:
     for case in CASES:
         for dp, cp in case.layouts:
             if dp * cp == world and not (case.name not in chosen() and chosen()):
-                if case.needs and not crosses(case.needs):
-                    continue
                 run: Callable[..., dict[str, Any]] = refusal if case.refused else train
                 with warnings.catch_warnings(record=True) as told:
                     warnings.simplefilter("always")

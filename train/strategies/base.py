@@ -1,5 +1,6 @@
 """What both context-parallel strategies share: the ranks' grid, the cut of a batch, the shard around every step."""
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,11 @@ from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
 
 PARTNER = "lightseq"  # attention beside layers with a state: contiguous stretches, and every rank works alike
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe", re.IGNORECASE)
+
+
+def near_the_root(ranks: int) -> int:
+    """The largest divisor that is no more than the square root: as many heads' groups as rings, or more rings."""
+    return max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
 
 
 class ContextParallel(ParallelStrategy):
@@ -111,6 +117,8 @@ class ContextParallel(ParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
         if self.cp_size > 1:
+            if self._crossing["attention"] == "usp" and self._crossing["inner"] is None:
+                self._crossing["inner"] = near_the_root(self.cp_size)
             self._place = SequenceShard(mesh[names[1]].get_group(), **self._crossing)  # type: ignore[arg-type]
             all_gather(self._place, torch.zeros(1, device=self.root_device))
         return mesh

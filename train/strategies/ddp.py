@@ -27,7 +27,7 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
         layout: which tokens a rank holds; that of the attention method when omitted.
         link: what a message costs; "zeco" chooses its number of blocks by it.
         blocks: of "zeco", in place of that choice.
-        inner: of "usp", ranks of one head group.
+        inner: of "usp", ranks of one head group; the divisor of cp_size next below its root when omitted.
         schema: what each key of a batch holds, see zoo.train.data.base.BATCH; that of the data module when omitted.
         timeout: seconds after which a rank that does not answer ends the others.
         process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
