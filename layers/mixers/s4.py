@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo.layers import hippo
 from zoo.layers.state import state_bytes
 from zoo.layers.tied_dropout import TiedDropout
-from zoo.ops import s4, s4d, shard
+from zoo.ops import dispatch, s4, s4d, shard
 from zoo.ops.pairs import as_complex, as_pairs
 
 MODES = ("diag", "dplr")
@@ -126,28 +126,28 @@ class S4(nn.Module):
         y, h = self._run(x, 0, self.D.to(x.dtype), None if state is None else state.x, cu_seqlens)
         return y, S4State(h)
 
+    @dispatch.keeps_its_precision
     def _run(
         self, x: Tensor, direction: int, D: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """One system a channel, its parameters in float32 at least."""
         wide = torch.promote_types(self.C.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            dt = self.log_dt.to(wide).exp()
-            A = torch.complex(-self.log_A_real.to(wide).exp(), self.A_imag.to(wide))
-            A, B = self._shared(A), self._shared(as_complex(self.B.to(wide)))
-            C = self.C[direction].to(wide)
-            if self.P is not None:
-                P = self._shared(as_complex(self.P.to(wide)))
-                return s4(
-                    x, as_pairs(A), as_pairs(P), as_pairs(B), C, dt, D, state,
-                    cu_seqlens=cu_seqlens, backend=self.backend,
-                )  # fmt: skip
-            step = dt.unsqueeze(-1) * A
-            if self.rule == "zoh":
-                log_A, B = step, torch.expm1(step) / A * B
-            else:
-                log_A, B = torch.log((1 + step / 2) / (1 - step / 2)), dt.unsqueeze(-1) / (1 - step / 2) * B
-            return s4d(x, as_pairs(log_A), as_pairs(B), C, D, state, cu_seqlens=cu_seqlens, backend=self.backend)
+        dt = self.log_dt.to(wide).exp()
+        A = torch.complex(-self.log_A_real.to(wide).exp(), self.A_imag.to(wide))
+        A, B = self._shared(A), self._shared(as_complex(self.B.to(wide)))
+        C = self.C[direction].to(wide)
+        if self.P is not None:
+            P = self._shared(as_complex(self.P.to(wide)))
+            return s4(
+                x, as_pairs(A), as_pairs(P), as_pairs(B), C, dt, D, state,
+                cu_seqlens=cu_seqlens, backend=self.backend,
+            )  # fmt: skip
+        step = dt.unsqueeze(-1) * A
+        if self.rule == "zoh":
+            log_A, B = step, torch.expm1(step) / A * B
+        else:
+            log_A, B = torch.log((1 + step / 2) / (1 - step / 2)), dt.unsqueeze(-1) / (1 - step / 2) * B
+        return s4d(x, as_pairs(log_A), as_pairs(B), C, D, state, cu_seqlens=cu_seqlens, backend=self.backend)
 
     def _shared(self, x: Tensor) -> Tensor:
         """(n_ssm, N / 2) -> (D, N / 2)."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo.layers import hippo
 from zoo.layers.state import state_bytes
 from zoo.layers.tied_dropout import TiedDropout
-from zoo.ops import complex_affine_scan
+from zoo.ops import complex_affine_scan, dispatch
 from zoo.ops.pairs import as_complex, as_pairs
 
 GATES = ("full_glu", "half_glu1", "half_glu2", "none")
@@ -109,24 +109,24 @@ class S5(nn.Module):
             return self.out1(activated) * self.out2(activated).sigmoid(), state
         return (y if self.gate == "half_glu1" else activated) * self.out2(activated).sigmoid(), state
 
+    @dispatch.keeps_its_precision
     def system(
         self, x: Tensor, state: S5State | None = None, *, resets: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, S5State]:
         """The linear part alone, in float32 at least."""
         wide = torch.promote_types(self.A.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            real = self.A[:, 0].to(wide)
-            A = torch.complex(real.clamp_max(-1e-4) if self.clip else real, self.A[:, 1].to(wide))
-            step = self.log_dt.to(wide).exp() * A
-            B = as_pairs((torch.expm1(step) / A).unsqueeze(-1) * as_complex(self.B.to(wide)))  # (P, D, 2)
-            a = as_pairs(step.exp()).view(1, 1, -1, 2)
-            # complex products with real inputs and for real outputs are two real ones
-            b = F.linear(x.to(wide), B.movedim(-1, 1).flatten(0, 1)).unflatten(-1, (-1, 2))  # (B, T, P, 2)
-            h, last = complex_affine_scan(
-                a, b, None if state is None else state.x, resets=resets, cu_seqlens=cu_seqlens, backend=self.backend
-            )
-            C = torch.stack([2 * self.C[..., 0], -2 * self.C[..., 1]], dim=-1).to(wide)  # (D, P, 2)
-            y = F.linear(h.flatten(-2), C.flatten(-2)) + self.D.to(wide) * x.to(wide)
+        real = self.A[:, 0].to(wide)
+        A = torch.complex(real.clamp_max(-1e-4) if self.clip else real, self.A[:, 1].to(wide))
+        step = self.log_dt.to(wide).exp() * A
+        B = as_pairs((torch.expm1(step) / A).unsqueeze(-1) * as_complex(self.B.to(wide)))  # (P, D, 2)
+        a = as_pairs(step.exp()).view(1, 1, -1, 2)
+        # complex products with real inputs and for real outputs are two real ones
+        b = F.linear(x.to(wide), B.movedim(-1, 1).flatten(0, 1)).unflatten(-1, (-1, 2))  # (B, T, P, 2)
+        h, last = complex_affine_scan(
+            a, b, None if state is None else state.x, resets=resets, cu_seqlens=cu_seqlens, backend=self.backend
+        )
+        C = torch.stack([2 * self.C[..., 0], -2 * self.C[..., 1]], dim=-1).to(wide)  # (D, P, 2)
+        y = F.linear(h.flatten(-2), C.flatten(-2)) + self.D.to(wide) * x.to(wide)
         return y.to(x.dtype), S5State(last)
 
     def init_state(self, batch: int) -> S5State:
