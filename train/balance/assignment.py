@@ -84,8 +84,10 @@ class Problem:
             free[rows, best] -= s
         return slowest
 
-    def assign(self, counts: np.ndarray) -> list[Assignment]:
+    def assign(self, counts: np.ndarray, keep: int) -> list[Assignment]:
         """Longest sequence first, each to the group where it is done first: all partitions (ways, sizes) at once.
+
+        Returns the `keep` fastest, in order.
 
         Cost: n steps on (ways, groups) arrays.
         """
@@ -108,7 +110,7 @@ class Problem:
             free[rows, best] -= s
             chosen[k] = best
         found = []
-        for i in range(ways):
+        for i in np.argsort(slowest, kind="stable")[:keep]:
             degrees = tuple(int(d) for d in self.sizes[size[i][size[i] >= 0]])
             found.append(self._assignment(float(slowest[i]), degrees, chosen[:, i]))
         return found
@@ -203,12 +205,12 @@ class Problem:
 def best_assignment(tokens: np.ndarray, ranks: int, cost: CostModel) -> Assignment:
     """A good way to run sequences (descending lengths) in one step; its milliseconds are infinite where none fits."""
     problem = Problem(tokens, ranks, cost)
-    earnest = sorted(problem.assign(problem.candidates()), key=lambda a: a.milliseconds)
-    return min((problem.improve(a) for a in earnest[:IMPROVED]), key=lambda a: a.milliseconds)
+    earnest = problem.assign(problem.candidates(), keep=IMPROVED)
+    return min((problem.improve(a) for a in earnest), key=lambda a: a.milliseconds)
 
 
 def uniform_assignment(tokens: np.ndarray, ranks: int, degree: int, cost: CostModel) -> Assignment:
     """Groups of one size only."""
     problem = Problem(tokens, ranks, cost)
     counts = np.where(problem.sizes == degree, ranks // degree, 0)
-    return problem.improve(problem.assign(counts[None])[0])
+    return problem.improve(problem.assign(counts[None], keep=1)[0])

@@ -231,7 +231,7 @@ def test_a_rank_waits_for_its_ring() -> None:
 def test_plans_beat_static_ones_as_published() -> None:
     """FlexSP (arXiv 2412.01523): up to 1.72x over static groups of 64, up to 1.42x over the best size of each batch.
 
-    Here on twelve batches of 512 documents: 1.73x and 1.19x on average, 2.1x and 1.36x on the batch with most to gain.
+    Here on twelve batches of 512 documents: 1.73x and 1.19x on average, 2.1x and 1.42x on the batch with most to gain.
     """
     rng = np.random.default_rng(0)
     times = []
