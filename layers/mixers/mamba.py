@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.norms import GatedRMSNorm
+from zoo.layers.segments import in_segments
 from zoo.layers.state import state_bytes
 from zoo.ops import selective_scan, ssd, swiglu
 
@@ -102,6 +103,11 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
+        if cu_seqlens is None:
+            return in_segments(self._mix, x, state, width=2 * self.d_inner)
+        return self._mix(x, state, cu_seqlens)
+
+    def _mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, MambaState]:
         h, tail = (None, None) if state is None else state
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
         x, tail = self.conv1d(x, tail, cu_seqlens=cu_seqlens)
