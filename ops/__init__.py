@@ -7,6 +7,7 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.once import runs_once
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
 from zoo.ops.selective_scan import selective_scan, selective_scan_summary
@@ -29,6 +30,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotary",
+    "runs_once",
     "selective_scan",
     "selective_scan_summary",
     "ssd",

@@ -11,6 +11,7 @@ from zoo.ops import check, dispatch, shard
 from zoo.ops.attention.blockwise import attention_blockwise
 from zoo.ops.attention.reference import attention_reference
 from zoo.ops.attention.sdpa import attention_sdpa, builds_a_large_mask
+from zoo.ops.once import runs_once
 
 if dispatch.HAS_TRITON:
     from zoo.ops.attention import kernels
@@ -46,6 +47,7 @@ def attention(
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
+@runs_once
 @dispatch.keeps_its_precision
 def attention(
     q: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Diagonal
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.ssd.chunked import ssd_chunked, ssd_step
 from zoo.ops.ssd.reference import ssd_reference
@@ -12,6 +13,7 @@ from zoo.ops.ssd.reference import ssd_reference
 BACKENDS = ("auto", "torch", "reference")
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def ssd(
     x: Tensor,
