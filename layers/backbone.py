@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.ops import linear_cross_entropy, shard
 
@@ -26,7 +26,8 @@ class SequenceConfig:
     norm_eps: of the block's and the final RMSNorm.
     init_std: standard deviation of every linear, embedding and short convolution weight; a mixer with a method
         `initialise(n_layers)` starts as that says.
-    activation_checkpointing: recompute each block in the backward pass and keep only its input.
+    activation_checkpointing: recompute each block in the backward pass and keep only its input: the model starts with
+        MemoryPlan(recompute="block"). `SequenceModel.use_memory` has the other ways.
     """
 
     d_model: int = 128
@@ -68,6 +69,18 @@ class SequenceModel(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
         self.apply(self._initialise)
+        self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What blocks keep for the backward pass."""
+        return self._memory
+
+    def use_memory(self, plan: MemoryPlan) -> None:
+        """Change what blocks keep for the backward pass: no number of the model, and nothing in its checkpoints."""
+        self._memory = plan
+        for block in self._blocks():
+            block.memory = plan
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
@@ -105,15 +118,9 @@ class SequenceModel(nn.Module):
         if mask is not None:
             return self._encode_masked(tokens, state, mask, cu_seqlens)
         x = self.embedding(tokens)
-        contexts = noop_context_fn if shard.current() is None else shard.checkpoint_contexts
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, block_state = checkpoint(
-                    block, x, block_state, cu_seqlens=cu_seqlens, use_reentrant=False, context_fn=contexts
-                )
-            else:
-                x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
+            x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
             states.append(block_state)
         return self.norm(x), tuple(states)
 
@@ -157,4 +164,7 @@ class SequenceModel(nn.Module):
         return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
 
     def _mixers(self) -> list[Any]:
-        return [block.mixer for block in self.blocks]
+        return [block.mixer for block in self._blocks()]
+
+    def _blocks(self) -> list[Any]:
+        return list(self.blocks)

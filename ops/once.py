@@ -66,18 +66,18 @@ class _Call:
     def run(self, operator: Callable[..., Any], spec: TreeSpec, given: list[Any], wanted: list[bool]) -> list[Tensor]:
         """The outputs, and a graph that does not hold the inputs."""
         inputs = [x for x in given if isinstance(x, Tensor)]
-        storages = [x.untyped_storage()._cdata for x in inputs]
+        where = [(x.untyped_storage()._cdata, x.storage_offset()) for x in inputs]
         self.strides = [x.stride() for x in inputs]
-        seen: list[Tensor] = []
+        seen: list[Tensor] = []  # the graph holds `pack` and so this list: emptied below
 
         def pack(x: Tensor) -> Input | int:
-            same = [i for i, storage in enumerate(storages) if storage == x.untyped_storage()._cdata]
+            storage, offset = x.untyped_storage()._cdata, x.storage_offset()
+            same = [i for i, (other, _) in enumerate(where) if other == storage]
             if not same:
                 seen.append(x.detach())
                 return len(seen) - 1
-            offset = x.storage_offset()
-            i = next((i for i in same if inputs[i].storage_offset() == offset), same[0])
-            return Input(i, tuple(x.shape), x.stride(), offset - inputs[i].storage_offset())
+            i = next((i for i in same if where[i][1] == offset), same[0])
+            return Input(i, tuple(x.shape), x.stride(), offset - where[i][1])
 
         with torch.enable_grad(), saved_tensors_hooks(pack, self._unpack):
             leaves = [x.detach() for x in inputs]
@@ -101,6 +101,7 @@ class _Call:
             if key not in places:
                 places[key] = self.keeping.place(x)
             self.kept.append(places[key])
+        seen.clear()
         return flat
 
     def outputs(self) -> list[Tensor]:
