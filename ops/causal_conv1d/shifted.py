@@ -18,7 +18,7 @@ def causal_conv1d_shifted(
     if cuts is None:
         history = torch.cat([state.to(x.dtype), x], dim=1)  # (B, W - 1 + T, D)
         y = _Taps.apply(history, weight, bias, silu)
-        tail = history[:, length:]
+        tail = history[:, length:].clone()  # a view would keep the whole stretch as long as the state lives
     else:
         rows: list[int] = []  # of the stream that `history` is: indices into [x; state]
         outputs: list[int] = []

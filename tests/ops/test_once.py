@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from zoo.ops import runs_once
 from zoo.ops.once import Keeping, contexts
@@ -116,3 +116,23 @@ def test_every_operator_over_time_runs_once(spec: OperatorSpec) -> None:
     for got, want in zip(*reversed(results), strict=True):
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, want)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("spec", OPERATORS.values(), ids=lambda spec: spec.name)
+def test_kernels_can_be_recomputed(spec: OperatorSpec) -> None:
+    """On the meta device, where their fakes run: their backward reads what was saved once, as checkpointing demands."""
+    if "triton" not in spec.forms:
+        pytest.skip("has no kernels")
+    given = {name: x.float() if x.is_floating_point() else x for name, x in spec.inputs(1, 70).items()}
+    names = [name for name, x in given.items() if x.is_floating_point()]
+
+    def block(*leaves: Tensor) -> Tensor:
+        made = {name: x * 1.0 for name, x in zip(names, leaves, strict=True)}
+        return spec.run({**{k: v.to("meta") for k, v in given.items()}, **made}, backend="triton")[0]
+
+    for context_fn in (noop_context_fn, contexts()):
+        leaves = [given[name].to("meta").requires_grad_() for name in names]
+        y = checkpoint(block, *leaves, use_reentrant=False, preserve_rng_state=False, context_fn=context_fn)
+        found = torch.autograd.grad(y, leaves, torch.empty_like(y), allow_unused=True)
+        assert [x.shape for x in found if x is not None]
