@@ -113,6 +113,15 @@ class SequenceModel(nn.Module):
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """As `forward`, without the head: the normalised hidden vectors, (B, T, D), and the state."""
+        return self._encode(tokens, state, mask, cu_seqlens)
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The hidden vectors of `encode` alone; no layer's state is held, which in attention is all keys and values."""
+        return self._encode(tokens, None, None, cu_seqlens, keep=False)[0]
+
+    def _encode(
+        self, tokens: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool = True
+    ) -> tuple[Tensor, Any]:
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
         if mask is not None:
@@ -121,7 +130,9 @@ class SequenceModel(nn.Module):
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
             x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
-            states.append(block_state)
+            if keep:
+                states.append(block_state)
+            del block_state
         return self.norm(x), tuple(states)
 
     def _encode_masked(self, tokens: Tensor, state: Any, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:

@@ -26,12 +26,14 @@ from zoo.registry import create_model, resolve
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
+from zoo.train.callbacks.memory import FitMemory
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
 from zoo.train.checkpoint_io import AtomicCheckpointIO
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.loggers import CsvLog
+from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
 from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
@@ -51,7 +53,7 @@ def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks
     """Train what a composed config asks for.
 
     Args:
-        config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, logger, seed.
+        config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, memory, logger, seed.
         run_dir: the run's folder; made, or empty.
         callbacks: further ones, called after the run's own.
 
@@ -188,6 +190,7 @@ def _fit(
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
+    callbacks += _memory(config.get("memory"), model, folder)
     callbacks += further
     loggers = [table, *_loggers(config, folder)]
     try:
@@ -271,6 +274,18 @@ def _check_vocabulary(model: nn.Module, data: Any) -> None:
             f"the model's vocabulary must hold that of the data: model.vocab_size is {size} and the data have "
             f"{data.vocab_size} tokens; leave model.vocab_size out or choose other data"
         )
+
+
+def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]:
+    """What chooses how activations are kept, where anything is asked for; runs of before had no such settings."""
+    options = MemoryConfig(**_settings(section or {}))
+    if not options.changes:
+        return []
+    if not hasattr(model, "use_memory"):
+        raise UserError(
+            f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
+        )
+    return [FitMemory(options, folder.say)]
 
 
 def _build_trainer(
