@@ -32,8 +32,7 @@ def one(args: argparse.Namespace, length: int) -> dict[str, float]:
     start = time.perf_counter()
 
     def step() -> None:
-        hidden, _ = model.encode(tokens[:, :-1])
-        model.head_loss(hidden, tokens[:, 1:]).backward()
+        model.head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:]).backward()
 
     peak = peak_bytes(step, torch.device("cpu"))
     return {"tokens": length, "MiB": round(peak / 2**20), "seconds": round(time.perf_counter() - start, 1)}

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-GROUPS = ("model", "data", "task", "optim", "trainer", "strategy", "logger", "experiment")
+GROUPS = ("model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment")
 
 
 def choices(extra: Iterable[Path] = ()) -> dict[str, list[str]]:

@@ -4,16 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
-from zoo.ops import linear_cross_entropy, shard
+from zoo.ops import linear_cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,8 @@ class SequenceConfig:
     norm_eps: of the block's and the final RMSNorm.
     init_std: standard deviation of every linear, embedding and short convolution weight; a mixer with a method
         `initialise(n_layers)` starts as that says.
-    activation_checkpointing: recompute each block in the backward pass and keep only its input.
+    activation_checkpointing: recompute each block in the backward pass and keep only its input: the model starts with
+        MemoryPlan(recompute="block"). `SequenceModel.use_memory` has the other ways.
     """
 
     d_model: int = 128
@@ -82,6 +82,18 @@ class SequenceModel(nn.Module):
                     "take it out of the pattern, or compose a zoo.layers.Encoder of it"
                 )
         self.apply(self._initialise)
+        self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What blocks keep for the backward pass."""
+        return self._memory
+
+    def use_memory(self, plan: MemoryPlan) -> None:
+        """Change what blocks keep for the backward pass: no number of the model, and nothing in its checkpoints."""
+        self._memory = plan
+        for block in self._blocks():
+            block.memory = plan
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
@@ -114,6 +126,15 @@ class SequenceModel(nn.Module):
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         """As `forward`, without the head: the normalised hidden vectors, (B, T, D), and the state."""
+        return self._encode(tokens, state, mask, cu_seqlens)
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The hidden vectors of `encode` alone; no layer's state is held, which in attention is all keys and values."""
+        return self._encode(tokens, None, None, cu_seqlens, keep=False)[0]
+
+    def _encode(
+        self, tokens: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool = True
+    ) -> tuple[Tensor, Any]:
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
         rows = None if mask is None else unpadded(tokens, mask, cu_seqlens)
@@ -121,16 +142,12 @@ class SequenceModel(nn.Module):
             x, state = self.encode(rows.pack(tokens), state, cu_seqlens=rows.cu_seqlens)
             return rows.unpack(x), state
         x = self.embedding(tokens)
-        contexts = noop_context_fn if shard.current() is None else shard.checkpoint_contexts
         states = []
         for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x, block_state = checkpoint(
-                    block, x, block_state, cu_seqlens=cu_seqlens, use_reentrant=False, context_fn=contexts
-                )
-            else:
-                x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
-            states.append(block_state)
+            x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
+            if keep:
+                states.append(block_state)
+            del block_state
         return self.norm(x), tuple(states)
 
     def head(self, x: Tensor) -> Tensor:
@@ -157,4 +174,7 @@ class SequenceModel(nn.Module):
         return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
 
     def _mixers(self) -> list[Any]:
-        return [block.mixer for block in self.blocks]
+        return [block.mixer for block in self._blocks()]
+
+    def _blocks(self) -> list[Any]:
+        return list(self.blocks)

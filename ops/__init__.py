@@ -10,6 +10,7 @@ from zoo.ops.depthwise_conv1d import depthwise_conv1d
 from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.once import runs_once
 from zoo.ops.quasiseparable import quasiseparable
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
@@ -39,6 +40,7 @@ __all__ = [
     "quasiseparable",
     "rms_norm",
     "rotary",
+    "runs_once",
     "s4",
     "s4_summary",
     "s4d",

@@ -191,6 +191,15 @@ class ComplexElementwise(NamedTuple):
     def reset_to(self, value: Tensor) -> "ComplexElementwise":
         return ComplexElementwise(torch.zeros_like(self.a), value)
 
+    @property
+    def axis(self) -> int:
+        return -2
+
+    def columns(self, n: int) -> list["ComplexElementwise"]:
+        a = self.a.expand(self.b.shape)
+        parts = zip(a.tensor_split(n, -2), self.b.tensor_split(n, -2), strict=True)
+        return [ComplexElementwise(*part) for part in parts]
+
 
 Affine = Elementwise | Diagonal | Matrix | Block2x2 | ComplexElementwise
 

@@ -26,12 +26,14 @@ from zoo.registry import create_model, model_info, resolve
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
+from zoo.train.callbacks.memory import FitMemory
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
 from zoo.train.checkpoint_io import AtomicCheckpointIO
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.loggers import CsvLog
+from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
 from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
@@ -52,7 +54,7 @@ def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks
     """Train what a composed config asks for.
 
     Args:
-        config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, logger, seed.
+        config: as `zoo.config.compose` gives it: model, data, task, optim, trainer, strategy, memory, logger, seed.
         run_dir: the run's folder; made, or empty.
         callbacks: further ones, called after the run's own.
 
@@ -196,6 +198,7 @@ def _fit(
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
+    callbacks += _memory(config.get("memory"), model, folder)
     callbacks += further
     loggers = [table, *_loggers(config, folder)]
     try:
@@ -222,7 +225,7 @@ def _fit(
     if not trainer.is_global_zero or not keeps:
         return DONE
     if weights is not None:
-        model = _build_model(config["model"], data)
+        model = _build_model(config["model"], data, kind)
         model.load_state_dict(weights)
     return _finish(folder, model, data, draw, log.final, checkpoints.failed)
 
@@ -295,6 +298,18 @@ def _check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
                 f"the model must hold what the data have: model.{field} is {size} and the data have {least} {what} for "
                 f"{task.__name__}; leave model.{field} out or choose other data"
             )
+
+
+def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]:
+    """What chooses how activations are kept, where anything is asked for; runs of before had no such settings."""
+    options = MemoryConfig(**_settings(section or {}))
+    if not options.changes:
+        return []
+    if not hasattr(model, "use_memory"):
+        raise UserError(
+            f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
+        )
+    return [FitMemory(options, folder.say)]
 
 
 def _build_trainer(

@@ -12,6 +12,7 @@ from zoo.ops.attention.blockwise import attention_blockwise
 from zoo.ops.attention.parallel import attention_across
 from zoo.ops.attention.reference import attention_reference
 from zoo.ops.attention.sdpa import attention_sdpa, builds_a_large_mask
+from zoo.ops.once import runs_once
 from zoo.ops.shard.scope import scope
 
 if dispatch.HAS_TRITON:
@@ -48,6 +49,7 @@ def attention(
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
+@runs_once
 @dispatch.keeps_its_precision
 def attention(
     q: Tensor,

@@ -10,12 +10,14 @@ from zoo.ops.algebra import Block2x2
 from zoo.ops.block_affine_scan.reference import block_affine_scan_reference
 from zoo.ops.block_affine_scan.two_level import block_affine_scan_two_level
 from zoo.ops.chunks import chunk_table
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.block_affine_scan import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"b": 2, "A": 2})
 def block_affine_scan(

@@ -116,4 +116,5 @@ def _last(state: Tensor, x: Tensor) -> Tensor:
     """The last rows of [state, x], as many as the state has."""
     halo, length = state.shape[1], x.shape[1]
     recent = x[:, max(0, length - halo) :]
-    return recent if length >= halo else torch.cat([state[:, length:], recent], dim=1)
+    # not a view, which would keep the whole stretch as long as the state lives
+    return recent.clone() if length >= halo else torch.cat([state[:, length:], recent], dim=1)

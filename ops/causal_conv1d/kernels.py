@@ -191,8 +191,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    dx, dweight, dbias, dstate = causal_conv1d_bwd(dy, *ctx.saved_tensors, ctx.silu)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, dstate, None, None, None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    dx, dweight, dbias, dstate = causal_conv1d_bwd(dy, *saved, ctx.silu)
+    return dx, dweight, None if saved[2] is None else dbias, dstate, None, None, None, None, None
 
 
 causal_conv1d_fwd.register_autograd(_backward, setup_context=_save)

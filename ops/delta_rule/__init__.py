@@ -8,12 +8,14 @@ from zoo.ops.algebra import Matrix
 from zoo.ops.chunks import chunk_table
 from zoo.ops.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.delta_rule.reference import delta_rule_reference
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.delta_rule import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "beta": 2, "g": 2})
 def delta_rule(

@@ -554,8 +554,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, do, dS):
-    dq, dk, dv, dbeta, dg, dS0 = delta_bwd(do, dS, *ctx.saved_tensors, ctx.scale)
-    return dq, dk, dv, dbeta, None if ctx.saved_tensors[4] is None else dg, dS0, None, None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    dq, dk, dv, dbeta, dg, dS0 = delta_bwd(do, dS, *saved, ctx.scale)
+    return dq, dk, dv, dbeta, None if saved[4] is None else dg, dS0, None, None, None, None
 
 
 delta_fwd.register_autograd(_backward, setup_context=_save)

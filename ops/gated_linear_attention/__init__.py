@@ -8,12 +8,14 @@ from zoo.ops.algebra import Diagonal
 from zoo.ops.chunks import chunk_table
 from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked, gated_linear_attention_step
 from zoo.ops.gated_linear_attention.reference import gated_linear_attention_reference
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 
 if dispatch.HAS_TRITON:
     from zoo.ops.gated_linear_attention import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "g": 2})
 def gated_linear_attention(

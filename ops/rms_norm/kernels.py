@@ -163,8 +163,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    _, gate, weight = ctx.saved_tensors
-    dx, dgate, dweight = rms_norm_bwd(dy, *ctx.saved_tensors, ctx.eps, ctx.gate_first)
+    x, gate, weight = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    dx, dgate, dweight = rms_norm_bwd(dy, x, gate, weight, ctx.eps, ctx.gate_first)
     return dx, None if gate is None else dgate, None if weight is None else dweight, None, None
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Elementwise
 from zoo.ops.chunks import chunk_table
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.selective_scan.chunked import selective_scan_chunked, selective_scan_step
 from zoo.ops.selective_scan.reference import selective_scan_reference
@@ -14,6 +15,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.selective_scan import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"u": 2, "delta": 2, "A": 0, "D": 0}, shared=("B", "C"))
 def selective_scan(

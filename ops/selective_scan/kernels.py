@@ -312,8 +312,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy, dlast, dstates, dtotal):
-    *grads, dD, dstate = selective_bwd(dy, dlast, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[5] is None else dD, dstate, None, None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    *grads, dD, dstate = selective_bwd(dy, dlast, *saved)
+    return *grads, None if saved[5] is None else dD, dstate, None, None, None, None
 
 
 selective_fwd.register_autograd(_backward, setup_context=_save)

@@ -6,6 +6,7 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Diagonal
 from zoo.ops.chunks import chunk_table
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.ssd.chunked import ssd_chunked, ssd_step
 from zoo.ops.ssd.reference import ssd_reference
@@ -14,6 +15,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.ssd import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped=("B", "C"))
 def ssd(

@@ -269,7 +269,7 @@ class ContextParallel(ParallelStrategy):
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         """As Lightning's; a rank that is gone is said in one sentence."""
         with self._clear_errors():
-            return super().reduce(*args, **kwargs)
+            return super().reduce(*args, **kwargs)  # type: ignore[safe-super]
 
     @contextmanager
     def _clear_errors(self) -> Iterator[None]:

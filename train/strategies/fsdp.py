@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -110,7 +110,7 @@ class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
             inner = getattr(optimizer, "optimizer", optimizer)
             order = [names[parameter] for group in inner.param_groups for parameter in group["params"]]
-            named = {
+            named: dict[str, Any] = {
                 "state": {order[i]: value for i, value in state["state"].items()},
                 "param_groups": [{**g, "params": [order[i] for i in g["params"]]} for g in state["param_groups"]],
             }
@@ -131,7 +131,7 @@ def whole_weights(model: nn.Module) -> dict[str, Any] | None:
     """
     if not isinstance(model, FSDPModule):
         return None
-    state: dict[str, Tensor] = get_model_state_dict(model, options=_whole())
+    state: dict[str, Any] = get_model_state_dict(model, options=_whole())
     return state if torch.distributed.get_rank() == 0 else {}
 
 

@@ -81,8 +81,8 @@ class LanguageModelling(Task):
         head_loss = getattr(self.model, "head_loss", None)
         if head_loss is None:
             return summed_loss(self(batch), batch["targets"])
-        encode: Any = self.model.encode
-        hidden = encode(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))[0]
+        encode: Any = getattr(self.model, "hidden", None) or (lambda *x, **at: self.model.encode(*x, **at)[0])
+        hidden = encode(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
         nll: Tensor = head_loss(hidden, batch["targets"], ignore_index=IGNORED, reduction="sum")
         return nll, (batch["targets"] != IGNORED).sum()
 
