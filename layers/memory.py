@@ -16,9 +16,11 @@ RECOMPUTE = ("none", "block", "mixer_saved")
 
 
 class Halves(Protocol):
-    """A block as this module sees it; `token_wise` says that `feed` treats every token alone."""
+    """A block as this module sees it."""
 
-    token_wise: bool
+    @property
+    def token_wise(self) -> bool:
+        """Does `feed` treat every token alone?"""
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """The half over time, with its residual."""

@@ -45,7 +45,7 @@ HERE = Keeping(lambda x: x, lambda x: x)
 class Input(NamedTuple):
     """A saved tensor that is a view of an operator's input: which one, and where in it."""
 
-    index: int
+    which: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int  # from the input's own
@@ -66,12 +66,12 @@ class _Call:
     def run(self, operator: Callable[..., Any], spec: TreeSpec, given: list[Any], wanted: list[bool]) -> list[Tensor]:
         """The outputs, and a graph that does not hold the inputs."""
         inputs = [x for x in given if isinstance(x, Tensor)]
-        where = [(x.untyped_storage()._cdata, x.storage_offset()) for x in inputs]
+        where = [(x.untyped_storage()._cdata, int(x.storage_offset())) for x in inputs]
         self.strides = [x.stride() for x in inputs]
         seen: list[Tensor] = []  # the graph holds `pack` and so this list: emptied below
 
         def pack(x: Tensor) -> Input | int:
-            storage, offset = x.untyped_storage()._cdata, x.storage_offset()
+            storage, offset = x.untyped_storage()._cdata, int(x.storage_offset())
             same = [i for i, (other, _) in enumerate(where) if other == storage]
             if not same:
                 seen.append(x.detach())
@@ -111,7 +111,7 @@ class _Call:
     def _unpack(self, packed: Input | int) -> Tensor:
         if isinstance(packed, int):
             return self.keeping.fetch(self.kept[packed])
-        x, stride = self.inputs[packed.index], self.strides[packed.index]
+        x, stride = self.inputs[packed.which], self.strides[packed.which]
         if x.stride() != stride:
             raise RuntimeError(
                 f"recomputation must lay out an operator's inputs as the first pass did; got strides {x.stride()} "

@@ -161,7 +161,7 @@ class _Lasp(_Scanner):
         """The exclusive scan along the ranks in the direction `step`; `initial` is before its first rank."""
         shard = self.shard
         before, after = shard.rank - step, shard.rank + step
-        parts = element.columns(self.blocks(element))
+        parts: Sequence[Any] = element.columns(self.blocks(element))
         columns = [part.b.shape[element.axis] for part in parts]
         states = [x.contiguous() for x in initial.split(columns, dim=element.axis)]
         coming = [exchange.receive(shard, x, before, "state") for x in states] if 0 <= before < shard.size else []

@@ -135,6 +135,7 @@ def candidates(config: MemoryConfig, own: MemoryPlan, device: torch.device) -> I
     """Plans that agree with what is given, the cheapest first."""
     offloads = {"auto": ("none",) if device.type == "cpu" else ("none", "inputs"), "alpha:auto": ("alpha:0",)}
     for offload in offloads.get(config.offload, (config.offload,)):
+        tile_mlp: int | str
         for recompute, tile_mlp in RECOMPUTE_AUTO:
             if config.recompute != "auto":
                 recompute = own.recompute if config.recompute is None else config.recompute

@@ -8,6 +8,7 @@ once chunks and stretches are full, so that two lengths tell all.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -131,16 +132,17 @@ def estimate(
     if not hasattr(model, "blocks") or not hasattr(model, "head_loss"):
         raise ValueError(f"memory is estimated for a SequenceModel; got {type(model).__name__}")
     how, device = PRECISIONS[precision], torch.device(device)
-    plan = model.memory if plan is None else plan  # type: ignore[assignment]
+    owner: Any = model
+    chosen: MemoryPlan = owner.memory if plan is None else plan
     shapes = _shapes(model, how.activations, device)
-    short = max(SHORTEST, min(LONGEST, STRETCHES // (batch * model.config.d_model)))  # type: ignore[union-attr,operator]
+    short = max(SHORTEST, min(LONGEST, STRETCHES // (batch * owner.config.d_model)))
     kinds: dict[str, _Block] = {}
     blocks: list[_Block] = []
     grads: list[int] = []
     for block in shapes.blocks:
         kind = repr(block)
         if kind not in kinds:
-            kinds[kind] = _Block(*_along(lambda T, b=block: _run_block(b, plan, batch, T, how), length, short))
+            kinds[kind] = _Block(*_along(partial(_run_block, block, chosen, batch, how), length, short))
         blocks.append(kinds[kind])
         grads.append(how.gradient * sum(p.numel() for p in block.parameters()))
     loss = _along(lambda T: (_run_loss(shapes, batch, T, how, device),), length, short)[0]
@@ -194,7 +196,7 @@ def _along(run: Callable[[int], tuple[float, ...]], length: int, short: int) -> 
     return tuple(b + max(0.0, b - a) * steps for a, b in zip(run(short), run(long), strict=True))
 
 
-def _run_block(block: Any, plan: MemoryPlan, batch: int, length: int, how: Precision) -> tuple[float, ...]:
+def _run_block(block: Any, plan: MemoryPlan, batch: int, how: Precision, length: int) -> tuple[float, ...]:
     """The fields of _Block at one length."""
     width = block.mixer_norm.weight.numel()
     engine = offload(torch.device("meta"))

@@ -78,7 +78,7 @@ def flash_on_meta() -> Iterator[None]:
     def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _Flash.apply(q, k, v) if q.is_meta else real(q, k, v, *args, **kwargs)
 
-    F.scaled_dot_product_attention = attend
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from zoo.errors import UserError
+from zoo.layers import SequenceModel
 from zoo.train.metrics import (
     IGNORED,
     Accuracy,
@@ -81,8 +82,12 @@ class LanguageModelling(Task):
         head_loss = getattr(self.model, "head_loss", None)
         if head_loss is None:
             return summed_loss(self(batch), batch["targets"])
-        encode: Any = getattr(self.model, "hidden", None) or (lambda *x, **at: self.model.encode(*x, **at)[0])
-        hidden = encode(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))
+        model: Any = self.model
+        tokens, cuts = batch["tokens"], batch.get("cu_seqlens")
+        if isinstance(model, SequenceModel):  # whose states need not be held
+            hidden = model.hidden(tokens, cu_seqlens=cuts)
+        else:
+            hidden = model.encode(tokens, cu_seqlens=cuts)[0]
         nll: Tensor = head_loss(hidden, batch["targets"], ignore_index=IGNORED, reduction="sum")
         return nll, (batch["targets"] != IGNORED).sum()
 
