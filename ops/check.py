@@ -1,5 +1,6 @@
 """Argument checks shared by the public operators: each failure is rule, fact and remedy in one sentence."""
 
+import functools
 import itertools
 from collections.abc import Mapping
 
@@ -27,19 +28,22 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
     for name, (x, dims) in args.items():
         if x is None:
             continue
-        names = dims.split()
-        wanted = f"({', '.join(names)})"
+        names = _names(dims)  # asked for every decoded token in every layer: nothing is made that is not needed
         if not isinstance(x, Tensor):
-            raise ValueError(f"{operator}: {name} must be a tensor {wanted}; got {type(x).__name__}")
-        if x.ndim != len(names):
-            raise ValueError(f"{operator}: {name} must be {wanted}, {len(names)} dimensions; got {tuple(x.shape)}")
-        for dim, size in zip(names, x.shape, strict=True):
-            if sizes.setdefault(dim, size) != size:
+            raise ValueError(f"{operator}: {name} must be a tensor {_wanted(names)}; got {type(x).__name__}")
+        shape = x.shape
+        if len(shape) != len(names):
+            raise ValueError(
+                f"{operator}: {name} must be {_wanted(names)}, {len(names)} dimensions; got {tuple(shape)}"
+            )
+        for dim, size in zip(names, shape, strict=True):
+            if dim not in sizes:
+                sizes[dim], origin[dim] = size, name
+            elif sizes[dim] != size:
                 since = f" as in {origin[dim]}" if origin[dim] else ""
                 raise ValueError(
-                    f"{operator}: {name} must be {wanted} with {dim} = {sizes[dim]}{since}; got {tuple(x.shape)}"
+                    f"{operator}: {name} must be {_wanted(names)} with {dim} = {sizes[dim]}{since}; got {tuple(shape)}"
                 )
-            origin.setdefault(dim, name)
         if not x.is_floating_point():
             raise ValueError(f"{operator}: {name} must be a floating tensor; got {x.dtype}, convert it with .float()")
         if first is None:
@@ -52,10 +56,19 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
     return sizes
 
 
+@functools.cache
+def _names(dims: str) -> tuple[str, ...]:
+    return tuple(dims.split())
+
+
+def _wanted(names: tuple[str, ...]) -> str:
+    return f"({', '.join(names)})"
+
+
 def same_dtype(operator: str, **args: Tensor | None) -> None:
     """Refuse a mix of float dtypes among the named arguments; None is passed over."""
-    given = {name: x.dtype for name, x in args.items() if x is not None}
-    if len(set(given.values())) > 1:
+    if len({x.dtype for x in args.values() if x is not None}) > 1:
+        given = {name: x.dtype for name, x in args.items() if x is not None}
         found = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
         raise ValueError(f"{operator}: {', '.join(given)} must share one dtype; got {found}")
 

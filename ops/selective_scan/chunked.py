@@ -34,13 +34,13 @@ def selective_scan_step(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token, T = 1, without the machinery of chunks: what decoding calls."""
-    u1, d1, B1, C1 = (x[:, 0].to(state.dtype) for x in (u, delta, B, C))
-    a = (d1.unsqueeze(-1) * A.to(state.dtype)).exp()  # (B, E, N)
-    h = torch.addcmul((d1 * u1).unsqueeze(-1) * B1.unsqueeze(-2), a, state)
-    y = (h @ C1.unsqueeze(-1)).squeeze(-1)
+    u1, d1, B1, C1 = (x.mT.to(state.dtype) for x in (u, delta, B, C))  # (B, E, 1), (B, N, 1)
+    a = (d1 * (A.to(state.dtype) * _LOG2_E)).exp2()  # (B, E, N)
+    h = torch.addcmul((d1 * u1) * B1.mT, a, state)
+    y = h @ C1  # (B, E, 1)
     if D is not None:
-        y = y + D.to(state.dtype) * u1
-    return y.unsqueeze(1).to(u.dtype), h
+        y = torch.addcmul(y, D.to(state.dtype).unsqueeze(-1), u1)
+    return y.mT.to(u.dtype), h
 
 
 def selective_scan_chunked(
