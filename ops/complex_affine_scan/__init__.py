@@ -144,11 +144,10 @@ def _run(
         table = chunk_table(B, T, kernels.CHUNK, cuts, b.device)
         h, last = kernels.complex_affine_fwd(a_, b_, keep, state_, *table)
     else:
-        a_ = _masked(a.expand(b.shape), resets).reshape(B, T, D, 2)
         dtype = state.dtype
-        states, end = affine_scan_two_level(
-            as_complex(a_.to(dtype)), as_complex(b_.to(dtype)), as_complex(state_.to(dtype)), cuts
-        )
+        transitions = as_complex(a.to(dtype)).expand(b.shape[:-1])  # expanded last: constant ones stay one row
+        transitions = _masked(transitions, resets).reshape(B, T, D)
+        states, end = affine_scan_two_level(transitions, as_complex(b_.to(dtype)), as_complex(state_.to(dtype)), cuts)
         h, last = as_pairs(states).to(b.dtype), as_pairs(end)
     return h.view(b.shape), last.view(state.shape)
 

@@ -1,14 +1,11 @@
 """Fast torch form: a product of spectra."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from zoo.ops import documents
 
 
-@functools.cache
 def fast_length(n: int) -> int:
     """The smallest even number of at least n without a prime factor above 5: transforms of it are fast."""
     best = 2

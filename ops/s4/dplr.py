@@ -5,7 +5,6 @@ x -> P * 2 Re(P^* x). The discrete transition is a real matrix of 2N rows, which
 """
 
 import math
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +34,9 @@ class Dplr:
         self._DP = self._D * self.P
         self._scale = half / (1 + half * 2 * (self.P.conj() * self._DP).real.sum(-1, keepdim=True))
         self._powers: list[Tensor] = []
+        self.B_bar = self._backward(2 * half * self.B)
+        # C as a real row, (H, 2N): y = readout . x for states as pairs
+        self.readout = torch.stack([2 * self.C.real, -2 * self.C.imag], dim=-1).flatten(-2)
 
     def _low_rank(self, x: Tensor) -> Tensor:
         """2 Re(P^* x), one number a channel."""
@@ -48,15 +50,6 @@ class Dplr:
     def _transition(self, x: Tensor) -> Tensor:
         """One discrete step without input."""
         return self._backward(x + self._half * (self.A * x - self.P * self._low_rank(x)))
-
-    @cached_property
-    def B_bar(self) -> Tensor:
-        return self._backward(2 * self._half * self.B)
-
-    @cached_property
-    def readout(self) -> Tensor:
-        """C as a real row, (H, 2N): y = readout . x for states as pairs."""
-        return torch.stack([2 * self.C.real, -2 * self.C.imag], dim=-1).flatten(-2)
 
     def power(self, k: int) -> Tensor:
         """The transition of 2**k steps as a real matrix, (H, 2N, 2N)."""
