@@ -49,6 +49,8 @@ class Input(NamedTuple):
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int  # from the input's own
+    pairs: bool = False  # a complex view of real pairs
+    conjugate: bool = False
 
 
 class _Call:
@@ -71,13 +73,18 @@ class _Call:
         seen: list[Tensor] = []  # the graph holds `pack` and so this list: emptied below
 
         def pack(x: Tensor) -> Input | int:
-            storage, offset = x.untyped_storage()._cdata, int(x.storage_offset())
-            same = [i for i, (other, _) in enumerate(where) if other == storage]
+            pairs, conjugate = x.is_complex(), x.is_conj()
+            view = torch.view_as_real(x.conj() if conjugate else x) if pairs else x
+            storage, offset = view.untyped_storage()._cdata, int(view.storage_offset())
+            same = [
+                i for i, (other, _) in enumerate(where)
+                if other == storage and inputs[i].dtype == view.dtype and not x.is_neg()
+            ]  # fmt: skip
             if not same:
                 seen.append(x.detach())
                 return len(seen) - 1
             i = next((i for i in same if where[i][1] == offset), same[0])
-            return Input(i, tuple(x.shape), x.stride(), offset - where[i][1])
+            return Input(i, tuple(view.shape), view.stride(), offset - where[i][1], pairs, conjugate)
 
         with torch.enable_grad(), saved_tensors_hooks(pack, self._unpack):
             leaves = [x.detach() for x in inputs]
@@ -117,7 +124,10 @@ class _Call:
                 f"recomputation must lay out an operator's inputs as the first pass did; got strides {x.stride()} "
                 f"instead of {stride}: something in the block depends on more than its inputs"
             )
-        return x.as_strided(packed.size, packed.stride, x.storage_offset() + packed.offset)
+        view = x.as_strided(packed.size, packed.stride, x.storage_offset() + packed.offset)
+        if packed.pairs:
+            view = torch.view_as_complex(view)
+        return view.conj() if packed.conjugate else view
 
     def gradients(
         self, inputs: tuple[Tensor, ...], given: tuple[Tensor | None, ...], again: bool

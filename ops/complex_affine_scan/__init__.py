@@ -10,6 +10,7 @@ from zoo.ops.affine_scan.two_level import affine_scan_two_level
 from zoo.ops.algebra import ComplexElementwise
 from zoo.ops.chunks import chunk_table
 from zoo.ops.complex_affine_scan.reference import complex_affine_scan_reference
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.pairs import as_complex, as_pairs
 
@@ -17,6 +18,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.complex_affine_scan import kernels
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def complex_affine_scan(
     a: Tensor,

@@ -8,8 +8,10 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.fft_convolution.fourier import fft_convolution_fourier
 from zoo.ops.fft_convolution.reference import fft_convolution_reference
+from zoo.ops.once import runs_once
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def fft_convolution(
     u: Tensor,

@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.ops import check, dispatch, shard
+from zoo.ops.once import runs_once
 from zoo.ops.quasiseparable.reference import quasiseparable_reference
 from zoo.ops.ssd import ssd
 
 DIRECTIONS = 2
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def quasiseparable(
     x: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import ComplexElementwise, Matrix
+from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document, last_document
 from zoo.ops.s4.convolved import convolved
 from zoo.ops.s4.dplr import Dplr
@@ -14,6 +15,7 @@ from zoo.ops.s4.reference import s4_reference, s4d_reference
 from zoo.ops.s4.systems import Diagonal
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def s4d(
     u: Tensor,
@@ -100,6 +102,7 @@ def s4d_summary(u: Tensor, log_A: Tensor, B: Tensor, *, cu_seqlens: Tensor | Non
     return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
 
 
+@runs_once
 @dispatch.keeps_its_precision
 def s4(
     u: Tensor,

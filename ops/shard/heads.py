@@ -50,6 +50,7 @@ def over_heads(
             given = signature.bind(*args, **kwargs).arguments
             return _run(found, operator, given, split, grouped, shared)  # type: ignore[return-value]
 
+        run.over_heads = True  # type: ignore[attr-defined]
         return run
 
     return wrap

@@ -470,8 +470,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy, dlast):
-    *grads, dD, dstate = ssd_bwd(dy, dlast, *ctx.saved_tensors)
-    return *grads, None if ctx.saved_tensors[5] is None else dD, dstate, None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    *grads, dD, dstate = ssd_bwd(dy, dlast, *saved)
+    return *grads, None if saved[5] is None else dD, dstate, None, None, None
 
 
 ssd_fwd.register_autograd(_backward, setup_context=_save)
