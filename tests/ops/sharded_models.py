@@ -89,8 +89,8 @@ def model_check(place: shard.SequenceShard, name: str, way: dict[str, Any], pack
     local = None
     if packed and here.layout == "contiguous":
         local = shard.local_boundaries(torch.tensor(DOCUMENTS), place.rank, place.size, LENGTH).cu_seqlens
-    elif packed:
-        local = torch.tensor([0, len(own)])
+    elif packed:  # one rank alone is not cut; several read the shard's documents
+        local = whole if place.size == 1 else torch.tensor([0, len(own)])
 
     def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
         scores = nn.functional.cross_entropy(

@@ -1,5 +1,6 @@
 """How a model's layers cross ranks, read off the operators that their code calls."""
 
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +44,7 @@ def _of_class(owner: type) -> set[str]:
     for base in owner.__mro__:
         if base.__module__.split(".")[0] != "torch":
             for value in vars(base).values():
-                inner = getattr(value, "__func__", value)
+                inner = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
                 if isinstance(inner, types.FunctionType):
                     found |= set(_of_function(inner, set()))
     return found
@@ -67,7 +68,7 @@ def _of_function(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
                 if each in _KINDS:
                     yield _KINDS[each]
                 elif each.__module__ == function.__module__:
-                    yield from _of_function(each, seen)
+                    yield from _of_function(inspect.unwrap(each), seen)
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
