@@ -68,18 +68,17 @@ class _Call:
     def run(self, operator: Callable[..., Any], spec: TreeSpec, given: list[Any], wanted: list[bool]) -> list[Tensor]:
         """The outputs, and a graph that does not hold the inputs."""
         inputs = [x for x in given if isinstance(x, Tensor)]
-        where = [(x.untyped_storage()._cdata, int(x.storage_offset())) for x in inputs]
+        # The graph holds `pack` and what it names: no tensor of `inputs`, and `seen` is emptied below.
+        where = [(x.untyped_storage()._cdata, int(x.storage_offset()), x.dtype) for x in inputs]
         self.strides = [x.stride() for x in inputs]
-        seen: list[Tensor] = []  # the graph holds `pack` and so this list: emptied below
+        seen: list[Tensor] = []
 
         def pack(x: Tensor) -> Input | int:
             pairs, conjugate = x.is_complex(), x.is_conj()
             view = torch.view_as_real(x.conj() if conjugate else x) if pairs else x
             storage, offset = view.untyped_storage()._cdata, int(view.storage_offset())
-            same = [
-                i for i, (other, _) in enumerate(where)
-                if other == storage and inputs[i].dtype == view.dtype and not x.is_neg()
-            ]  # fmt: skip
+            kind = (storage, view.dtype)
+            same = [i for i, (other, _, dtype) in enumerate(where) if (other, dtype) == kind and not x.is_neg()]
             if not same:
                 seen.append(x.detach())
                 return len(seen) - 1

@@ -58,8 +58,9 @@ def requested(*words: str) -> Any:
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
-        ([], 2, "zoo bench begins with op=NAME, op=all, model=NAME or report=FILE; nothing was named"),
-        (["cp"], 2, "zoo bench begins with op=NAME, op=all, model=NAME or report=FILE; got 'cp'"),
+        ([], 2, "zoo bench begins with op=NAME, op=all, model=NAME, cp model=NAME or report=FILE; nothing was named"),
+        (["cp"], 2, "zoo bench cp needs a model; add model=NAME, zoo list shows all"),
+        (["T=3"], 2, "zoo bench begins with op=NAME, op=all, model=NAME, cp model=NAME or report=FILE; got 'T=3'"),
         (["op=delta_rul"], 2, "no operator 'delta_rul'; did you mean 'delta_rule'? op can be all, "),
         (["op=delta_rule", "W=3"], 2, "zoo bench op= has no setting 'W'; "),
         (["op=delta_rule", "dtyp=float32"], 2, "zoo bench op= has no setting 'dtyp'; did you mean 'dtype'?"),

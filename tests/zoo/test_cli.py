@@ -155,7 +155,7 @@ def test_counts():
 def test_groups(capsys):
     out = run(capsys, "config", "--groups")[1]
     groups = {line.split()[0]: line for line in out.splitlines()}
-    assert list(groups) == ["model", "data", "task", "optim", "trainer", "strategy", "logger", "experiment"]
+    assert list(groups) == ["model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment"]
     assert "toy" in groups["model"]
 
 

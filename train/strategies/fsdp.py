@@ -25,7 +25,7 @@ from zoo.train.strategies.base import ContextParallel
 
 __all__ = ["ContextParallelFSDPStrategy", "whole_weights"]
 
-METHODS = ("encode", "head", "head_loss")  # of a model, called beside its `forward`
+METHODS = ("encode", "hidden", "head", "head_loss")  # of a model, called beside its `forward`
 
 
 class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
