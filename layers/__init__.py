@@ -10,6 +10,7 @@ from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
+from zoo.layers.mixers.para_rnn import ParaGRU, ParaLSTM
 from zoo.layers.mixers.s4 import S4
 from zoo.layers.mixers.s5 import S5
 from zoo.layers.norms import GatedRMSNorm, RMSNorm
@@ -31,6 +32,8 @@ __all__ = [
     "Hydra",
     "Mamba",
     "Mamba2",
+    "ParaGRU",
+    "ParaLSTM",
     "RMSNorm",
     "SequenceConfig",
     "SequenceModel",

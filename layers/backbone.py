@@ -24,6 +24,7 @@ class SequenceConfig:
     pattern: mixers by layer in the grammar of zoo.layers.pattern; empty for the model's own mixer everywhere.
     tie_embeddings: the head uses the embedding's matrix.
     norm_eps: of the block's and the final RMSNorm.
+    residual_scale: each block learns, channel by channel, how much of its input goes past the mixer.
     init_std: standard deviation of every linear, embedding and short convolution weight; a mixer with a method
         `initialise(n_layers)` starts as that says.
     activation_checkpointing: recompute each block in the backward pass and keep only its input: the model starts with
@@ -37,6 +38,7 @@ class SequenceConfig:
     pattern: str = ""
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
+    residual_scale: bool = False
     init_std: float = 0.02
     activation_checkpointing: bool = False
 
@@ -68,7 +70,10 @@ class SequenceModel(nn.Module):
             return None if config.hidden_size == 0 else SwiGLU(d, hidden_size=config.hidden_size)
 
         self.embedding = nn.Embedding(config.vocab_size, d)
-        self.blocks = nn.ModuleList(Block(d, mixer(i), feed_forward(), norm_eps=eps) for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(
+            Block(d, mixer(i), feed_forward(), norm_eps=eps, residual_scale=config.residual_scale)
+            for i in range(config.n_layers)
+        )
         if any(getattr(own, "bidirectional", False) for own in self._mixers()):
             raise ValueError("a bidirectional mixer sees the future and cannot be part of a causal model; leave it out")
         self.norm = RMSNorm(d, eps=eps)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.layers.memory import MemoryPlan
@@ -9,7 +10,7 @@ from zoo.layers.norms import RMSNorm
 
 
 class Block(nn.Module):
-    """y = x + mixer(norm(x)); z = y + feed_forward(norm(y)). Without a feed-forward only the first half.
+    """y = s x + mixer(norm(x)); z = y + feed_forward(norm(y)). Without a feed-forward only the first half.
 
     Args:
         d_model: D.
@@ -17,16 +18,26 @@ class Block(nn.Module):
         feed_forward: (B, T, D) -> (B, T, D), or None. One with an attribute `token_wise` that is true treats every
             token alone, and may be given tiles of tokens.
         norm_eps: of both norms.
+        residual_scale: s is learnt, one number a channel that starts at 1; else it is 1.
 
     `memory` says what is kept for the backward pass; SequenceModel.use_memory sets it.
     """
 
-    def __init__(self, d_model: int, mixer: nn.Module, feed_forward: nn.Module | None, *, norm_eps: float = 1e-6):
+    def __init__(
+        self,
+        d_model: int,
+        mixer: nn.Module,
+        feed_forward: nn.Module | None,
+        *,
+        norm_eps: float = 1e-6,
+        residual_scale: bool = False,
+    ):
         super().__init__()
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         self.mixer: Any = mixer  # a module with init_state and state_bytes
         self.feed_forward_norm = RMSNorm(d_model, eps=norm_eps) if feed_forward is not None else None
         self.feed_forward = feed_forward
+        self.residual_scale = nn.Parameter(torch.ones(d_model)) if residual_scale else None
         self.memory = MemoryPlan()
 
     @property
@@ -38,9 +49,11 @@ class Block(nn.Module):
         return self.memory.run(self, x, state, cu_seqlens)
 
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
-        """y = x + mixer(norm(x)), and the mixer's state."""
+        """y = s x + mixer(norm(x)), and the mixer's state."""
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
-        return x + mixed, state
+        if self.residual_scale is None:
+            return x + mixed, state
+        return torch.addcmul(mixed, x, self.residual_scale.to(x.dtype)), state
 
     def feed(self, x: Tensor) -> Tensor:
         """z = y + feed_forward(norm(y))."""

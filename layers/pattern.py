@@ -19,6 +19,7 @@ from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
+from zoo.layers.mixers.para_rnn import ParaGRU, ParaLSTM
 from zoo.layers.mixers.s4 import S4
 from zoo.layers.mixers.s5 import S5
 
@@ -32,6 +33,8 @@ MIXERS: dict[str, MixerMaker] = {
     "hydra": Hydra,
     "mamba": Mamba,
     "mamba2": Mamba2,
+    "para_gru": ParaGRU,
+    "para_lstm": ParaLSTM,
     "s4": S4,
     "s5": S5,
 }

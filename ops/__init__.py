@@ -10,7 +10,10 @@ from zoo.ops.depthwise_conv1d import depthwise_conv1d
 from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.newton_scan import newton_corrections, newton_residual, newton_scan
 from zoo.ops.once import runs_once
+from zoo.ops.para_gru import para_gru
+from zoo.ops.para_lstm import para_lstm
 from zoo.ops.quasiseparable import quasiseparable
 from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
@@ -37,6 +40,11 @@ __all__ = [
     "gated_linear_attention_summary",
     "gated_rms_norm",
     "linear_cross_entropy",
+    "newton_corrections",
+    "newton_residual",
+    "newton_scan",
+    "para_gru",
+    "para_lstm",
     "quasiseparable",
     "rms_norm",
     "rotary",

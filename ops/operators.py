@@ -10,6 +10,9 @@ from zoo.ops.depthwise_conv1d.spec import SPECS as DEPTHWISE_CONV1D
 from zoo.ops.fft_convolution.spec import SPECS as FFT_CONVOLUTION
 from zoo.ops.gated_linear_attention.spec import SPECS as GATED_LINEAR_ATTENTION
 from zoo.ops.linear_cross_entropy.spec import SPECS as LINEAR_CROSS_ENTROPY
+from zoo.ops.newton_scan.spec import SPECS as NEWTON_SCAN
+from zoo.ops.para_gru.spec import SPECS as PARA_GRU
+from zoo.ops.para_lstm.spec import SPECS as PARA_LSTM
 from zoo.ops.proof import OperatorSpec
 from zoo.ops.quasiseparable.spec import SPECS as QUASISEPARABLE
 from zoo.ops.rms_norm.spec import SPECS as RMS_NORM
@@ -32,6 +35,9 @@ OPERATORS: dict[str, OperatorSpec] = {
         BLOCK_AFFINE_SCAN,
         COMPLEX_AFFINE_SCAN,
         SELECTIVE_SCAN,
+        NEWTON_SCAN,
+        PARA_GRU,
+        PARA_LSTM,
         FFT_CONVOLUTION,
         S4,
         ATTENTION,

@@ -45,7 +45,9 @@ class OperatorSpec:
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
         summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
-            the state of the first document into the final one of the last; every affine and halo operator has one.
+            the state of the first document into the final one of the last; every affine and halo operator has one that
+            is not iterated.
+        iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
@@ -61,6 +63,7 @@ class OperatorSpec:
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
     summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
+    iterated: bool = False
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False

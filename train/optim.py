@@ -48,8 +48,9 @@ def learning_rate_factor(step: int, progress: float, *, warmup_steps: int, min_l
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Sort the trainable parameters into "decay" and "no_decay", each a list of (name, parameter).
 
-    Only the weight matrices of Linear and Embedding decay. Norms, biases, decay rates and other vectors, short
-    convolutions, and parameters marked with `parameter._no_weight_decay = True` do not. A tied parameter counts once.
+    Only the weight matrices of Linear and Embedding decay, and parameters marked with `parameter._weight_decay = True`.
+    Norms, biases, decay rates and other vectors, short convolutions, and parameters marked with
+    `parameter._no_weight_decay = True` do not. A tied parameter counts once.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
     seen: set[int] = set()
@@ -58,10 +59,9 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            decays = (
-                isinstance(module, nn.Linear | nn.Embedding)
-                and parameter.ndim == 2
-                and not getattr(parameter, "_no_weight_decay", False)
+            matrix = isinstance(module, nn.Linear | nn.Embedding) and parameter.ndim == 2
+            decays = (matrix or getattr(parameter, "_weight_decay", False)) and not getattr(
+                parameter, "_no_weight_decay", False
             )
             full_name = f"{prefix}.{name}" if prefix else name
             groups["decay" if decays else "no_decay"].append((full_name, parameter))

@@ -69,8 +69,11 @@ def _split(x: Tensor, P: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return x[:, :body].unflatten(1, (P, -1)).unbind(2), x[:, body:].unbind(1)
 
 
-def _forward(a: Tensor, h: Tensor, state: Tensor, P: int) -> None:
-    """Turn h, which holds b, into the states, in place."""
+def scan_forward_(a: Tensor, h: Tensor, state: Tensor, chunks: int | None = None) -> None:
+    """Turn h, which holds b, into the states, in place: a, h (B, T, D), state (B, D), all of one dtype."""
+    if not h.shape[1]:
+        return
+    P = chunks or chunks_of(*h.shape)
     if P == 1:
         _walk(a.unbind(1), h.unbind(1), state)
         return
@@ -85,8 +88,11 @@ def _forward(a: Tensor, h: Tensor, state: Tensor, P: int) -> None:
     _walk(a_rest, h_rest, h_[-1][:, -1])
 
 
-def _backward(a: Tensor, d: Tensor, dlast: Tensor, P: int) -> None:
+def scan_backward_(a: Tensor, d: Tensor, dlast: Tensor, chunks: int | None = None) -> None:
     """Turn d, which holds dy, into the gradients of the states d_t = dy_t + a_{t+1} * d_{t+1}, in place."""
+    if not d.shape[1]:
+        return
+    P = chunks or chunks_of(*d.shape)
     if P == 1:
         d[:, -1].add_(dlast)
         _walk(a.unbind(1)[:0:-1], d.unbind(1)[-2::-1], d[:, -1])
@@ -113,8 +119,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor, state: Tensor, chunks: int | None) -> tuple[Tensor, Tensor]:
         ctx.chunks = chunks or chunks_of(*b.shape)
         h = b.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
-        if h.shape[1]:
-            _forward(a.to(state.dtype), h, state, ctx.chunks)
+        scan_forward_(a.to(state.dtype), h, state, ctx.chunks)
         out, last = h.to(b.dtype), (h[:, -1] if h.shape[1] else state).clone()
         ctx.save_for_backward(a, out, state)
         return out, last
@@ -126,7 +131,7 @@ class _Scan(torch.autograd.Function):
         if not h.shape[1]:
             return torch.zeros_like(a), torch.zeros_like(h), dlast, None
         d = dh.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
-        _backward(a.to(state.dtype), d, dlast, ctx.chunks)
+        scan_backward_(a.to(state.dtype), d, dlast, ctx.chunks)
         da = None
         if ctx.needs_input_grad[0]:
             da = torch.empty(d.shape, dtype=a.dtype, device=a.device)

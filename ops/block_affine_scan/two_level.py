@@ -66,8 +66,11 @@ def _split(x: Tensor, P: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     return x[..., :body, :].unflatten(-2, (P, -1)).unbind(-2), x[..., body:, :].unbind(-2)
 
 
-def _forward(A: Tensor, h: Tensor, state: Tensor, P: int) -> None:
-    """Turn h, which holds b, into the states, in place."""
+def block_scan_forward_(A: Tensor, h: Tensor, state: Tensor, chunks: int | None = None) -> None:
+    """Turn h, which holds b, into the states, in place: A (2, 2, B, T, D), h (2, B, T, D), state (2, B, D)."""
+    if not h.shape[2]:
+        return
+    P = chunks or chunks_of(*h.shape[1:])
     if P == 1:
         _walk(A.unbind(-2), h.unbind(-2), state)
         return
@@ -82,8 +85,11 @@ def _forward(A: Tensor, h: Tensor, state: Tensor, P: int) -> None:
     _walk(A_rest, h_rest, h_[-1][..., -1, :])
 
 
-def _backward(A: Tensor, d: Tensor, dlast: Tensor, P: int) -> None:
+def block_scan_backward_(A: Tensor, d: Tensor, dlast: Tensor, chunks: int | None = None) -> None:
     """Turn d, which holds dy, into the gradients of the states d_t = dy_t + A_{t+1}^T d_{t+1}, in place."""
+    if not d.shape[2]:
+        return
+    P = chunks or chunks_of(*d.shape[1:])
     A = A.transpose(0, 1)
     if P == 1:
         d[..., -1, :].add_(dlast)
@@ -112,8 +118,7 @@ class _Scan(torch.autograd.Function):
         _, B, T, D = b.shape
         ctx.chunks = chunks or chunks_of(B, T, D)
         h = b.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
-        if T:
-            _forward(A.to(state.dtype), h, state, ctx.chunks)
+        block_scan_forward_(A.to(state.dtype), h, state, ctx.chunks)
         out, last = h.to(b.dtype), (h[:, :, -1] if T else state).clone(memory_format=torch.contiguous_format)
         ctx.save_for_backward(A, out, state)
         return out, last
@@ -125,7 +130,7 @@ class _Scan(torch.autograd.Function):
         if not h.shape[2]:
             return torch.zeros_like(A), torch.zeros_like(h), dlast, None
         d = dh.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
-        _backward(A.to(state.dtype), d, dlast, ctx.chunks)
+        block_scan_backward_(A.to(state.dtype), d, dlast, ctx.chunks)
         dA = None
         if ctx.needs_input_grad[0]:
             dA = torch.empty(A.shape, dtype=A.dtype, device=A.device)

@@ -30,8 +30,8 @@ from zoo.ops.shard.halo import halo
 from zoo.ops.shard.heads import over_heads
 from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, positions, stretch
 from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
-from zoo.ops.shard.scan import incoming_state
-from zoo.ops.shard.scope import checkpoint_contexts, current, refuse, use
+from zoo.ops.shard.scan import incoming_state, largest
+from zoo.ops.shard.scope import arrived, checkpoint_contexts, current, refuse, use
 from zoo.ops.shard.serial import serial
 
 __all__ = [
@@ -42,11 +42,13 @@ __all__ = [
     "LocalBoundaries",
     "Message",
     "SequenceShard",
+    "arrived",
     "checkpoint_contexts",
     "current",
     "halo",
     "held",
     "incoming_state",
+    "largest",
     "local_boundaries",
     "observed",
     "over_heads",

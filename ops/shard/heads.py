@@ -33,7 +33,7 @@ def over_heads(
     documents.
 
     Args:
-        split: {argument: the dimension of its heads}: 2 for what has time in dimension 1, 0 for parameters.
+        split: {argument: the dimension of its heads}: 2 or 3 for what has time in dimension 1, 0 or 1 for parameters.
         grouped: arguments with time in dimension 1 and groups of heads in dimension 2; all go to every rank, which
             keeps the groups of its heads.
         shared: arguments with time in dimension 1 that all heads read; all go to every rank.
@@ -73,17 +73,18 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     shard, name = found.shard, getattr(operator, "__name__", "operator")
     shard.require_contiguous(name)
-    first = given[next(key for key, dim in split.items() if dim == 2)]
+    first = next(given[key].movedim(dim, 2) for key, dim in split.items() if dim >= 2)
     cut = _cut(shard, name, first)
     own = slice(*cut.heads[shard.rank])
     taken = dict(given)
     for key, x in given.items():
         if not isinstance(x, Tensor):
             continue
-        if split.get(key) == 2 and x.shape[2] == first.shape[2]:
-            taken[key] = _ToHeads.apply(found, x, cut)
-        elif split.get(key) == 0:
-            taken[key] = x[own]
+        dim = split.get(key, 0)
+        if dim >= 2 and x.shape[dim] == first.shape[2]:
+            taken[key] = _ToHeads.apply(found, x.movedim(dim, 2), cut).movedim(2, dim)
+        elif key in split and dim < 2:
+            taken[key] = x.movedim(dim, 0)[own].movedim(0, dim)
         elif key in grouped:
             taken[key] = _groups_of(_ToAll.apply(found, x, cut), first.shape[2], own)
         elif key in shared or key in split:  # one number for all heads

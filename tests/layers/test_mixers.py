@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from zoo.layers import S4, S5, Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention, Mamba, Mamba2, ShortConvolution
+from zoo.layers import (
+    S4,
+    S5,
+    Attention,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedLinearAttention,
+    Mamba,
+    Mamba2,
+    ParaGRU,
+    ParaLSTM,
+    ShortConvolution,
+)
 from zoo.layers.state import map_state, state_bytes
 
 D = 16
@@ -31,6 +43,9 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "mamba": lambda: Mamba(D, d_state=4),
     "mamba-constant": lambda: Mamba(D, d_state=4, selective=False),
     "mamba2": lambda: Mamba2(D, d_state=8, head_dim=8, n_groups=2),
+    "para_gru": lambda: ParaGRU(D, n_heads=2),
+    "para_gru-unbounded": lambda: ParaGRU(D, n_heads=1, recurrent_clip=None),
+    "para_lstm": lambda: ParaLSTM(D),
     "s4": lambda: S4(D, d_state=8, mode="dplr", n_ssm=2),
     "s4d": lambda: S4(D, d_state=8),
     "s4d-bilinear": lambda: S4(D, d_state=6, init="legs", rule="bilinear", n_ssm=1),

@@ -22,6 +22,8 @@ MODELS: dict[str, dict[str, object]] = {
     "mamba": {"d_state": 4},
     "mamba2": {"d_state": 8, "head_dim": 16, "n_groups": 2},
     "s4": {"d_state": 8, "mode": "dplr", "n_ssm": 2},
+    "para_gru": {},
+    "para_lstm": {"n_heads": 2},
 }
 HYBRIDS = {
     "s4d + window": ("s4", {"d_state": 8, "pattern": "s4, attention(window=7, n_heads=2)"}),
@@ -53,6 +55,15 @@ PUBLISHED = [  # counted in the papers' official configurations
     ("mamba2", "780m", 780_161_280),
     ("mamba2", "1.3b", 1_343_757_312),
     ("mamba2", "2.7b", 2_702_599_680),
+    # printed: 406M, 1.42B, 2.90B, 6.76B
+    ("para_gru", "400m", 405_644_288),
+    ("para_gru", "1b", 1_415_268_352),
+    ("para_gru", "2.9b", 2_901_854_720),
+    ("para_gru", "7b", 6_756_896_768),
+    ("para_lstm", "400m", 405_693_440),
+    ("para_lstm", "1b", 1_415_366_656),
+    ("para_lstm", "2.9b", 2_902_018_560),
+    ("para_lstm", "7b", 6_757_158_912),
 ]
 
 

@@ -1,0 +1,36 @@
+"""ParaGRU: a GRU whose channels do not see each other's states, trained in parallel over time."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from zoo.layers import ParaGRU, SequenceConfig, SequenceModel, layer_mixers
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParaGRUConfig(SequenceConfig):
+    vocab_size: int = 50432  # GPT-NeoX's, padded
+    residual_scale: bool = True
+    n_heads: int = 4
+    d_conv: int = 4
+    recurrent_clip: float | None = 0.5  # None: no bound, for tasks that count
+
+
+@register(
+    "para_gru",
+    config=ParaGRUConfig,
+    sizes={
+        "tiny": {"hidden_size": 264, "vocab_size": 257},
+        "400m": {"d_model": 1024, "n_layers": 24},
+        "1b": {"d_model": 2048, "n_layers": 24},
+        "2.9b": {"d_model": 2560, "n_layers": 32, "n_heads": 2},
+        "7b": {"d_model": 4096, "n_layers": 32},
+    },
+    tags=("causal", "nonlinear", "recurrent"),
+    paper="Danieli et al., ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for LLMs, arXiv 2510.21450",
+)
+def para_gru(config: ParaGRUConfig) -> SequenceModel:
+    """A nonlinear recurrence, solved by Newton's method."""
+    mixer = partial(ParaGRU, n_heads=config.n_heads, d_conv=config.d_conv, recurrent_clip=config.recurrent_clip)
+    pattern = config.pattern or "para_gru"
+    return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, pattern, {"para_gru": mixer}))
