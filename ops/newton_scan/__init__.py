@@ -174,6 +174,10 @@ def _states(problem: Problem, iterations: int | None, window: int | None) -> tup
     cell, (B, T, D) = problem.cell, problem.u[0].shape
     if iterations is not None:
         return newton(problem, iterations=iterations)[:2]
+    if problem.state.is_meta:  # shapes alone: one correction of one window stands for all
+        h = problem.state.new_empty(cell.states, B, T, D)
+        newton(problem.part(0, min(T, _cached(B, D)), h, problem.state), iterations=1)
+        return h, problem.state
     if window is None and shard.current() is not None:
         h, entered, sizes = newton(problem)
         if solved(sizes, h.dtype):
@@ -247,7 +251,6 @@ def _pull(
     else:
         d[:, 0].index_add_(1, edges.ends, dlast[:, edges.rows])
     p_whole = before(h, entered, edges, keep)
-    begins = dict(zip(edges.first.tolist(), edges.rows.tolist(), strict=True))
     step = _cached(B, D)
     carry: Tensor | None = None  # what reaches a stretch's last state from the steps after it
     for left in reversed(range(0, T, step)):
@@ -257,8 +260,9 @@ def _pull(
         J = stacked([x for row in linear.jacobian for x in row]).unflatten(0, (cell.states, cell.states))
         if keep is not None:
             J.mul_(keep[:, left:right])
-        first = [(t, row) for t, row in begins.items() if left <= t < right]
-        at = torch.tensor(sorted({0, *(t - left for t, _ in first)}), device=h.device)
+        first = [(t, row) for t, row in edges.begins.items() if left <= t < right]
+        steps = sorted({0, *(t - left for t, _ in first)})
+        at = torch.tensor(steps, device=h.device)
         entering = J.index_select(3, at)  # (S, S, B, m, D)
         if first:
             J.index_fill_(3, torch.tensor([t - left for t, _ in first], device=h.device), 0)
@@ -267,9 +271,9 @@ def _pull(
             part[:, :, -1] += carry
         scan_back_(J, part)
         out = (entering * part.index_select(2, at).unsqueeze(1)).sum(0)  # J^T mu, (S, B, m, D)
-        carry = None if left in begins else out[:, :, 0]
+        carry = None if left in edges.begins else out[:, :, 0]
         for t, row in first:
-            i = int((at == t - left).nonzero())
+            i = steps.index(t - left)
             if edges.cuts is None:
                 dstate = out[:, :, i]
             else:

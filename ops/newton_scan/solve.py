@@ -31,11 +31,13 @@ class Edges:
     """Where documents begin and end in a stretch of time, and whose state enters there.
 
     first, ends, rows: (m,) int64, of documents that are not empty; a batch is one document as long as T.
+    begins: {first step: row} of the same.
     """
 
     first: Tensor
     ends: Tensor
     rows: Tensor
+    begins: dict[int, int]
     cuts: tuple[int, ...] | None
 
     @classmethod
@@ -46,7 +48,7 @@ class Edges:
             torch.tensor(x, dtype=torch.int64, device=device)
             for x in ([bounds[i] for i in filled], [bounds[i + 1] - 1 for i in filled], filled)
         )
-        return cls(first, ends, rows, cuts)
+        return cls(first, ends, rows, {bounds[i]: i for i in filled}, cuts)
 
     def entering(self, state: Tensor) -> Tensor:
         """(S, n, D) -> (S, B, m, D), the state before each document's first step."""
@@ -74,7 +76,7 @@ class Edges:
     @property
     def inner(self) -> Tensor:
         """The first steps of all documents but the one whose state may come from another rank."""
-        return self.first[self.rows > 0]
+        return self.first[0 in self.begins.values() :]
 
 
 def before(h: Tensor, state: Tensor, edges: Edges, keep: Tensor | None) -> Tensor:
@@ -232,7 +234,7 @@ def walk(problem: Problem) -> tuple[Tensor, Tensor]:
 def _walk(problem: Problem, h: Tensor, state: Tensor, left: int, right: int) -> None:
     """Steps [left, right) of h, in place."""
     cell, w, edges = problem.cell, problem.w, problem.edges
-    begins = dict(zip(edges.first.tolist(), edges.rows.tolist(), strict=True))
+    begins = edges.begins
     steps, keep = [x.unbind(1) for x in problem.u], problem.keep
     h_t = h.unbind(2)
     for t in range(left, right):

@@ -19,13 +19,13 @@ class Elman(Cell):
 
 
 class Pendulum(Cell):
-    """A damped pendulum in small steps: angle and speed."""
+    """A pendulum in honey, in small steps: angle and speed."""
 
     states = 2
 
     def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
         speed = 0.7 * p[1] - 0.3 * torch.sin(p[0]) + 0.1 * u[0]
-        return [p[0] + 0.3 * w[0] * speed, speed]
+        return [0.8 * p[0] + 0.3 * w[0] * speed, speed]
 
 
 def _inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:

@@ -16,7 +16,7 @@ REQUIRED = {"text_files": {"path": str(Path(__file__).parent / "*.py")}, "hub": 
 
 
 def test_there_is_a_group_for_every_source() -> None:
-    generated = {"mqar", "copying", "induction_heads"}
+    generated = {"mqar", "copying", "induction_heads", "parity", "word_problem", "k_hop", "keep_nth"}
     assert {file.stem for file in FOLDER.glob("*.yaml")} >= {"pydocs", "text_files", "hub"} | generated
 
 

@@ -1,5 +1,7 @@
 """The generated tasks: samples by number, exactly as published, the same in any company."""
 
+import itertools
+import re
 import time
 from typing import Any
 
@@ -9,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zoo.errors import UserError
 from zoo.train.data._philox import Draws, philox
 from zoo.train.data.copying import Copying
 from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
+from zoo.train.data.state_tracking import KeepNth, KHop, Parity, WordProblem, cayley
 from zoo.train.data.synthetic import TRAINING, VALIDATION, SyntheticData
 
 FAST = settings(deadline=None, max_examples=40)
@@ -228,3 +232,111 @@ def test_a_batch_takes_milliseconds(data: SyntheticData) -> None:
         source.batch(0, step, 0, 1)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.005
+
+
+STATE_TRACKING: dict[str, Any] = {
+    "parity": Parity,
+    "s5": WordProblem,
+    "z60": lambda **settings: WordProblem(group="z60", **settings),
+    "k_hop": KHop,
+    "keep_nth": lambda **settings: KeepNth(n=3, **settings),
+}
+
+
+def labels_by_hand(name: str, tokens: list[int]) -> list[int]:
+    """The definition, one position at a time; -100 where there is none."""
+    found = []
+    for t in range(len(tokens)):
+        so_far = tokens[: t + 1]
+        if name == "parity":
+            found.append(sum(so_far) % 2)
+        elif name == "s5":
+            elements = list(itertools.permutations(range(5)))
+            product = tuple(range(5))
+            for token in so_far:
+                product = tuple(elements[token][i] for i in product)
+            found.append(elements.index(product))
+        elif name == "z60":
+            found.append(sum(so_far) % 60)
+        elif name == "k_hop":
+            before = [i for i in range(t) if tokens[i] == tokens[t]]
+            found.append(tokens[before[-1] + 1] if before else -100)
+        else:
+            found.append(tokens[2] if t >= 2 else -100)
+    return found
+
+
+@pytest.mark.parametrize("name", STATE_TRACKING)
+@pytest.mark.parametrize("labels", ["all", "last"])
+def test_labels_of_state_tracking_are_the_definitions(name: str, labels: str) -> None:
+    data = STATE_TRACKING[name](seq_len=24, min_len=4, labels=labels, seed=3)
+    batch = data.samples(np.arange(60))
+    lengths = set()
+    for tokens, targets in zip(batch["tokens"].tolist(), batch["targets"].tolist(), strict=True):
+        exact = labels_by_hand(name, tokens)
+        scored = [t for t, target in enumerate(targets) if target != -100]
+        if labels == "last":
+            assert len(scored) <= 1
+        if scored:  # the first occurrence of a token has no hop
+            lengths.add(scored[-1] + 1)
+        assert all(targets[t] == exact[t] for t in scored)
+        if labels == "all" and name != "k_hop":
+            first = 2 if name == "keep_nth" else 0
+            assert scored == list(range(first, scored[-1] + 1))
+            assert tokens[scored[-1] + 1 :] == [0] * (24 - scored[-1] - 1)
+    assert min(lengths) >= (1 if name == "k_hop" else 4)  # where the last tokens of a sequence are all new
+    assert max(lengths) == 24
+    assert len(lengths) > 10
+
+
+@pytest.mark.parametrize(
+    ("group", "order"), [("s3", 6), ("s4", 24), ("s5", 120), ("a5", 60), ("z60", 60), ("a4xz5", 60)]
+)
+def test_groups_are_groups(group: str, order: int) -> None:
+    table = cayley(group).astype(int)
+    assert table.shape == (order, order)
+    everything = np.arange(order)
+    assert (table[0] == everything).all()  # element 0 is the identity
+    assert (table[:, 0] == everything).all()
+    assert (np.sort(table, axis=0) == everything[:, None]).all()  # a Latin square
+    assert (np.sort(table, axis=1) == everything).all()
+    assert (table[table] == table[everything[:, None, None], table[None]]).all()  # (xy)z = x(yz)
+    assert (table == table.T).all() == (group == "z60")
+    if group in ("a5", "a4xz5"):  # of A5 nothing but the identity commutes with everything; of A4 x Z5 five do
+        centre = (table == table.T).all(axis=1).sum()
+        assert centre == {"a5": 1, "a4xz5": 5}[group]
+
+
+def test_two_hops_are_a_hop_from_where_the_first_one_ends() -> None:
+    one, two = (KHop(hops=n, vocab_size=4, seq_len=40, seed=1).samples(np.arange(20)) for n in (1, 2))
+    assert torch.equal(one["tokens"], two["tokens"])
+    for tokens, targets in zip(two["tokens"].tolist(), two["targets"].tolist(), strict=True):
+        for t, target in enumerate(targets):
+            place = t
+            for _ in range(2):
+                earlier = [i for i in range(place) if tokens[i] == tokens[place]] if place >= 0 else []
+                place = earlier[-1] + 1 if earlier else -1
+            assert target == (tokens[place] if place >= 0 else -100)
+
+
+def test_parity_is_balanced_and_its_streams_never_meet() -> None:
+    data = Parity(seq_len=40, seed=0)
+    training, held_out = (data.samples(np.arange(2000), stream) for stream in (TRAINING, VALIDATION))
+    assert abs(training["targets"].double().mean() - 0.5) < 0.01
+    seen = {tuple(row) for row in training["tokens"].tolist()}
+    assert not seen & {tuple(row) for row in held_out["tokens"].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Parity(seq_len=8, min_len=9), "data.min_len must be between 1 and data.seq_len=8; got 9"),
+        (lambda: Parity(labels="some"), "data.labels must be all or last; got 'some'"),
+        (lambda: WordProblem(group="s6"), "data.group must be one of s3, s4, s5, a5, z60, a4xz5; got 's6'"),
+        (lambda: KHop(hops=0), "k-hop needs data.hops of at least 1"),
+        (lambda: KeepNth(n=7, seq_len=9, min_len=6), "data.n must lie within the shortest sequence, 1 to 6; got 7"),
+    ],
+)
+def test_state_tracking_refuses_what_makes_no_task(make: Any, words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        make()

@@ -1,0 +1,264 @@
+"""Tasks in which every token changes a hidden state: parity, words of a group, and two of memory, at any length."""
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from zoo.errors import UserError
+from zoo.train.data._philox import Draws
+from zoo.train.data.corpus import IGNORE
+from zoo.train.data.synthetic import SyntheticData
+
+Labels = Literal["all", "last"]
+
+
+class StateTracking(SyntheticData):
+    """Random sequences of min_len to seq_len tokens, filled up on the right; a subclass says what their labels are.
+
+    Lengths are uniform; what fills a row up is token 0 and is not scored. To test at another length than was trained:
+    `zoo eval RUN data=parity data.seq_len=500 data.labels=last`.
+
+    Args:
+        vocab_size: number of tokens.
+        seq_len: tokens of the longest sequence.
+        min_len: tokens of the shortest; seq_len when None.
+        labels: "all" scores every position that has a label, "last" the last one of a sequence.
+        batch_size, train_samples, val_samples, num_workers, seed: as for the other generated tasks.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        seq_len: int,
+        min_len: int | None,
+        labels: Labels,
+        batch_size: int,
+        train_samples: int,
+        val_samples: int,
+        num_workers: int,
+        seed: int,
+    ):
+        super().__init__(
+            vocab_size=vocab_size,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            train_samples=train_samples,
+            val_samples=val_samples,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.min_len = seq_len if min_len is None else min_len
+        if not 1 <= self.min_len <= seq_len:
+            raise UserError(
+                f"data.min_len must be between 1 and data.seq_len={seq_len}; got {min_len}: change one of the two"
+            )
+        if labels not in ("all", "last"):
+            raise UserError(f"data.labels must be all or last; got {labels!r}: choose one of the two")
+        self.labels = labels
+
+    @abstractmethod
+    def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and labels of full length, both (count, seq_len); the label of a position looks at none after it."""
+
+    def generate(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences of random lengths, and their labels as targets."""
+        lengths = self.min_len + draws.integers(self.seq_len - self.min_len + 1, 1)
+        tokens, targets = self.sequences(draws)
+        at = np.arange(self.seq_len)
+        scored = at == lengths - 1 if self.labels == "last" else at < lengths
+        return np.where(at < lengths, tokens, 0), np.where(scored, targets, IGNORE)
+
+
+class Parity(StateTracking):
+    """Bits; the label is the parity of all bits so far.
+
+    With `labels=last` this is the task of arXiv 2411.12537 but for its answer token: there the bits of one sequence end
+    in a position that asks, here the last bit asks. A guess is right half of the time.
+    """
+
+    def __init__(
+        self,
+        *,
+        seq_len: int = 32,
+        min_len: int | None = None,
+        labels: Labels = "all",
+        batch_size: int = 64,
+        train_samples: int = 64_000,
+        val_samples: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__(
+            vocab_size=2, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
+            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+        )  # fmt: skip
+
+    def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        bits = draws.integers(2, self.seq_len)
+        return bits, bits.cumsum(axis=1) % 2
+
+
+def _permutations(n: int, even: bool = False) -> list[tuple[int, ...]]:
+    """All of n things in lexicographic order, or the even ones."""
+
+    def odd(p: tuple[int, ...]) -> int:
+        return sum(p[i] > p[j] for i, j in itertools.combinations(range(n), 2)) % 2
+
+    return [p for p in itertools.permutations(range(n)) if not (even and odd(p))]
+
+
+def _table(elements: list[tuple[int, ...]], product: Callable[..., tuple[int, ...]]) -> np.ndarray:
+    """[i, j] -> the number of element i times element j."""
+    number = {x: i for i, x in enumerate(elements)}
+    return np.array([[number[product(x, y)] for y in elements] for x in elements], dtype=np.uint8)
+
+
+def _after(x: tuple[int, ...], y: tuple[int, ...]) -> tuple[int, ...]:
+    """First x, then y."""
+    return tuple(y[i] for i in x)
+
+
+def cayley(group: str) -> np.ndarray:
+    """The multiplication table of a group, (order, order) uint8; element 0 is the identity.
+
+    Args:
+        group: "s3", "s4", "s5" (all permutations), "a5" (the even ones), "z60" (addition), or "a4xz5".
+    """
+    if group in ("s3", "s4", "s5", "a4", "a5"):
+        return _table(_permutations(int(group[1]), even=group[0] == "a"), _after)
+    if group == "z60":
+        return ((np.arange(60)[:, None] + np.arange(60)) % 60).astype(np.uint8)
+    four, five = cayley("a4").astype(int), (np.arange(5)[:, None] + np.arange(5)) % 5
+    return (four[:, None, :, None] * 5 + five[None, :, None, :]).reshape(60, 60).astype(np.uint8)
+
+
+GROUPS = {"s3": 6, "s4": 24, "s5": 120, "a5": 60, "z60": 60, "a4xz5": 60}
+
+
+class WordProblem(StateTracking):
+    """Elements of a finite group; the label is the product of all elements so far, from left to right.
+
+    Tokens and labels are the elements' numbers, in the lexicographic order of their permutations. A5 and S5 cannot be
+    solved, S3, S4 and A4 x Z5 can, and Z60 is commutative: what a model must be able to do grows in this order
+    (arXiv 2404.08819, whose generator has the same order of multiplication).
+    """
+
+    def __init__(
+        self,
+        *,
+        group: Literal["s3", "s4", "s5", "a5", "z60", "a4xz5"] = "s5",
+        seq_len: int = 20,
+        min_len: int | None = None,
+        labels: Labels = "all",
+        batch_size: int = 64,
+        train_samples: int = 64_000,
+        val_samples: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        if group not in GROUPS:
+            raise UserError(f"data.group must be one of {', '.join(GROUPS)}; got {group!r}: choose one of them")
+        super().__init__(
+            vocab_size=GROUPS[group], seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
+            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+        )  # fmt: skip
+        self.group, self.table = group, cayley(group)
+
+    def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        tokens = draws.integers(self.vocab_size, self.seq_len)
+        products = tokens.copy()
+        for t in range(1, self.seq_len):
+            products[:, t] = self.table[products[:, t - 1], tokens[:, t]]
+        return tokens, products
+
+
+class KHop(StateTracking):
+    """Random tokens; the label follows `hops` times what came after the token's last occurrence.
+
+    From position i, one hop leads to the position after the last earlier one that holds the same token. The label is
+    the token where the last hop ends; a position from which a hop leads nowhere has none. Defined as the k-hop
+    induction heads of arXiv 2402.09268; the ParaRNN paper (arXiv 2510.21450) has 1 hop over 10 tokens and 2 over 5, at
+    length 100, and prints no generator.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 10,
+        hops: int = 1,
+        seq_len: int = 100,
+        min_len: int | None = None,
+        labels: Labels = "all",
+        batch_size: int = 64,
+        train_samples: int = 64_000,
+        val_samples: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__(
+            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
+            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+        )  # fmt: skip
+        if hops < 1 or vocab_size < 2:
+            raise UserError(
+                f"k-hop needs data.hops of at least 1 and data.vocab_size of at least 2; got {hops} and {vocab_size}: "
+                "raise them"
+            )
+        self.hops = hops
+
+    def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        tokens = draws.integers(self.vocab_size, self.seq_len)
+        rows = np.arange(len(tokens))
+        seen = np.full((len(tokens), self.vocab_size), -1)  # the position after the last occurrence of each token
+        one = np.empty_like(tokens)  # where one hop leads, -1 for nowhere
+        for t in range(self.seq_len):
+            one[:, t] = seen[rows, tokens[:, t]]
+            seen[rows, tokens[:, t]] = t + 1
+        # a token that follows itself would lead to where it stands
+        place = np.broadcast_to(np.arange(self.seq_len), tokens.shape)
+        for _ in range(self.hops):
+            place = np.where(place < 0, -1, np.take_along_axis(one, np.maximum(place, 0), axis=1))
+        labels = np.take_along_axis(tokens, np.maximum(place, 0), axis=1)
+        return tokens, np.where(place < 0, IGNORE, labels)
+
+
+class KeepNth(StateTracking):
+    """Random tokens; from the n-th on the label is the n-th.
+
+    The ParaRNN paper (arXiv 2510.21450) has the 5th of 128 tokens and prints no generator; here every position from the
+    n-th on is scored, or with `labels=last` the last one.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 128,
+        n: int = 5,
+        seq_len: int = 100,
+        min_len: int | None = None,
+        labels: Labels = "last",
+        batch_size: int = 64,
+        train_samples: int = 64_000,
+        val_samples: int = 512,
+        num_workers: int = 0,
+        seed: int = 0,
+    ):
+        super().__init__(
+            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
+            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+        )  # fmt: skip
+        if not 1 <= n <= self.min_len:
+            raise UserError(
+                f"data.n must lie within the shortest sequence, 1 to {self.min_len}; got {n}: lower it or raise "
+                "data.min_len"
+            )
+        self.n = n
+
+    def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        tokens = draws.integers(self.vocab_size, self.seq_len)
+        kept = np.broadcast_to(tokens[:, self.n - 1 : self.n], tokens.shape)
+        return tokens, np.where(np.arange(self.seq_len) < self.n - 1, IGNORE, kept)
