@@ -5,20 +5,27 @@ measures the step there, as torch.profiler counts allocations, with weights and 
 until the step fits the budget and fills 97 % of it.
 
     python benchmarks/longest.py [--model deltanet] [--budget 512MiB] [--layers 12] [--width 256] [--only auto]
+
+With --cp P the sequence is cut over P processes of this machine (gloo, method zeco), each with the budget to itself;
+the largest of their peaks counts.
 """
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import zoo
 from zoo.bench.measure import peak_bytes
 from zoo.layers.memory import MemoryPlan
+from zoo.ops import shard
 from zoo.train.memory.choose import MemoryConfig, choose, parse_size
 from zoo.train.memory.estimate import estimate
 
@@ -51,7 +58,35 @@ def plan_of(args: argparse.Namespace, side: str, length: int) -> MemoryPlan:
 
 
 def measure(args: argparse.Namespace, side: str, length: int) -> dict[str, Any]:
-    """One step in this process: its peak, weights and Adam's state included."""
+    """One step: the largest peak of its processes, weights and Adam's state included."""
+    if args.cp == 1:
+        return step_here(args, side, length)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        queue = context.SimpleQueue()
+        ranks = [
+            context.Process(target=step_of_rank, args=(rank, folder, queue, args, side, length))
+            for rank in range(args.cp)
+        ]
+        for process in ranks:
+            process.start()
+        found = [queue.get() for _ in ranks]
+        for process in ranks:
+            process.join()
+    return {**found[0], "tokens": length, "peak": max(x["peak"] for x in found)}
+
+
+def step_of_rank(rank: int, folder: str, queue: Any, args: argparse.Namespace, side: str, length: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.cp)
+    with shard.use(shard.SequenceShard(method="zeco")):
+        queue.put(step_here(args, side, length // args.cp))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def step_here(args: argparse.Namespace, side: str, length: int) -> dict[str, Any]:
+    """One step of this process's stretch."""
     plan = plan_of(args, side, length)
     model = build(args)
     model.use_memory(plan)
@@ -63,7 +98,11 @@ def measure(args: argparse.Namespace, side: str, length: int) -> dict[str, Any]:
     tokens = torch.randint(257, (1, length + 1))
 
     def step() -> None:
-        model.head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:]).backward()
+        loss = model.head_loss(model.hidden(tokens[:, :-1]), tokens[:, 1:], reduction="sum") / (length * args.cp)
+        loss.backward()
+        if args.cp > 1:
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
         optimizer.step()
 
     static = sum(3 * p.numel() * p.element_size() for p in model.parameters())
@@ -81,7 +120,8 @@ def proposed(args: argparse.Namespace, side: str, budget: int) -> int:
     for plan in SIDES.values() if side == AUTO else (SIDES[side],):
         short, long = (estimate(model, 1, T, plan).peak for T in (8192, 16384))
         found.append(8192 + (budget - short) * 8192 / (long - short))
-    return max(STEP, int(max(found)) // STEP * STEP)
+    step = STEP * args.cp
+    return max(step, int(args.cp * max(found)) // step * step)
 
 
 def child(side: str, length: int) -> dict[str, Any]:
@@ -100,12 +140,13 @@ def longest(args: argparse.Namespace, side: str, budget: int) -> dict[str, Any]:
         found = child(side, length)
         if found["peak"] <= budget:
             fits = found
-            if found["peak"] > 0.97 * budget or fails == length + STEP:
+            if found["peak"] > 0.97 * budget or fails == length + STEP * args.cp:
                 break
         else:
             fails = length
         static = 12 * args.parameters
-        length = int(length * (budget * 0.985 - static) / (found["peak"] - static)) // STEP * STEP
+        step = STEP * args.cp
+        length = int(length * (budget * 0.985 - static) / (found["peak"] - static)) // step * step
     assert fits is not None, found
     return fits
 
@@ -120,6 +161,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--budget", default="512MiB")
     parser.add_argument("--only", choices=[*SIDES, AUTO], nargs="+", default=[*SIDES, AUTO])
+    parser.add_argument("--cp", type=int, default=1, help="processes that share the sequence")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side", choices=[*SIDES, AUTO], help=argparse.SUPPRESS)
@@ -131,13 +173,14 @@ def main() -> None:
         return
     budget = parse_size(args.budget)
     args.parameters = sum(p.numel() for p in build(args, "meta").parameters())
-    print(f"{args.model}, {args.parameters:,} parameters, {args.budget}; torch {torch.__version__}, seed {args.seed}")
+    parts = f"{args.model}, {args.parameters:,} parameters, {args.budget}, {args.cp} ranks"
+    print(f"{parts}; torch {torch.__version__}, seed {args.seed}", flush=True)
     first = None
     for side in args.only:
         found = longest(args, side, budget)
         first = first or found["tokens"]
         tokens = found["tokens"]
-        guess = estimate(build(args, "meta"), 1, tokens, plan_of(args, side, tokens)).peak
+        guess = estimate(build(args, "meta"), 1, tokens // args.cp, plan_of(args, side, tokens // args.cp)).peak
         print(
             f"{side:38} {tokens:7} tokens, {tokens / first:5.1f} times; {found['peak'] / 2**20:6.0f} MiB measured, "
             f"{guess / 2**20:6.0f} estimated; {1e3 * found['cpu_seconds'] / tokens:.2f} ms a token ({found['plan']})",

@@ -97,7 +97,7 @@ def main() -> None:
                         if turn:
                             times[side].append(1e3 * (clock() - begin))
                 ms = {side: statistics.median(found) for side, found in times.items()}
-                needed = next((i + 1 for i, size in enumerate(corrections) if size <= 1e-3), len(corrections))
+                needed = next((i + 1 for i, size in enumerate(corrections) if size <= 3e-3), len(corrections))
                 print(
                     f"| {name} | {B} | {D} | {T} | {ms['loop'] / ms['ours']:.1f} | {ms['torch'] / ms['ours']:.2f} | "
                     + " | ".join(f"{ms[side]:.0f}" for side in runs)

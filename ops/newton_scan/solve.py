@@ -20,8 +20,8 @@ from zoo.ops.block_affine_scan.two_level import block_scan_backward_, block_scan
 from zoo.ops.newton_scan.cell import Cell, Planes
 
 # The largest correction that is taken without looking again. Newton squares errors: what is left after a correction of
-# 1e-3 is about 1e-6 of the size of f's second derivatives.
-ENOUGH = {torch.float32: 1e-3, torch.float64: 1e-7}
+# 3e-3 is about 1e-5 of the size of f's second derivatives.
+ENOUGH = {torch.float32: 3e-3, torch.float64: 1e-7}
 LIMIT = 12  # corrections; cells with |a| <= 0.5 need 3 or 4 (arXiv 2510.21450), so these fail for another reason
 SLOW = 0.5  # after the third, a correction must be smaller than this share of the one before
 
