@@ -7,9 +7,12 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.complex_affine_scan import complex_affine_scan, complex_affine_scan_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.depthwise_conv1d import depthwise_conv1d
+from zoo.ops.elman import elman
 from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
+from zoo.ops.gru import gru
 from zoo.ops.linear_cross_entropy import linear_cross_entropy
+from zoo.ops.lstm import lstm
 from zoo.ops.newton_scan import newton_corrections, newton_residual, newton_scan
 from zoo.ops.once import runs_once
 from zoo.ops.para_gru import para_gru
@@ -19,6 +22,7 @@ from zoo.ops.rms_norm import gated_rms_norm, rms_norm
 from zoo.ops.rotary import rotary
 from zoo.ops.s4 import s4, s4_summary, s4d, s4d_summary
 from zoo.ops.selective_scan import selective_scan, selective_scan_summary
+from zoo.ops.slstm import slstm
 from zoo.ops.ssd import ssd, ssd_summary
 from zoo.ops.swiglu import swiglu
 
@@ -35,11 +39,14 @@ __all__ = [
     "delta_rule",
     "delta_rule_summary",
     "depthwise_conv1d",
+    "elman",
     "fft_convolution",
     "gated_linear_attention",
     "gated_linear_attention_summary",
     "gated_rms_norm",
+    "gru",
     "linear_cross_entropy",
+    "lstm",
     "newton_corrections",
     "newton_residual",
     "newton_scan",
@@ -55,6 +62,7 @@ __all__ = [
     "s4d_summary",
     "selective_scan",
     "selective_scan_summary",
+    "slstm",
     "ssd",
     "ssd_summary",
     "swiglu",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from sharded_cases import LAYOUTS, LENGTH, Errors, Slice, like, model, operator, summed
+from sharded_cases import LAYOUTS, LENGTH, Errors, Slice, like, model, operator, summed, without
 from torch import Tensor
 
 from zoo.ops import shard
@@ -73,6 +73,24 @@ def in_groups(place: shard.SequenceShard, groups: int | None = None, within: Any
     for name, ours, exact in zip(("d x", "d start"), summed(place, parts), whole, strict=True):
         errors[name] = relative_error(ours, exact)
     return errors
+
+
+def nonlinear(name: str, spec: OperatorSpec) -> dict[str, Check]:
+    """An operator whose state is handed on: sequences as micro-batches, heads as micro-batches, ranks without a token;
+    and by slices of heads."""
+    many = sizes_for(spec)
+    made: dict[str, Check] = {f"{name}, heads, batch": crossing(spec, "heads", "batch")}
+    made[f"{name}, heads, documents"] = crossing(spec, "heads", "borders at edges")
+    made[f"{name}, sequences"] = lambda place: operator(placed(place, "batch"), spec, "batch")
+    for layout in LAYOUTS:
+        made[f"{name}, {layout}"] = lambda place, lay=layout: operator(placed(place, lay), spec, lay, sizes=many)
+        made[f"{name}, {layout}, no state"] = lambda place, lay=layout: operator(
+            placed(place, lay), spec, lay, sizes=many, given=False
+        )
+        made[f"{name}, {layout}, 3"] = lambda place, lay=layout: operator(place, spec, lay, length=3)
+    made[f"{name}, reference"] = lambda place: operator(place, spec, "one long document", "reference")
+    made[f"dropped {name}"] = lambda place: operator(place, spec, "batch", given=False, within=without)
+    return made
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -187,6 +205,9 @@ def checks() -> dict[str, Check]:
     made["model gla, heads, recomputed"] = lambda place: model(
         placed(place, "batch", method="heads"), "gla", "batch", recompute=True, n_heads=4
     )
+    for name, spec in OPERATORS.items():
+        if spec.cp_kind == "serial":
+            made |= nonlinear(name, spec)
     made["serial"] = in_groups
     made["serial, row by row"] = lambda place: in_groups(place, 5)
     made["serial, in one"] = lambda place: in_groups(place, 1)

@@ -26,7 +26,7 @@ def test_every_kernel_fits(target: str) -> None:
     for kernel in (
         "causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_", " affine_", "block_affine_", "selective_",
         "ssd_",
-        "vandermonde_", "complex_affine_",
+        "vandermonde_", "complex_affine_", "rnn_fwd_kernel", "rnn_bwd_kernel",
     ):  # fmt: skip
         assert kernel in done.stdout
 

@@ -49,6 +49,7 @@ OWN_SIZES: Mapping[str, Sizes] = {
     "s4": {"H": 256, "N": 32},  # channels, and half of the state
     "s4d": {"H": 256, "N": 32},
     "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's
+    **{name: {"D": 64} for name in ("lstm", "gru", "elman", "slstm")},
 }
 
 
