@@ -4,10 +4,15 @@ import triton
 import triton.language as tl
 
 WINDOW = 64  # steps that are solved at once; not tuned on a device yet
-BLOCK_D = 16  # channels of a program
+BLOCK_D = 16  # channels of a program at most
 WARPS = 4
 ENOUGH = 3e-3  # as the torch form's in float32
 LIMIT = 16  # corrections of a window before it is walked
+
+
+def block_of(D: int) -> int:
+    """Channels of a program: two blocks at least, so that small widths prove the borders between blocks, too."""
+    return min(BLOCK_D, triton.next_power_of_2(triton.cdiv(D, 2)))
 
 
 @triton.jit

@@ -19,6 +19,7 @@ from zoo.ops.newton_scan.in_kernels import (
     LIMIT,
     WARPS,
     WINDOW,
+    block_of,
     earlier,
     later,
     row,
@@ -181,9 +182,9 @@ def para_gru_fwd(
     u, a, state = u.contiguous(), a.contiguous(), state.contiguous()
     B, T, _, D = u.shape
     h, last = state.new_empty(B, T, D), torch.empty_like(state)
-    para_gru_fwd_kernel[state.shape[0], triton.cdiv(D, BLOCK_D)](
+    para_gru_fwd_kernel[state.shape[0], triton.cdiv(D, block_of(D))](
         u, a, a if keep is None else keep.contiguous(), state, h, last, offsets, D, HAS_KEEP=keep is not None,
-        ENOUGH=ENOUGH, LIMIT=LIMIT, WINDOW=WINDOW, BLOCK_D=BLOCK_D, num_warps=WARPS,
+        ENOUGH=ENOUGH, LIMIT=LIMIT, WINDOW=WINDOW, BLOCK_D=block_of(D), num_warps=WARPS,
     )  # fmt: skip
     return h, last
 
@@ -203,9 +204,9 @@ def para_gru_bwd(
     dh, dlast, u, a, state = (x.contiguous() for x in (dh, dlast, u, a, state))
     N, D = state.shape
     du, da, dstate = torch.empty_like(u), state.new_empty(N, 3, D), torch.empty_like(state)
-    para_gru_bwd_kernel[N, triton.cdiv(D, BLOCK_D)](
+    para_gru_bwd_kernel[N, triton.cdiv(D, block_of(D))](
         u, a, a if keep is None else keep.contiguous(), state, h, dh, dlast, du, da, dstate, offsets, D,
-        HAS_KEEP=keep is not None, WINDOW=WINDOW, BLOCK_D=BLOCK_D, num_warps=WARPS,
+        HAS_KEEP=keep is not None, WINDOW=WINDOW, BLOCK_D=block_of(D), num_warps=WARPS,
     )  # fmt: skip
     return du, da.sum(0), dstate
 

@@ -19,7 +19,7 @@ SPECS = (
         function=para_gru,
         make=_inputs,
         state=lambda n, sizes, generator: randn(generator, n, sizes["D"]),
-        sizes=({"D": 19},),
+        sizes=({"D": 5},),
         time=("u",),
         extremes={
             "a-0": lambda i: i | {"a": i["a"] * 0},

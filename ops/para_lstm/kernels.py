@@ -17,6 +17,7 @@ from zoo.ops.newton_scan.in_kernels import (
     LIMIT,
     WARPS,
     WINDOW,
+    block_of,
     earlier,
     later,
     row,
@@ -243,9 +244,9 @@ def para_lstm_fwd(
     u, a, p, state = (x.contiguous() for x in (u, a, p, state))
     (B, T, _, D), N = u.shape, state.shape[1]
     s, last = state.new_empty(2, B, T, D), torch.empty_like(state)
-    para_lstm_fwd_kernel[N, triton.cdiv(D, BLOCK_D)](
+    para_lstm_fwd_kernel[N, triton.cdiv(D, block_of(D))](
         u, a, p, a if keep is None else keep.contiguous(), state, s, last, offsets, B * T * D, N * D, D,
-        HAS_KEEP=keep is not None, ENOUGH=ENOUGH, LIMIT=LIMIT, WINDOW=WINDOW, BLOCK_D=BLOCK_D, num_warps=WARPS,
+        HAS_KEEP=keep is not None, ENOUGH=ENOUGH, LIMIT=LIMIT, WINDOW=WINDOW, BLOCK_D=block_of(D), num_warps=WARPS,
     )  # fmt: skip
     return s, last
 
@@ -266,9 +267,9 @@ def para_lstm_bwd(
     dh, dlast, u, a, p, state = (x.contiguous() for x in (dh, dlast, u, a, p, state))
     _, N, D = state.shape
     du, dw, dstate = torch.empty_like(u), state.new_empty(N, 5, D), torch.empty_like(state)
-    para_lstm_bwd_kernel[N, triton.cdiv(D, BLOCK_D)](
+    para_lstm_bwd_kernel[N, triton.cdiv(D, block_of(D))](
         u, a, p, a if keep is None else keep.contiguous(), state, s, dh, dlast, du, dw, dstate, offsets,
-        dh.numel(), N * D, D, HAS_KEEP=keep is not None, WINDOW=WINDOW, BLOCK_D=BLOCK_D, num_warps=WARPS,
+        dh.numel(), N * D, D, HAS_KEEP=keep is not None, WINDOW=WINDOW, BLOCK_D=block_of(D), num_warps=WARPS,
     )  # fmt: skip
     dw = dw.sum(0)
     return du, dw[:3].clone(), dw[3:].clone(), dstate

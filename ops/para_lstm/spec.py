@@ -20,7 +20,7 @@ SPECS = (
         function=para_lstm,
         make=_inputs,
         state=lambda n, sizes, generator: randn(generator, n, sizes["D"], 2),
-        sizes=({"D": 19},),
+        sizes=({"D": 5},),
         time=("u",),
         extremes={
             "a-0": lambda i: i | {"a": i["a"] * 0, "p": i["p"] * 0},
