@@ -74,3 +74,13 @@ def test_it_costs_what_is_promised() -> None:
     """The model file is under 150 lines."""
     model = next(block for block in BLOCK.finditer(PAGE) if block["path"] == "zoo/models/retention.py")
     assert len(model["text"].splitlines()) < 150
+
+
+def test_the_pages_cell_is_solved_by_newtons_method() -> None:
+    space: dict[str, object] = {}
+    (block,) = re.findall(r"^```python\n(import torch.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "adding_a_model.md", "exec"), space)
+    assert space["h"].shape == (2, 1000, 32)  # type: ignore[attr-defined]
+    sizes = space["sizes"]
+    assert isinstance(sizes, list)
+    assert sizes[3] < 1e-4 < sizes[1] < sizes[0]
