@@ -83,4 +83,4 @@ def test_the_pages_cell_is_solved_by_newtons_method() -> None:
     assert space["h"].shape == (2, 1000, 32)  # type: ignore[attr-defined]
     sizes = space["sizes"]
     assert isinstance(sizes, list)
-    assert sizes[3] < 1e-4 < sizes[1] < sizes[0]
+    assert sizes[4] < 1e-4 < sizes[1] < sizes[0]
