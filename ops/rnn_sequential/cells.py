@@ -1,13 +1,12 @@
 """What tells the cells apart: their gates and states, one step forward, and the linear recurrence of their gradients.
 
-A cell's pointwise part mixes no numbers, so its Jacobians are elementwise. `coefficients` makes them for all steps at
-once from what the forward kept; what is left for the loop backward is linear in the gradients, a few calls a step.
+A cell's pointwise part mixes no numbers, so its Jacobians are elementwise. `backward` makes them for all steps at once
+from what the forward kept; what is left for its loop is linear in the gradients, a few calls a step.
 
 Buffers are of rows (token, head) in the order of `layout.Slabs`, views of one step are (H, n, ...).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from zoo.ops.rnn_sequential.layout import Slabs
 
 
-@dataclass(frozen=True)
 class Cell:
     """One cell.
 
@@ -25,8 +23,7 @@ class Cell:
     given: how many of them x has, the last ones.
     recurrent: how many of them R has, the first ones.
     states: S; the first is h.
-    kept: buffers besides the recurrent gates that the backward reads; the first is h, in `states` order as far as they
-        are states.
+    kept: buffers besides the recurrent gates that the backward reads; the states come first.
     """
 
     name: ClassVar[str]
