@@ -11,24 +11,30 @@ from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
 from zoo.layers.mixers.para_rnn import ParaGRU, ParaLSTM
+from zoo.layers.mixers.rnn import GRU, LSTM, SLSTM, Elman
 from zoo.layers.mixers.s4 import S4
 from zoo.layers.mixers.s5 import S5
-from zoo.layers.norms import GatedRMSNorm, RMSNorm
+from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers, register_mixer
 from zoo.layers.tied_dropout import TiedDropout
 
 __all__ = [
+    "GRU",
+    "LSTM",
     "S4",
     "S5",
+    "SLSTM",
     "Attention",
     "Block",
     "DeltaNet",
     "DepthwiseConvolution",
+    "Elman",
     "Encoder",
     "EncoderConfig",
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedRMSNorm",
+    "HeadNorm",
     "Hydra",
     "Mamba",
     "Mamba2",

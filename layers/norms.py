@@ -1,4 +1,4 @@
-"""Normalisations: RMSNorm, its gated form, and the L2 norm of keys and queries."""
+"""Normalisations: RMSNorm, its gated form, the norm of each head, and the L2 norm of keys and queries."""
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,21 @@ class GatedRMSNorm(RMSNorm):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, order={self.order}, groups={self.groups}"
+
+
+class HeadNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight over each head of (B, T, H, D); statistics in float32."""
+
+    def __init__(self, n_heads: int, head_dim: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(n_heads, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -20,6 +20,7 @@ from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra
 from zoo.layers.mixers.mamba import Mamba, Mamba2
 from zoo.layers.mixers.para_rnn import ParaGRU, ParaLSTM
+from zoo.layers.mixers.rnn import GRU, LSTM, SLSTM, Elman
 from zoo.layers.mixers.s4 import S4
 from zoo.layers.mixers.s5 import S5
 
@@ -28,15 +29,19 @@ MixerMaker = Callable[..., nn.Module]  # (d_model, **options) -> mixer
 MIXERS: dict[str, MixerMaker] = {
     "attention": Attention,
     "deltanet": DeltaNet,
+    "elman": Elman,
     "gated_deltanet": GatedDeltaNet,
     "gla": GatedLinearAttention,
+    "gru": GRU,
     "hydra": Hydra,
+    "lstm": LSTM,
     "mamba": Mamba,
     "mamba2": Mamba2,
     "para_gru": ParaGRU,
     "para_lstm": ParaLSTM,
     "s4": S4,
     "s5": S5,
+    "slstm": SLSTM,
 }
 _ITEM = re.compile(r"\s*(?P<name>[a-z_][a-z0-9_]*)\s*(?:\((?P<options>[^()]*)\))?\s*(?:\*\s*(?P<count>\d+))?\s*")
 

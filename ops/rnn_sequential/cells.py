@@ -1,23 +1,20 @@
 """What tells the cells apart: their gates and states, one step forward, and the linear recurrence of their gradients.
 
-A cell's pointwise part mixes no numbers, so its Jacobians are elementwise. `coefficients` makes them for all steps at
-once from what the forward kept; what is left for the loop backward is linear in the gradients, a few calls a step.
+A cell's pointwise part mixes no numbers, so its Jacobians are elementwise. `backward` makes them for all steps at once
+from what the forward kept; what is left for its loop is linear in the gradients, a few calls a step.
 
 Buffers are of rows (token, head) in the order of `layout.Slabs`, views of one step are (H, n, ...).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.ops.rnn_sequential.layout import Slabs
 
 
-@dataclass(frozen=True)
 class Cell:
     """One cell.
 
@@ -26,8 +23,7 @@ class Cell:
     given: how many of them x has, the last ones.
     recurrent: how many of them R has, the first ones.
     states: S; the first is h.
-    kept: buffers besides the recurrent gates that the backward reads; the first is h, in `states` order as far as they
-        are states.
+    kept: buffers besides the recurrent gates that the backward reads; the states come first.
     """
 
     name: ClassVar[str]
@@ -161,7 +157,7 @@ class Elman(Cell):
 
 
 class Slstm(Cell):
-    """Kept: h, c, n, m and the log of the forget gate.
+    """Kept: h, c, n, m and -logsigmoid(f).
 
     (c, n, m) and (c e^-s, n e^-s, m + s) are the same memory, and h cannot tell them apart. So the gradient of what m
     is set to, E = dm - c dc - n dn, comes from the last state alone, and passes a step where m = logsigmoid(f) + m'
@@ -175,15 +171,16 @@ class Slstm(Cell):
         each = [slabs.steps(gate) for gate in gates.unbind(1)]
         h, m, memory = state[0], state[3], state[1:3].permute(1, 2, 0, 3)
         empty = state[2] == 0  # possible before the first step only: n is at least 1 after any
-        hs, ms, logs, memories = (slabs.steps(x) for x in (kept[0], kept[3], kept[4], kept[1:3].transpose(0, 1)))
+        hs, ms, shuts, memories = (slabs.steps(x) for x in (kept[0], kept[3], kept[4], kept[1:3].transpose(0, 1)))
         cs, ns = slabs.steps(kept[1]), slabs.steps(kept[2])
-        for t, (a_t, i_f, i, f, z, o, new_h, new_m, log_f, new, c, n) in enumerate(
-            zip(a, both, *each, hs, ms, logs, memories, cs, ns, strict=True)
+        for t, (a_t, i_f, i, f, z, o, new_h, new_m, shut, new, c, n) in enumerate(
+            zip(a, both, *each, hs, ms, shuts, memories, cs, ns, strict=True)
         ):
             count = a_t.shape[1]
             a_t.baddbmm_(h[:, :count], W)
-            log_f.copy_(F.logsigmoid(f))
-            torch.add(log_f, m[:, :count], out=f)
+            torch.neg(f, out=shut)
+            torch._C._nn.softplus(shut, 1, 40, out=shut)  # torch's logsigmoid starts threads for tensors of any size
+            torch.sub(m[:, :count], shut, out=f)
             torch.maximum(i, f, out=new_m)
             if t == 0:
                 torch.where(empty, i, new_m, out=new_m)
@@ -204,16 +201,16 @@ class Slstm(Cell):
         self, gates: Tensor, kept: Tensor, state: Tensor, dh: Tensor, dlast: Tensor, W: Tensor, slabs: Slabs
     ) -> tuple[Tensor, Tensor]:
         i, f, z, o = gates.unbind(1)
-        _, c, n, m, log_f = kept
+        _, c, n, m, shut = kept
         c1, n1, m1 = (slabs.before(kept[k], state[k]) for k in (1, 2, 3))
-        slope_f = -torch.expm1(log_f)  # sigmoid(-f)
+        slope_f = -torch.expm1(-shut)  # sigmoid(-f)
         ratio = c / n
         show = torch.stack([o / n, -ratio * o / n], dim=1)  # d h / d (c, n)
         by_c = torch.stack([i * z, f * c1 * slope_f, i * _tanh_slope(z)], dim=1)
         by_n = torch.stack([i, f * n1 * slope_f], dim=1)
         K = torch.empty_like(gates)
         K[:, 3] = ratio * _sigmoid_slope(o)
-        won = (log_f + m1 == m) & (n1 != 0)  # m = logsigmoid(f) + m'
+        won = (m1 - shut == m) & (n1 != 0)  # m = logsigmoid(f) + m'
         through = slabs.carried(won, dlast[3] - slabs.last(c) * dlast[1] - slabs.last(n) * dlast[2])  # E
         dg, by_cs, by_ns = (slabs.steps(x) for x in (K.flatten(1), by_c, by_n))
         d_ifz, d_if, d_o = slabs.steps(K[:, :3]), slabs.steps(K[:, :2]), slabs.steps(K[:, 3])

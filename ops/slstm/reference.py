@@ -14,7 +14,7 @@ def slstm_reference(x: Tensor, R: Tensor, b: Tensor, state: Tensor) -> tuple[Ten
     hs = []
     for x_t in x.unbind(1):
         i, f, z, o = (x_t + torch.einsum("ghpq,bhq->bghp", R, h) + b).unbind(1)  # (B, H, D) each
-        kept = F.logsigmoid(f) + m
+        kept = m - F.softplus(-f, threshold=40)  # logsigmoid(f) + m, exact to float64
         m = torch.where((n == 0) | (i > kept), i, kept)  # n is 0 where nothing was written yet
         i, f = (i - m).exp(), (kept - m).clamp(max=0).exp()  # the clamp acts where c and n are 0 only
         c = f * c + i * z.tanh()

@@ -11,10 +11,14 @@ from torch import nn
 from torch.testing import assert_close
 
 from zoo.layers import (
+    GRU,
+    LSTM,
     S4,
     S5,
+    SLSTM,
     Attention,
     DeltaNet,
+    Elman,
     GatedDeltaNet,
     GatedLinearAttention,
     Mamba,
@@ -52,6 +56,11 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "s5": lambda: S5(D, d_state=8, blocks=2),
     "s5-full_glu": lambda: S5(D, d_state=8, gate="full_glu", clip=False),
     "s5-half_glu1": lambda: S5(D, d_state=8, gate="half_glu1"),
+    "lstm": lambda: LSTM(D, n_heads=2),
+    "gru": lambda: GRU(D, n_heads=2),
+    "elman": lambda: Elman(D, n_heads=2),
+    "slstm": lambda: SLSTM(D, n_heads=2),
+    "slstm-bare": lambda: SLSTM(D, n_heads=1, conv_size=None, depth=1.0),
     "short_convolution": lambda: ShortConvolution(D, 4, bias=True),
 }
 EVERY = pytest.mark.parametrize("name", MAKERS)
@@ -174,6 +183,8 @@ def test_states_keep_their_nesting() -> None:
         (lambda: DeltaNet(D, qk_norm="l3"), "qk_norm one of l2, sum, none"),
         (lambda: GatedDeltaNet(D, n_heads=4, n_v_heads=6), "multiple of n_heads = 4; got 6"),
         (lambda: GatedLinearAttention(D, n_heads=3), "n_heads must divide"),
+        (lambda: LSTM(D, n_heads=3), "LSTM: n_heads must divide d_model = 16; got 3"),
+        (lambda: SLSTM(D, n_heads=3), "SLSTM: n_heads must divide d_model = 16; got 3"),
     ],
 )
 def test_refusals(build: Callable[[], nn.Module], words: str) -> None:

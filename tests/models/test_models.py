@@ -24,11 +24,15 @@ MODELS: dict[str, dict[str, object]] = {
     "s4": {"d_state": 8, "mode": "dplr", "n_ssm": 2},
     "para_gru": {},
     "para_lstm": {"n_heads": 2},
+    "lstm": {},
+    "gru": {},
+    "slstm": {},
 }
 HYBRIDS = {
     "s4d + window": ("s4", {"d_state": 8, "pattern": "s4, attention(window=7, n_heads=2)"}),
     "deltanet + window": ("deltanet", {"pattern": "deltanet, attention(window=7, n_heads=2)"}),
     "mamba2 + window": ("mamba2", {"pattern": "mamba2(d_state=8, head_dim=16), attention(window=7, n_heads=2)"}),
+    "slstm + window": ("slstm", {"pattern": "slstm, attention(window=7, n_heads=2)"}),
     "gated_deltanet + gla": ("gated_deltanet", {"head_dim": 12, "pattern": "gated_deltanet, gla(n_heads=2)"}),
 }
 CASES = {name: (name, fields) for name, fields in MODELS.items()} | HYBRIDS

@@ -1,0 +1,29 @@
+"""GRU with heads in LLaMA's block."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from zoo.layers import GRU, SequenceConfig, SequenceModel, layer_mixers
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRUConfig(SequenceConfig):
+    n_heads: int = 4
+    head_norm_eps: float = 1e-5  # of the norm over each head
+
+
+@register(
+    "gru",
+    config=GRUConfig,
+    sizes={
+        "tiny": {"hidden_size": 224, "vocab_size": 257},
+        "160m": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 50304},
+    },
+    tags=("causal", "recurrent", "nonlinear"),
+    paper="Poeppel, Beck and Hochreiter, FlashRNN, arXiv 2412.07752",
+)
+def gru(config: GRUConfig) -> SequenceModel:
+    """One memory, kept or replaced unit by unit."""
+    mixers = {"gru": partial(GRU, n_heads=config.n_heads, norm_eps=config.head_norm_eps)}
+    return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "gru", mixers))
