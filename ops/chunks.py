@@ -31,6 +31,7 @@ class ChunkedTime:
         self.steps: list[tuple[int, int]] = []
         self._index: Tensor | None = None
         self._order: Tensor | None = None
+        self._places = list(range(batch))  # of each document in the order of the scan
         if cuts is None:
             self.n_documents = batch
             n = -(-length // size)
@@ -39,6 +40,7 @@ class ChunkedTime:
             self.n_documents = len(cuts) - 1
             lengths = [right - left for left, right in itertools.pairwise(cuts)]
             order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+            self._places = sorted(range(len(lengths)), key=order.__getitem__)
             n = -(-max(lengths) // size)
             begins: list[int] = []
             ends: list[int] = []
@@ -123,6 +125,12 @@ class ChunkedTime:
         """At each position of a range, which of the N = chunks * heads rows of the range run there."""
         steps = self.steps[slice(*positions)]
         return [slice((start - steps[0][0]) * heads, (stop - steps[0][0]) * heads) for start, stop in steps]
+
+    def rows_of(self, document: int, positions: tuple[int, int], heads: int) -> list[slice]:
+        """The same for one document alone, at the positions of the range where it runs."""
+        first = self._places[document] * heads
+        found = self.rows(positions, heads)
+        return [slice(x.start + first, x.start + first + heads) for x in found if x.stop - x.start > first]
 
     def order(self, state: Tensor) -> Tensor:
         """States by document -> states in the order of the scan."""

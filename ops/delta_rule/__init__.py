@@ -6,6 +6,7 @@ from torch import Tensor
 from zoo.ops import check, dispatch, shard
 from zoo.ops.algebra import Matrix
 from zoo.ops.chunks import chunk_table
+from zoo.ops.delta_rule.across import delta_rule_across
 from zoo.ops.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.delta_rule.reference import delta_rule_reference
 from zoo.ops.once import runs_once
@@ -75,6 +76,8 @@ def delta_rule(
     scale = K**-0.5 if scale is None else scale
 
     chosen = _backend(backend, q)
+    if chosen == "torch" and (crossing := shard.crossing(Matrix, n > B)) is not None:
+        return delta_rule_across(crossing, q, k, v, beta, g, state, scale, cuts)
     if shard.current() is not None:
         element = _element(*last_document(cuts, k, v, beta, g), dtype=dtype, chosen=chosen)
         state = shard.incoming_state(element, state, n > B)

@@ -53,9 +53,14 @@ def delta_rule_chunked(
 
     `segment`: about how many numbers of one of q, k, v are worked on at a time; SEGMENT when None.
     """
-    lengths = [q.shape[1]] if cuts is None else [right - left for left, right in itertools.pairwise(cuts)]
-    size = size or min(CHUNK, 1 << max(0, max(lengths) - 1).bit_length())
+    size = size or chunk_size(q.shape[1], cuts)
     return _Chunked.apply(q, k, v, beta, g, S0, scale, cuts, size, segment or SEGMENT)
+
+
+def chunk_size(length: int, cuts: tuple[int, ...] | None) -> int:
+    """CHUNK, or what the longest document needs."""
+    longest = length if cuts is None else max(right - left for left, right in itertools.pairwise(cuts))
+    return min(CHUNK, 1 << max(0, longest - 1).bit_length())
 
 
 class _Decay(NamedTuple):
@@ -95,33 +100,117 @@ def _product(a: Tensor, b: Tensor, factor: float) -> Tensor:
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=factor)
 
 
-class _Pieces(NamedTuple):
-    """What both directions need of a stretch of chunks, N = chunks * heads; the state plays no part."""
+class Keys(NamedTuple):
+    """What a stretch of chunks does to a state, N = chunks * heads; neither queries nor the state play a part."""
 
-    q: Tensor  # (N, C, K)
     k: Tensor  # (N, C, K)
     v: Tensor  # (N, C, V)
     beta: Tensor  # (N, C, 1)
     decay: _Decay | None
-    read: Tensor  # (N, C, K) diag(e^b) Q
     erase: Tensor  # (N, C, K) diag(beta e^b) K
     write: Tensor  # (N, C, K) diag(e^{b_C - b}) K
-    P: Tensor  # (N, C, C) scale lower(Q K^T * G)
     M: Tensor  # (N, C, C) strictly lower(K K^T * G), so that A = diag(beta) M
 
+    def inverse(self) -> Tensor:
+        """X, (N, C, C)."""
+        return _unit_lower_inverse(self.beta * self.M)
 
-def _pieces(
-    time: ChunkedTime, positions: tuple[int, int], dtype: torch.dtype, scale: float,
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
-) -> _Pieces:  # fmt: skip
-    q, k, v, beta = (time.part(x, positions, dtype) for x in (q, k, v, beta))
+
+class Queries(NamedTuple):
+    """What a stretch of chunks reads from a state and from its own writes."""
+
+    q: Tensor  # (N, C, K)
+    read: Tensor  # (N, C, K) diag(e^b) Q
+    P: Tensor  # (N, C, C) scale lower(Q K^T * G)
+    scale: float
+
+    def output(self, before: Tensor, U: Tensor) -> Tensor:
+        """O, (N, C, V), of the states before the chunks and what they write."""
+        return torch.bmm(self.P, U).baddbmm_(self.read, before, alpha=self.scale)
+
+    def asked(self, do: Tensor) -> tuple[Tensor, Tensor]:
+        """What the outputs' gradient asks of the writes, (N, C, V), and of the states before the chunks, (N, K, V)."""
+        return torch.bmm(self.P.mT, do), _product(self.read.mT, do, self.scale)
+
+
+def keys(
+    time: ChunkedTime, positions: tuple[int, int], dtype: torch.dtype,
+    k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None,
+) -> Keys:  # fmt: skip
+    """Of a range of chunk positions."""
+    k, v, beta = (time.part(x, positions, dtype) for x in (k, v, beta))
     beta = beta.unsqueeze(-1)
-    P, M = _product(q, k.mT, scale), torch.bmm(k, k.mT)
+    M = torch.bmm(k, k.mT)
     if g is None:
-        return _Pieces(q, k, v, beta, None, q, beta * k, k, P.tril_(), M.tril_(-1))
+        return Keys(k, v, beta, None, beta * k, k, M.tril_(-1))
     d = _decay(time.part(g, positions, dtype))
-    P, M = P.mul_(d.between), M.mul_(d.between).tril_(-1)
-    return _Pieces(q, k, v, beta, d, q * d.before, (beta * d.before) * k, d.after * k, P, M)
+    return Keys(k, v, beta, d, (beta * d.before) * k, d.after * k, M.mul_(d.between).tril_(-1))
+
+
+def queries(
+    time: ChunkedTime, positions: tuple[int, int], dtype: torch.dtype, q: Tensor, p: Keys, scale: float
+) -> Queries:
+    """Of the same range of chunk positions as `p`."""
+    q = time.part(q, positions, dtype)
+    P = _product(q, p.k.mT, scale)
+    if p.decay is None:
+        return Queries(q, q, P.tril_(), scale)
+    return Queries(q, q * p.decay.before, P.mul_(p.decay.between), scale)
+
+
+def run(p: Keys, X: Tensor, U: Tensor, S: Tensor, steps: list[slice]) -> Tensor:
+    """The recurrence over a stretch: the states before its chunks, (N, K, V).
+
+    U, given as diag(beta) V, becomes what the tokens write; S, the state before the stretch, that after it.
+    """
+    before = U.new_empty(len(U), *S.shape[1:])
+    for rows in steps:
+        running = S[: rows.stop - rows.start]
+        before[rows] = running
+        U[rows] = torch.bmm(X[rows], torch.baddbmm(U[rows], p.erase[rows], running, alpha=-1))
+        if p.decay is not None:
+            running.mul_(p.decay.total[rows])
+        running.baddbmm_(p.write[rows].mT, U[rows])
+    return before
+
+
+def run_wide(p: Keys, X: Tensor, U: Tensor, S: Tensor, steps: list[slice]) -> None:
+    """The recurrence for V columns and others that are written nothing; U and S as given to `run`, U is left alone."""
+    V = U.shape[-1]
+    for rows in steps:
+        R = _product(p.erase[rows], S, -1.0)
+        R[..., :V].add_(U[rows])
+        if p.decay is not None:
+            S.mul_(p.decay.total[rows])
+        S.baddbmm_(p.write[rows].mT, torch.bmm(X[rows], R))
+
+
+def run_again(p: Keys, U: Tensor, S: Tensor, steps: list[slice]) -> Tensor:
+    """The states before the chunks once more, of what the tokens write; S, the state before the stretch, is used up."""
+    before = U.new_empty(len(U), *S.shape[1:])
+    for rows in steps:
+        now = S[: rows.stop - rows.start]
+        before[rows] = now
+        if p.decay is not None:
+            now.mul_(p.decay.total[rows])
+        now.baddbmm_(p.write[rows].mT, U[rows])
+    return before
+
+
+def run_back(p: Keys, X: Tensor, dU: Tensor, asked: Tensor, dS: Tensor, steps: list[slice]) -> tuple[Tensor, Tensor]:
+    """Against time: the gradients of the right-hand side R = diag(beta) V - erase S and of the states after the chunks.
+
+    dS, the gradient of the state after the stretch, becomes that before it; dU, what the outputs ask, is used up.
+    """
+    dR, after = torch.empty_like(dU), torch.empty_like(asked)
+    for rows in reversed(steps):
+        d = dS[: rows.stop - rows.start]
+        after[rows] = d
+        dR[rows] = torch.bmm(X[rows].mT, dU[rows].baddbmm_(p.write[rows], d))
+        if p.decay is not None:
+            d.mul_(p.decay.total[rows])
+        d.add_(asked[rows]).baddbmm_(p.erase[rows].mT, dR[rows], alpha=-1)
+    return dR, after
 
 
 class _Chunked(torch.autograd.Function):
@@ -141,19 +230,11 @@ class _Chunked(torch.autograd.Function):
         out = torch.empty_like(v, memory_format=torch.contiguous_format)
         S = time.order(S0).flatten(0, 1).clone()  # (documents * H, K, V)
         for positions in segments:
-            p = _pieces(time, positions, S0.dtype, scale, q, k, v, beta, g)
-            X = _unit_lower_inverse(p.beta * p.M)
-            U = p.beta * p.v  # (N, C, V), becomes X (U - erase S) below
+            p = keys(time, positions, S0.dtype, k, v, beta, g)
+            X, U = p.inverse(), p.beta * p.v
             kept += [X, U, S.clone()]
-            before = U.new_empty(len(U), K, V)  # the state before each chunk
-            for rows in time.rows(positions, H):
-                running = S[: rows.stop - rows.start]
-                before[rows] = running
-                U[rows] = torch.bmm(X[rows], torch.baddbmm(U[rows], p.erase[rows], running, alpha=-1))
-                if p.decay is not None:
-                    running.mul_(p.decay.total[rows])
-                running.baddbmm_(p.write[rows].mT, U[rows])
-            o = torch.bmm(p.P, U).baddbmm_(p.read, before, alpha=scale)
+            before = run(p, X, U, S, time.rows(positions, H))
+            o = queries(time, positions, S0.dtype, q, p, scale).output(before, U)
             time.put(out, o.unflatten(0, (-1, H)), positions)
         ctx.save_for_backward(q, k, v, beta, g, *kept)
         ctx.time, ctx.scale, ctx.segments = time, scale, segments
@@ -168,47 +249,34 @@ class _Chunked(torch.autograd.Function):
         grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         running = time.order(dS).flatten(0, 1).clone()
         for i, positions in reversed(list(enumerate(ctx.segments))):
-            p = _pieces(time, positions, dS.dtype, scale, *inputs)
+            p = keys(time, positions, dS.dtype, k, v, beta, g)
+            r = queries(time, positions, dS.dtype, q, p, scale)
             X, U, S = kept[3 * i : 3 * i + 3]
-            rows = time.rows(positions, H)
-            found = _backward(p, X, U, S.clone(), time.part(do, positions, dS.dtype), running, rows, scale)
+            rows, do_ = time.rows(positions, H), time.part(do, positions, dS.dtype)
+            before = run_again(p, U, S.clone(), rows)
+            found = gradients(p, r, U, before, do_, *run_back(p, X, *r.asked(do_), running, rows))
             for out, y in zip(grads, found, strict=True):
                 if out is not None and y is not None:
                     time.put(out, y.unflatten(0, (-1, H)), positions)
         return *grads, time.unorder(running.unflatten(0, (-1, H))), None, None, None, None
 
 
-def _backward(
-    p: _Pieces, X: Tensor, U: Tensor, S: Tensor, do: Tensor, running: Tensor, steps: list[slice], scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, beta and g of a stretch; `running`, that of the state after it, becomes that before it.
-
-    S: the state before the stretch, used up. d... names gradients.
-    """
-    before = U.new_empty(len(U), *S.shape[1:])
-    for rows in steps:
-        now = S[: rows.stop - rows.start]
-        before[rows] = now
-        if p.decay is not None:
-            now.mul_(p.decay.total[rows])
-        now.baddbmm_(p.write[rows].mT, U[rows])
-
-    # against time: dU, dR = X^T dU (of the right-hand side R = diag(beta) V - erase S) and dS
-    dU, dR = torch.bmm(p.P.mT, do), torch.empty_like(U)
-    asked = _product(p.read.mT, do, scale)  # (N, K, V) what the outputs ask of the state before their chunk
-    after = torch.empty_like(before)  # gradient of the state after each chunk
+def pull_back(p: Keys, X: Tensor, dU: Tensor, asked: Tensor, dS: Tensor, steps: list[slice]) -> None:
+    """dS alone of `run_back`; dU is left alone."""
     for rows in reversed(steps):
-        d = running[: rows.stop - rows.start]
-        after[rows] = d
-        dR[rows] = torch.bmm(X[rows].mT, dU[rows].baddbmm_(p.write[rows], d))
+        dR = torch.bmm(X[rows].mT, torch.baddbmm(dU[rows], p.write[rows], dS))
         if p.decay is not None:
-            d.mul_(p.decay.total[rows])
-        d.add_(asked[rows]).baddbmm_(p.erase[rows].mT, dR[rows], alpha=-1)
+            dS.mul_(p.decay.total[rows])
+        dS.add_(asked[rows]).baddbmm_(p.erase[rows].mT, dR, alpha=-1)
 
-    # all chunks at once
+
+def gradients(
+    p: Keys, r: Queries, U: Tensor, before: Tensor, do: Tensor, dR: Tensor, after: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, beta and g of a stretch, all chunks at once; `after` and dR are those of `run_back`."""
     dP = torch.bmm(do, U.mT).tril_()
     dA = _product(dR, U.mT, -1.0).tril_(-1)
-    dread = _product(do, before.mT, scale)
+    dread = _product(do, before.mT, r.scale)
     derase = _product(dR, before.mT, -1.0)
     dwrite = torch.bmm(U, after.mT)
     dv = p.beta * dR
@@ -220,9 +288,9 @@ def _backward(
         derase.mul_(p.beta)
     else:
         # b_i - b_j is the sum of g from j + 1 to i: sums over open ranges, so that nothing cancels
-        ends = (dread * p.read).sum(-1) + (derase * p.erase).sum(-1)  # of b_i, which sums g up to i
+        ends = (dread * r.read).sum(-1) + (derase * p.erase).sum(-1)  # of b_i, which sums g up to i
         starts = (dwrite * p.write).sum(-1)  # of b_C - b_j, which sums g after j
-        F = (dP * p.P).add_(dA * (p.beta * p.M)).tril_(-1)  # of b_i - b_j
+        F = (dP * r.P).add_(dA * (p.beta * p.M)).tril_(-1)  # of b_i - b_j
         ends = ends.add_(F.sum(2)).sub_(F.sum(1))
         dg = sum_from(ends).add_(sum_before(starts))
         dg.add_(p.decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
@@ -233,6 +301,6 @@ def _backward(
         dwrite.mul_(p.decay.after)
         dP.mul_(p.decay.between)
         dM = dA.mul_(p.beta).mul_(p.decay.between)
-    dq = dread.baddbmm_(dP, p.k, alpha=scale)
-    dk = derase.add_(dwrite).baddbmm_(dP.mT, p.q, alpha=scale).baddbmm_(dM + dM.mT, p.k)
+    dq = dread.baddbmm_(dP, p.k, alpha=r.scale)
+    dk = derase.add_(dwrite).baddbmm_(dP.mT, r.q, alpha=r.scale).baddbmm_(dM + dM.mT, p.k)
     return dq, dk, dv, dbeta, dg

@@ -19,7 +19,7 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `layout.py` | which tokens a rank holds, in which documents they lie, and at which positions they stand |
 | `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
-| `scan.py` | `incoming_state`: the state at the left edge, by all-gather, ring chain or pipelined blocks |
+| `scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: inside an operator's own node |
 | `halo.py` | `halo`: the last rows before the left edge, for convolutions and token shifts |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
@@ -30,7 +30,7 @@ from zoo.ops.shard.halo import halo
 from zoo.ops.shard.heads import over_heads
 from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, positions, stretch
 from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
-from zoo.ops.shard.scan import incoming_state, largest
+from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
 from zoo.ops.shard.scope import arrived, checkpoint_contexts, current, refuse, use
 from zoo.ops.shard.serial import serial
 
@@ -38,12 +38,14 @@ __all__ = [
     "ATTENTION",
     "LAYOUTS",
     "METHODS",
+    "Crossing",
     "Link",
     "LocalBoundaries",
     "Message",
     "SequenceShard",
     "arrived",
     "checkpoint_contexts",
+    "crossing",
     "current",
     "halo",
     "held",

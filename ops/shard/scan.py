@@ -47,20 +47,28 @@ def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Ten
 
     Cost: by the shard's method, see the table of this file.
     """
+    found = _cut()
+    if found is None:
+        return state
+    if several:
+        element = element.reset_to(element.apply(state[-1:]))
+    transition, b = element
+    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b)
+    return torch.cat([first, state[1:]]) if several else first
+
+
+def _cut() -> Scope | None:
+    """The scope in use, or None where a state crosses no edge."""
     found = scope()
     if found is None or found.shard.size == 1:
-        return state
+        return None
     found.shard.require_contiguous("an operator with a state")
     if found.shard.method not in SCANS:
         raise ValueError(
             f"method {found.shard.method!r} sends heads from rank to rank, and this operator has none to send; "
             f"use one of {', '.join(SCANS)}"
         )
-    if several:
-        element = element.reset_to(element.apply(state[-1:]))
-    transition, b = element
-    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b)
-    return torch.cat([first, state[1:]]) if several else first
+    return found
 
 
 def largest(x: Tensor) -> Tensor:
@@ -92,6 +100,127 @@ class _Scan(torch.autograd.Function):
             left = ctx.kind(A, torch.zeros_like(Z)).apply(z)
         dA, dz = torch.autograd.grad(left, (A, z), G)
         return None, None, dZ + dz if ctx.first else None, dA, G
+
+
+def crossing(kind: type[Any], several: bool = False) -> "Crossing | None":
+    """The exchange of `incoming_state` for an operator that does it inside its own autograd function.
+
+    `incoming_state` lets an operator run its stretch twice, for the element and for the outputs, and autograd go back
+    through both. With a `Crossing` the operator prepares once what both need, forward and backward.
+
+    Args:
+        kind: a class of zoo.ops.algebra.
+        several: as for `incoming_state`.
+
+    Returns:
+        None where nothing crosses: no shard is in use, or it has one rank.
+
+    Raises:
+        ValueError: as `incoming_state`.
+    """
+    found = _cut()
+    return None if found is None else Crossing(found, kind, several)
+
+
+class Crossing:
+    """One call of an operator: `forward` in the forward of its autograd function, then `backward` in its backward.
+
+    The ranks at the ends of the sequence need no element: the first runs on from its states and sends what comes out,
+    the last only receives; backward the other way round.
+    """
+
+    def __init__(self, found: Scope, kind: type[Any], several: bool):
+        self._found, self._kind, self._several = found, kind, several
+        self._scanner = SCANS[found.shard.method](found.shard, kind)
+        self._first, self._last = found.shard.rank == 0, found.shard.rank + 1 == found.shard.size
+
+    def forward(
+        self,
+        state: Tensor,
+        element: Callable[[], Affine],
+        run: Callable[[Tensor], Tensor],
+        rest: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Run the stretch from the states that the earlier ranks make.
+
+        Args:
+            state: the states before the first token, as for `incoming_state`.
+            element: makes that of this rank's stretch; with several documents of the last one, on its own. Called on
+                ranks that have neighbours on both sides, and not when activations are recomputed.
+            run: states before -> states after; called once.
+            rest: what needs no state; called once, where it keeps nobody waiting.
+
+        Returns:
+            The transition of this rank's stretch, to be saved for `backward`.
+        """
+        entering = self._of_first(state)
+        passing = self._kind.identity(entering)
+
+        def exchange(leaving: Affine) -> tuple[Tensor, Tensor]:
+            return self._scanner.forward(leaving, entering), leaving[0]
+
+        if self._first:
+            leaving = passing.reset_to(self._of_last(run(state)))
+            _, transition = self._found.arrivals(lambda: exchange(leaving), 2)
+            rest()
+            return transition
+        if self._last:
+            rest()
+            Z, transition = self._found.arrivals(lambda: exchange(passing), 2)
+        else:
+            Z, transition = self._found.arrivals(lambda: exchange(self._leaving(element(), state)), 2)
+        run(torch.cat([Z, state[1:]]) if self._several else Z)
+        if not self._last:
+            rest()
+        return transition
+
+    def backward(
+        self,
+        transition: Tensor,
+        dafter: Tensor,
+        pull: Callable[[], Tensor],
+        run: Callable[[Tensor], Tensor],
+        rest: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """The same from the other side.
+
+        Args:
+            transition: what `forward` returned.
+            dafter: gradients of the states after the stretch, as far as this rank made use of them.
+            pull: makes the gradient of the states that entered, with several documents of the first one, as far as
+                this rank's outputs and dafter ask for it. Called as `element` is.
+            run: gradients of the states after -> those of the states before; called once.
+            rest: what needs no such gradient; called once, where it keeps nobody waiting.
+
+        Returns:
+            The gradient of `state`.
+        """
+        if self._last:
+            dbefore = run(dafter)
+            self._scanner.backward(self._kind(transition, self._of_first(dbefore)))
+            rest()
+        else:
+            if self._first:
+                rest()
+            dZ = torch.zeros_like(self._of_first(dafter)) if self._first else pull()
+            dafter = dafter.clone()
+            self._of_last(dafter).add_(self._scanner.backward(self._kind(transition, dZ)))
+            dbefore = run(dafter)
+            if not self._first:
+                rest()
+        if not self._first:
+            self._of_first(dbefore).zero_()  # what was given there was not used
+        return dbefore
+
+    def _leaving(self, element: Affine, state: Tensor) -> Affine:
+        """Of the whole stretch, where `element` is that of its last document."""
+        return element.reset_to(element.apply(state[-1:])) if self._several else element
+
+    def _of_first(self, states: Tensor) -> Tensor:
+        return states[:1] if self._several else states
+
+    def _of_last(self, states: Tensor) -> Tensor:
+        return states[-1:] if self._several else states
 
 
 class _Scanner:

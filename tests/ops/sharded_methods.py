@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
-from sharded_cases import LAYOUTS, LENGTH, Errors, Slice, like, model, operator, summed, without
+from sharded_cases import LAYOUTS, LENGTH, SMALL, Errors, Slice, like, model, operator, summed, without
 from torch import Tensor
 
 from zoo.ops import shard
+from zoo.ops.delta_rule import across, chunked
 from zoo.ops.operators import OPERATORS
 from zoo.ops.proof import OperatorSpec, Sizes, relative_error
 
@@ -39,6 +41,50 @@ def crossing(spec: OperatorSpec, way: str, layout: str) -> Check:
     return lambda place: operator(
         placed(place, layout, **WAYS[way]), spec, layout, sizes=sizes_for(spec), given=given
     )  # fmt: skip
+
+
+# -- the delta rule, which prepares its stretch once ------------------------------------------------------------------
+
+
+def in_ranges(place: shard.SequenceShard, name: str, layout: str) -> Errors:
+    """Several chunks a rank, and one chunk position at a time."""
+    with mock.patch.object(chunked, "CHUNK", 4), mock.patch.object(across, "SEGMENT", 1):
+        return operator(place, OPERATORS[name], layout)
+
+
+def last_state_alone(place: shard.SequenceShard) -> Errors:
+    """A loss of the last state on the last rank; of an output times 0 on the others, where only v has a gradient."""
+    spec = OPERATORS["gated_delta_rule"]
+    leaves = {key: x.requires_grad_() for key, x in spec.inputs(2, LENGTH).items() if key != "state"}
+    _, after = spec.run(leaves)
+    whole = torch.autograd.grad(after.square().sum(), leaves["v"])[0]
+    here = Slice(place, LENGTH, None)
+    own = {key: here.of(x) for key, x in leaves.items()}
+    if place.rank + 1 < place.size:
+        own = {key: x if key == "v" else x.detach() for key, x in own.items()}
+    with shard.use(place):
+        y, after = spec.run(own)
+    loss = after.square().sum() if place.rank + 1 == place.size else (0 * y).sum()
+    (ours,) = summed(place, torch.autograd.grad(loss, [leaves["v"]]))
+    return {"d v": relative_error(ours, whole)}
+
+
+def prepared_once(place: shard.SequenceShard) -> Errors:
+    """Forward, backward and recomputation prepare once each; elements are made between neighbours, and not again."""
+    wrong = 0
+    for recompute in (False, True):
+        with (
+            mock.patch.object(across, "keys", wraps=across.keys) as keys,
+            mock.patch.object(across, "run_wide", wraps=across.run_wide) as elements,
+            mock.patch.object(across, "pull_back", wraps=across.pull_back) as pulls,
+        ):
+            model(place, "deltanet", "batch", recompute=recompute)
+        between = 0 < place.rank < place.size - 1
+        layers = SMALL["n_layers"] if place.size > 1 else 0
+        wrong += keys.call_count != (2 + recompute) * layers
+        wrong += elements.call_count != between * layers
+        wrong += pulls.call_count != between * layers
+    return {"calls": wrong}
 
 
 # -- a nonlinear memory -----------------------------------------------------------------------------------------------
@@ -208,6 +254,10 @@ def checks() -> dict[str, Check]:
     for name, spec in OPERATORS.items():
         if spec.cp_kind == "serial":
             made |= nonlinear(name, spec)
+    for name, layout in itertools.product(("delta_rule", "gated_delta_rule"), LAYOUTS):
+        made[f"{name} in ranges, {layout}"] = lambda place, n=name, lay=layout: in_ranges(place, n, lay)
+    made["delta_rule, last state alone"] = last_state_alone
+    made["delta_rule prepared once"] = prepared_once
     made["serial"] = in_groups
     made["serial, row by row"] = lambda place: in_groups(place, 5)
     made["serial, in one"] = lambda place: in_groups(place, 1)
