@@ -29,7 +29,7 @@ from zoo.ops.packing import each_document
 
 __all__ = ["Cell", "Linearised", "newton_corrections", "newton_residual", "newton_scan"]
 
-# Numbers in one step of time, B D, from which on walking on a CPU is no slower than Newton: a step is then worth its
+# Numbers of state in one step of time from which on walking on a CPU is no slower than Newton: a step is then worth its
 # calls, and Newton does four times the arithmetic. One Xeon core, float32, T=2048, forward + backward by Newton / by
 # walking, ms: ParaGRU, B D = 64: 17/49, 256: 45/57, 384: 68/68, 2048: 400/192; ParaLSTM 64: 33/65, 256: 90/86, 384:
 # 123/93, 2048: 775/361.
@@ -72,7 +72,7 @@ def newton_scan(
         h: all states, (B, T, D) or (B, T, D, 2), in the dtype of u. Without `iterations` those of the loop to rounding:
             Newton stops at a correction of at most 3e-3 (1e-7 in float64), which leaves less than its square. A
             recurrence that it does not solve in 12 corrections is walked step by step, and a warning says so once. On a
-            CPU, where one step of time is wide (B D >= 320), walking is faster to begin with.
+            CPU, where one step of time is wide (320 numbers of state), walking is faster to begin with.
         last: the state after the last step, (B, D) or (B, D, 2), float32 (float64 for float64 inputs).
 
     Raises:
@@ -184,9 +184,9 @@ def _states(problem: Problem, iterations: int | None, window: int | None) -> tup
             return h, entered
         announce(cell)
         return walk(problem)
-    if window is None and (T == 1 or (B * D >= WIDE and not problem.state.is_cuda)):
+    if window is None and (T == 1 or (B * D * cell.states >= WIDE and not problem.state.is_cuda)):
         return walk(problem)
-    h, entered, walked = windowed(problem, window or _cached(B, D))
+    h, entered, walked = windowed(problem, window or cell.states * _cached(B, D))
     if walked:
         announce(cell)
     return h, entered
