@@ -1,18 +1,19 @@
 """Who counts: one layer of each mixer trained on parity (or words of a group) and tested at greater lengths.
 
-Every row is `zoo train experiment=EXPERIMENT model=...` and, for each length, `zoo eval RUN data=DATA data.seq_len=T
-data.labels=last`: the accuracy of the last position. Rows are printed as they are finished.
+Every row is `zoo train experiment=EXPERIMENT model=... data.val_lengths=[...]` and shows the accuracy of the last
+position at each length, as `zoo eval RUN data=DATA data.seq_len=T data.labels=last` gives it, too. Rows are printed,
+and added to the file of --table, as they are finished. Seconds are those of training alone.
 
     python benchmarks/state_tracking.py [--experiment parity] [--seeds 0 1] [--lengths 32 100 500] [--runs FOLDER]
-        [--models "deltanet" "deltanet model.allow_neg_eigval=true" ...]
+        [--table FILE] [--models "deltanet" "deltanet model.allow_neg_eigval=true" ...]
 """
 
 import argparse
+import csv
 import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 MODELS = (
@@ -29,7 +30,6 @@ MODELS = (
     "deltanet model.allow_neg_eigval=true",
     "transformer",
 )
-DATA = {"parity": "parity", "s5": "word_problem"}
 
 
 def zoo(*words: str) -> str:
@@ -39,42 +39,42 @@ def zoo(*words: str) -> str:
     return done.stdout
 
 
-def number(pattern: str, text: str) -> str:
-    found = re.findall(pattern, text, re.MULTILINE)
-    return str(found[-1]) if found else "?"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experiment", choices=DATA, default="parity")
+    parser.add_argument("--experiment", choices=("parity", "s5"), default="parity")
     parser.add_argument("--models", nargs="+", default=MODELS, help="a name and overrides each, in one word")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 100, 500])
     parser.add_argument("--runs", type=Path, help="where runs are kept; a temporary folder when left out")
+    parser.add_argument("--table", type=Path, help="a file that rows are added to")
     args = parser.parse_args()
+
+    begun = args.table is not None and args.table.exists()
+
+    def say(line: str, heading: bool = False) -> None:
+        print(line, flush=True)
+        if args.table and not (heading and begun):
+            with args.table.open("a") as file:
+                file.write(line + "\n")
+
     folder = args.runs or Path(tempfile.mkdtemp())
     lengths = " | ".join(f"T = {T}" for T in args.lengths)
-    print(f"| `zoo train experiment={args.experiment} model=` | seed | {lengths} | parameters | seconds |")
-    print("|---|---" + "|---" * len(args.lengths) + "|---|---|", flush=True)
+    say(f"| `zoo train experiment={args.experiment} model=` | seed | {lengths} | parameters | seconds |", heading=True)
+    say("|---|---" + "|---" * len(args.lengths) + "|---|---|", heading=True)
     for seed in args.seeds:
         for i, words in enumerate(args.models):
             run = folder / f"{i}-{words.split()[0]}-{seed}"
-            begin = time.monotonic()
             log = zoo(
                 "train", f"experiment={args.experiment}", f"model={words.split()[0]}", *words.split()[1:],
-                f"seed={seed}", f"run_dir={run}",
+                f"data.val_lengths={args.lengths}".replace(" ", ""), "trainer.val_every=1000000", f"seed={seed}",
+                f"run_dir={run}",
             )  # fmt: skip
-            seconds = time.monotonic() - begin
-            accuracies = [
-                number(
-                    r"^accuracy (\S+)",
-                    zoo("eval", str(run), f"data={DATA[args.experiment]}", f"data.seq_len={T}", "data.labels=last"),
-                )
-                for T in args.lengths
-            ]
-            parameters = number(r"\(([\d,]+) parameters\)", log)
-            shown = " | ".join(f"{float(x):.3f}" for x in accuracies)
-            print(f"| {words} | {seed} | {shown} | {parameters} | {seconds:.0f} |", flush=True)
+            with (run / "metrics.csv").open() as file:
+                rows = list(csv.DictReader(file))
+            seconds = next(float(row["elapsed"]) for row in reversed(rows) if row["elapsed"])
+            shown = " | ".join(f"{float(rows[-1][f'val_last_accuracy_at_{T}']):.3f}" for T in args.lengths)
+            parameters = re.findall(r"\(([\d,]+) parameters\)", log)[0]
+            say(f"| {words} | {seed} | {shown} | {parameters} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

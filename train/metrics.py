@@ -1,6 +1,7 @@
 """Metrics of language modelling: sums over scored targets, so that batches of any shape and any rank add up."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,16 @@ from torchmetrics import Metric
 from zoo.ops import shard
 from zoo.ops.shard.exchange import all_gather
 
-__all__ = ["Accuracy", "BitsPerByte", "MeanLoss", "Perplexity", "SequenceAccuracy"]
+__all__ = [
+    "Accuracy",
+    "BitsPerByte",
+    "LastAccuracy",
+    "MeanLoss",
+    "Perplexity",
+    "Right",
+    "SequenceAccuracy",
+    "count_right",
+]
 
 IGNORED = -100  # the target of a position that is not scored
 
@@ -64,7 +74,21 @@ class SequenceAccuracy(_Ratio):
     """The part of the sequences with every scored position right. `update(n_right, n_sequences)`."""
 
 
-def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class LastAccuracy(_Ratio):
+    """The part of the sequences whose last scored position is right. `update(n_right, n_sequences)`."""
+
+
+class Right(NamedTuple):
+    """What the most likely token gets right; a sequence without a scored position does not count."""
+
+    positions: Tensor
+    scored: Tensor  # positions
+    sequences: Tensor  # with every scored position right
+    of_sequences: Tensor
+    last: Tensor  # sequences whose last scored position is right
+
+
+def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Right:
     """How many positions and how many whole sequences the most likely token gets right.
 
     Args:
@@ -72,30 +96,36 @@ def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> t
         targets: (B, T), -100 where not scored. Under a sequence shard both are a rank's stretch, and a sequence is
             counted once, on the first rank of the group.
         cu_seqlens: (n + 1,) for packed documents (then B = 1), else None: every row is a sequence.
-
-    Returns:
-        right and scored positions, right and scored sequences; a sequence without a scored position does not count.
     """
     scored = targets != IGNORED
     wrong = (logits.argmax(dim=-1) != targets) & scored
     place = shard.current()
+    tokens = targets.shape[1]
+    at = torch.arange(tokens, device=targets.device)
+    if place is not None:
+        length = tokens * place.size if place.length is None else place.length
+        at = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(targets.device)
+    # The largest is that of the last scored position, and its lowest bit says whether that one is right.
+    last = torch.where(scored, 2 * at + (~wrong).long(), -1)
     if cu_seqlens is None:
-        has_scored, has_wrong = scored.any(dim=1), wrong.any(dim=1)
+        last, has_wrong = last.amax(dim=1), wrong.any(dim=1).long()
     else:
-        bounds, at = cu_seqlens.long(), torch.arange(targets.shape[1], device=targets.device)
+        bounds = cu_seqlens.long()
         if place is not None:
             bounds = torch.tensor(place.documents, device=targets.device)
-            length = int(bounds[-1])
-            at = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(targets.device)
         owner = torch.searchsorted(bounds[1:].contiguous(), at, right=True)
         zeros = torch.zeros(len(bounds) - 1, dtype=torch.int64, device=targets.device)
-        has_scored = zeros.index_add(0, owner, scored[0].long()) > 0
-        has_wrong = zeros.index_add(0, owner, wrong[0].long()) > 0
+        last = (zeros - 1).scatter_reduce(0, owner, last[0], "amax")
+        has_wrong = zeros.scatter_reduce(0, owner, wrong[0].long(), "amax")
     if place is not None:
-        has_scored, has_wrong = (
-            torch.stack(all_gather(place, torch.stack([has_scored, has_wrong]).long())).amax(0).bool()
-        )
+        last, has_wrong = torch.stack(all_gather(place, torch.stack([last, has_wrong]))).amax(0)
         if place.rank > 0:
-            has_scored, has_wrong = torch.zeros_like(has_scored), torch.zeros_like(has_wrong)
-    n_scored, n_sequences = scored.sum(), has_scored.sum()
-    return n_scored - wrong.sum(), n_scored, n_sequences - has_wrong.sum(), n_sequences
+            last, has_wrong = torch.full_like(last, -1), torch.zeros_like(has_wrong)
+    n_scored, n_sequences = scored.sum(), (last >= 0).sum()
+    return Right(
+        positions=n_scored - wrong.sum(),
+        scored=n_scored,
+        sequences=n_sequences - has_wrong.sum(),
+        of_sequences=n_sequences,
+        last=((last >= 0) & (last % 2 == 1)).sum(),
+    )

@@ -16,7 +16,7 @@ from zoo.train.data._philox import Draws, philox
 from zoo.train.data.copying import Copying
 from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
-from zoo.train.data.state_tracking import KeepNth, KHop, Parity, WordProblem, cayley
+from zoo.train.data.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem, cayley
 from zoo.train.data.synthetic import TRAINING, VALIDATION, SyntheticData
 
 FAST = settings(deadline=None, max_examples=40)
@@ -164,10 +164,14 @@ def test_induction_heads_ask_for_every_place_and_token_alike() -> None:
     assert (torch.bincount(batch["targets"][:, -1], minlength=5) / 8000 - 1 / 5).abs().max() < 0.02
 
 
-TASKS: list[SyntheticData] = [MQAR(seed=5), MQAR(seed=5, filler="random"), Copying(seed=5), InductionHeads(seed=5)]
+TASKS: list[SyntheticData] = [
+    MQAR(seed=5), MQAR(seed=5, filler="random"), Copying(seed=5), InductionHeads(seed=5),
+    Parity(seed=5), WordProblem(seed=5), KHop(seed=5), KeepNth(seed=5),
+]  # fmt: skip
+NAMES = ["mqar", "filler", "copying", "induction", "parity", "s5", "k_hop", "keep_nth"]
 
 
-@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying", "induction"])
+@pytest.mark.parametrize("data", TASKS, ids=NAMES)
 def test_a_sample_is_the_same_in_any_company(data: SyntheticData) -> None:
     numbers = np.array([3, 70, 2**33 + 1, 4, 3])
     together = data.samples(numbers)
@@ -178,7 +182,7 @@ def test_a_sample_is_the_same_in_any_company(data: SyntheticData) -> None:
     assert not torch.equal(together["tokens"][0], together["tokens"][3])
 
 
-@pytest.mark.parametrize("data", TASKS, ids=["mqar", "filler", "copying", "induction"])
+@pytest.mark.parametrize("data", TASKS, ids=NAMES)
 def test_training_validation_and_seeds_do_not_meet(data: SyntheticData) -> None:
     def rows(seed: int, stream: int) -> set[tuple[int, ...]]:
         kwargs = {"filler": data.filler} if isinstance(data, MQAR) else {}
@@ -205,7 +209,7 @@ def test_validation_has_every_sample_once_and_fills_up() -> None:
 
 def test_says_what_it_is() -> None:
     for data in TASKS:
-        assert data.metrics == ("accuracy",)
+        assert data.metrics == (("accuracy", "last_accuracy") if isinstance(data, StateTracking) else ("accuracy",))
         assert data.tokenizer is None
         batch = next(iter(data.train_dataloader()))
         assert batch.keys() == {"tokens", "targets"}
@@ -319,6 +323,62 @@ def test_two_hops_are_a_hop_from_where_the_first_one_ends() -> None:
             assert target == (tokens[place] if place >= 0 else -100)
 
 
+@pytest.mark.parametrize("name", STATE_TRACKING)
+def test_validation_at_several_lengths_is_that_of_each_alone(name: str) -> None:
+    """In turns, labelled, and the very sequences that `data.seq_len=T` validates on, whatever the training lengths."""
+    lengths = (30, 5, 100)
+    common = {"batch_size": 8, "val_samples": 20, "seed": 7}
+    data = STATE_TRACKING[name](seq_len=12, min_len=4, val_lengths=lengths, **common)
+    assert data.val_sets == ("30", "5", "100")
+    batches = list(data.val_dataloader())
+    assert [int(batch["val_set"]) for batch in batches] == [0, 1, 2] * 3
+    for i, length in enumerate(lengths):
+        alone = list(STATE_TRACKING[name](seq_len=length, **common).val_dataloader())
+        assert "val_set" not in alone[0]
+        for ours, want in zip(batches[i::3], alone, strict=True):
+            assert ours["tokens"].shape == (8, length)
+            assert torch.equal(ours["tokens"], want["tokens"])
+            assert torch.equal(ours["targets"], want["targets"])
+    training = next(iter(data.train_dataloader()))
+    assert training.keys() == {"tokens", "targets"}
+    assert training["tokens"].shape == (8, 12)
+
+
+@pytest.mark.parametrize("name", STATE_TRACKING)
+def test_what_is_trained_and_what_is_tested_at_another_length_never_meet(name: str) -> None:
+    data = STATE_TRACKING[name](seq_len=40, val_lengths=(40, 90), batch_size=50, val_samples=500, seed=2)
+    seen = {tuple(row) for row in data.samples(np.arange(2000))["tokens"].tolist()}
+    for batch in data.val_dataloader():
+        rows = batch["tokens"].tolist()
+        assert not any(tuple(row[at : at + 40]) in seen for row in rows for at in range(len(row) - 39))
+
+
+def test_ranks_and_workers_share_the_validation_of_several_lengths() -> None:
+    settings: dict[str, Any] = {"batch_size": 4, "val_samples": 16, "val_lengths": (3, 9), "seed": 1}
+    data = Parity(**settings)
+    source = data.sources[1]
+    assert (source.steps(1), source.steps(2)) == (8, 4)
+    for length in (3, 9):
+        alone = Parity(seq_len=length, batch_size=16, val_samples=16, seed=1).sources[1].batch(0, 0, 0, 1)["tokens"]
+        parts = [[source.batch(0, step, rank, 2) for step in range(4)] for rank in range(2)]
+        of_length = [[b["tokens"] for b in part if b["tokens"].shape[1] == length] for part in parts]
+        dealt = torch.stack([torch.cat(tokens) for tokens in of_length], dim=1).flatten(0, 1)
+        assert torch.equal(dealt, alone)
+    for here, there in zip(data.val_dataloader(), Parity(num_workers=1, **settings).val_dataloader(), strict=True):
+        assert all(torch.equal(here[key], there[key]) for key in here)
+
+
+def test_lengths_and_labels_are_even() -> None:
+    batch = Parity(seq_len=11, min_len=4).samples(np.arange(8000))
+    lengths = (batch["targets"] >= 0).sum(dim=1)
+    assert (torch.bincount(lengths, minlength=12)[4:] / 8000 - 1 / 8).abs().max() < 0.015
+    products = WordProblem(group="s3", seq_len=6).samples(np.arange(8000))["targets"]
+    for t in range(6):
+        assert (torch.bincount(products[:, t], minlength=6) / 8000 - 1 / 6).abs().max() < 0.02
+    kept = KeepNth(vocab_size=8, n=3, seq_len=6).samples(np.arange(8000))["targets"][:, -1]
+    assert (torch.bincount(kept, minlength=8) / 8000 - 1 / 8).abs().max() < 0.015
+
+
 def test_parity_is_balanced_and_its_streams_never_meet() -> None:
     data = Parity(seq_len=40, seed=0)
     training, held_out = (data.samples(np.arange(2000), stream) for stream in (TRAINING, VALIDATION))
@@ -335,6 +395,9 @@ def test_parity_is_balanced_and_its_streams_never_meet() -> None:
         (lambda: WordProblem(group="s6"), "data.group must be one of s3, s4, s5, a5, z60, a4xz5; got 's6'"),
         (lambda: KHop(hops=0), "k-hop needs data.hops of at least 1"),
         (lambda: KeepNth(n=7, seq_len=9, min_len=6), "data.n must lie within the shortest sequence, 1 to 6; got 7"),
+        (lambda: KeepNth(n=7, val_lengths=(9, 5)), "data.n must lie within the shortest sequence, 1 to 5; got 7"),
+        (lambda: Parity(val_lengths=(9, 0)), "data.val_lengths must be different lengths of at least 1; got [9, 0]"),
+        (lambda: Parity(val_lengths=(9, 9)), "data.val_lengths must be different lengths of at least 1; got [9, 9]"),
     ],
 )
 def test_state_tracking_refuses_what_makes_no_task(make: Any, words: str) -> None:

@@ -244,6 +244,8 @@ def test_rows_in_words() -> None:
     row = {"loss": 1.23456, "bits_per_byte": 1.8, "lr": 2e-3, "tokens_per_second": 10512.0, "elapsed": 75.0}
     assert describe(row) == "loss 1.2346  bits/byte 1.8000  lr 2.00e-03  tokens/s 10.5k  time 1:15"
     assert describe({"val_loss": 2.0}) == "validation  loss 2.0000"
+    sets = {"val_loss": 2.0, "val_accuracy": 0.5, "val_accuracy_at_32": 0.75, "val_last_accuracy_at_32": 1.0}
+    assert describe(sets) == "validation  loss 2.0000  accuracy 0.5000  accuracy@32 0.7500  last right@32 1.0000"
     assert "skipped steps 3" in describe({"loss": 1.0, "skipped_steps": 3})
     assert duration(3 * 3600 + 5) == "3:00:05"
 

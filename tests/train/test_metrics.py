@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from zoo.train.metrics import Accuracy, BitsPerByte, MeanLoss, Perplexity, SequenceAccuracy, count_right
+from zoo.train.metrics import (
+    Accuracy,
+    BitsPerByte,
+    LastAccuracy,
+    MeanLoss,
+    Perplexity,
+    SequenceAccuracy,
+    count_right,
+)
 
 
 def test_sums_over_batches_are_weighted_by_their_counts() -> None:
@@ -23,13 +31,24 @@ def test_accuracy_per_position_and_per_sequence() -> None:
     targets = torch.tensor([[1, -100, 2], [0, 1, -100], [-100, -100, -100]])
     guesses = torch.tensor([[1, 0, 2], [0, 2, 1], [0, 0, 0]])
     logits = torch.nn.functional.one_hot(guesses, 3).float()
-    right, scored, sequences, of = count_right(logits, targets, None)
-    assert (int(right), int(scored), int(sequences), int(of)) == (3, 4, 1, 2)
-    accuracy, whole = Accuracy(), SequenceAccuracy()
-    accuracy.update(right, scored)
-    whole.update(sequences, of)
+    right = count_right(logits, targets, None)
+    assert [int(n) for n in right] == [3, 4, 1, 2, 1]
+    accuracy, whole, last = Accuracy(), SequenceAccuracy(), LastAccuracy()
+    accuracy.update(right.positions, right.scored)
+    whole.update(right.sequences, right.of_sequences)
+    last.update(right.last, right.of_sequences)
     assert float(accuracy.compute()) == 0.75
-    assert float(whole.compute()) == 0.5
+    assert float(whole.compute()) == float(last.compute()) == 0.5
+
+
+def test_the_last_scored_position_is_judged_alone() -> None:
+    targets = torch.tensor([[1, 1, 1, -100], [1, 1, -100, -100], [1, 1, 1, 1], [-100, -100, -100, -100]])
+    guesses = torch.tensor([[0, 0, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    logits = torch.nn.functional.one_hot(guesses, 2).float()
+    right = count_right(logits, targets, None)
+    assert (int(right.last), int(right.sequences), int(right.of_sequences)) == (2, 1, 3)
+    packed = count_right(logits.view(1, 16, 2), targets.view(1, 16), torch.arange(0, 17, 4))
+    assert [int(n) for n in packed] == [int(n) for n in right]
 
 
 def test_packed_documents_are_the_sequences() -> None:
@@ -37,5 +56,4 @@ def test_packed_documents_are_the_sequences() -> None:
     guesses = torch.tensor([[1, 0, 2, 0, 2, 1, 0]])
     logits = torch.nn.functional.one_hot(guesses, 3).float()
     cu_seqlens = torch.tensor([0, 3, 3, 6, 7], dtype=torch.int32)  # the second is empty, the last is not scored
-    right, scored, sequences, of = count_right(logits, targets, cu_seqlens)
-    assert (int(right), int(scored), int(sequences), int(of)) == (3, 4, 1, 2)
+    assert [int(n) for n in count_right(logits, targets, cu_seqlens)] == [3, 4, 1, 2, 1]

@@ -35,6 +35,7 @@ FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", lambda v: f"{v:.2f}"),
     "accuracy": ("accuracy", lambda v: f"{v:.4f}"),
     "sequence_accuracy": ("sequences right", lambda v: f"{v:.4f}"),
+    "last_accuracy": ("last right", lambda v: f"{v:.4f}"),
     "lr": ("lr", lambda v: f"{v:.2e}"),
     "tokens_per_second": ("tokens/s", _count),
     "elapsed": ("time", duration),
@@ -46,7 +47,11 @@ def describe(row: dict[str, float]) -> str:
     validation = "val_loss" in row
     if validation:
         row = {name.removeprefix("val_"): value for name, value in row.items()}
-    parts = [f"{label} {text(row[name])}" for name, (label, text) in FORMATS.items() if name in row]
+    parts = []
+    for base, (label, text) in FORMATS.items():
+        for name, value in row.items():
+            if name.partition("_at_")[0] == base:  # of all validation data, then of each set
+                parts.append(f"{label}{name.removeprefix(base).replace('_at_', '@')} {text(value)}")
     if row.get("skipped_steps"):
         parts.append(f"skipped steps {int(row['skipped_steps'])}")
     return ("validation  " if validation else "") + "  ".join(parts)

@@ -10,11 +10,11 @@ from zoo.errors import UserError
 from zoo.tokenizers import Tokenizer
 from zoo.train.data.loader import Loader, Source
 
-Metric = Literal["bits_per_byte", "perplexity", "accuracy"]
+Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
 Part = int | str
 # What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
 # (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
-BATCH: Mapping[str, Part] = {"tokens": 1, "targets": 1, "cu_seqlens": "documents", "n_bytes": "once"}
+BATCH: Mapping[str, Part] = {"tokens": 1, "targets": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same"}
 
 
 class DataModule(LightningDataModule):
@@ -23,7 +23,8 @@ class DataModule(LightningDataModule):
     A batch is a dict: "tokens" and "targets", both (B, T) int64, targets already shifted and -100 where nothing is
     scored; where the data have `n_classes`, "targets" (B,), one class per sequence, and -100 for a row that only fills
     the batch; "cu_seqlens" (n + 1,) int32 when B = 1 row holds n documents; "n_bytes" () int64, the bytes of text that
-    the scored targets stand for, where the data are text.
+    the scored targets stand for, where the data are text; in validation "val_set" () int64, which of `val_sets` it is
+    from, where the data have such: accuracies are given for each by name, too, as `accuracy_at_NAME`.
 
     Args:
         batch_size: sequences per step and rank.
@@ -33,6 +34,7 @@ class DataModule(LightningDataModule):
 
     tokenizer: Tokenizer | None = None
     metrics: tuple[Metric, ...] = ()
+    val_sets: tuple[str, ...] = ()
     n_classes: int | None = None
     schema: Mapping[str, Part] = BATCH
 

@@ -3,14 +3,16 @@
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
 from zoo.errors import UserError
 from zoo.train.data._philox import Draws
+from zoo.train.data.base import Metric
 from zoo.train.data.corpus import IGNORE
-from zoo.train.data.synthetic import SyntheticData
+from zoo.train.data.loader import Source
+from zoo.train.data.synthetic import SyntheticData, ValidationSets
 
 Labels = Literal["all", "last"]
 
@@ -18,7 +20,9 @@ Labels = Literal["all", "last"]
 class StateTracking(SyntheticData):
     """Random sequences of min_len to seq_len tokens, filled up on the right; a subclass says what their labels are.
 
-    Lengths are uniform; what fills a row up is token 0 and is not scored. To test at another length than was trained:
+    Lengths are uniform; what fills a row up is token 0 and is not scored. To test at other lengths than are trained:
+    `data.val_lengths=[32,100,500]` in training, which gives `val_accuracy_at_500` (all scored positions) and
+    `val_last_accuracy_at_500` (the last scored one), or afterwards, on the same sequences,
     `zoo eval RUN data=parity data.seq_len=500 data.labels=last`.
 
     Args:
@@ -26,8 +30,11 @@ class StateTracking(SyntheticData):
         seq_len: tokens of the longest sequence.
         min_len: tokens of the shortest; seq_len when None.
         labels: "all" scores every position that has a label, "last" the last one of a sequence.
+        val_lengths: validate on val_samples sequences of each of these lengths; when empty, on lengths as in training.
         batch_size, train_samples, val_samples, num_workers, seed: as for the other generated tasks.
     """
+
+    metrics: tuple[Metric, ...] = ("accuracy", "last_accuracy")
 
     def __init__(
         self,
@@ -36,6 +43,7 @@ class StateTracking(SyntheticData):
         seq_len: int,
         min_len: int | None,
         labels: Labels,
+        val_lengths: tuple[int, ...],
         batch_size: int,
         train_samples: int,
         val_samples: int,
@@ -58,7 +66,26 @@ class StateTracking(SyntheticData):
             )
         if labels not in ("all", "last"):
             raise UserError(f"data.labels must be all or last; got {labels!r}: choose one of the two")
-        self.labels = labels
+        if any(length < 1 for length in val_lengths) or len(set(val_lengths)) < len(val_lengths):
+            raise UserError(
+                f"data.val_lengths must be different lengths of at least 1; got {list(val_lengths)}: give each once, "
+                "such as [32,100]"
+            )
+        self.labels, self.val_lengths = labels, tuple(val_lengths)
+        self.val_sets = tuple(map(str, val_lengths))
+
+    def make_sources(self) -> tuple[Source, Source]:
+        """Training, and validation at each length in turns."""
+        training, validation = super().make_sources()
+        if not self.val_lengths:
+            return training, validation
+        return training, ValidationSets([self._of_length(n).make_sources()[1] for n in self.val_lengths])
+
+    def _of_length(self, length: int) -> Self:
+        settings = self._settings()
+        settings.seq_len = settings.min_len = length
+        settings.val_lengths = ()
+        return settings
 
     @abstractmethod
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +113,7 @@ class Parity(StateTracking):
         seq_len: int = 32,
         min_len: int | None = None,
         labels: Labels = "all",
+        val_lengths: tuple[int, ...] = (),
         batch_size: int = 64,
         train_samples: int = 64_000,
         val_samples: int = 512,
@@ -93,8 +121,9 @@ class Parity(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
-            vocab_size=2, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
-            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+            vocab_size=2, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
+            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
+            seed=seed,
         )  # fmt: skip
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +183,7 @@ class WordProblem(StateTracking):
         seq_len: int = 20,
         min_len: int | None = None,
         labels: Labels = "all",
+        val_lengths: tuple[int, ...] = (),
         batch_size: int = 64,
         train_samples: int = 64_000,
         val_samples: int = 512,
@@ -163,8 +193,9 @@ class WordProblem(StateTracking):
         if group not in GROUPS:
             raise UserError(f"data.group must be one of {', '.join(GROUPS)}; got {group!r}: choose one of them")
         super().__init__(
-            vocab_size=GROUPS[group], seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
-            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+            vocab_size=GROUPS[group], seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
+            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
+            seed=seed,
         )  # fmt: skip
         self.group, self.table = group, cayley(group)
 
@@ -180,7 +211,8 @@ class KHop(StateTracking):
     """Random tokens; the label follows `hops` times what came after the token's last occurrence.
 
     From position i, one hop leads to the position after the last earlier one that holds the same token. The label is
-    the token where the last hop ends; a position from which a hop leads nowhere has none. Defined as the k-hop
+    the token where the last hop ends; a position from which a hop leads nowhere has none. A token that follows itself
+    leads to where it stands. Defined as the k-hop
     induction heads of arXiv 2402.09268; the ParaRNN paper (arXiv 2510.21450) has 1 hop over 10 tokens and 2 over 5, at
     length 100, and prints no generator.
     """
@@ -193,6 +225,7 @@ class KHop(StateTracking):
         seq_len: int = 100,
         min_len: int | None = None,
         labels: Labels = "all",
+        val_lengths: tuple[int, ...] = (),
         batch_size: int = 64,
         train_samples: int = 64_000,
         val_samples: int = 512,
@@ -200,8 +233,9 @@ class KHop(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
-            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
-            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
+            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
+            seed=seed,
         )  # fmt: skip
         if hops < 1 or vocab_size < 2:
             raise UserError(
@@ -218,7 +252,6 @@ class KHop(StateTracking):
         for t in range(self.seq_len):
             one[:, t] = seen[rows, tokens[:, t]]
             seen[rows, tokens[:, t]] = t + 1
-        # a token that follows itself would lead to where it stands
         place = np.broadcast_to(np.arange(self.seq_len), tokens.shape)
         for _ in range(self.hops):
             place = np.where(place < 0, -1, np.take_along_axis(one, np.maximum(place, 0), axis=1))
@@ -241,6 +274,7 @@ class KeepNth(StateTracking):
         seq_len: int = 100,
         min_len: int | None = None,
         labels: Labels = "last",
+        val_lengths: tuple[int, ...] = (),
         batch_size: int = 64,
         train_samples: int = 64_000,
         val_samples: int = 512,
@@ -248,13 +282,15 @@ class KeepNth(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
-            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, batch_size=batch_size,
-            train_samples=train_samples, val_samples=val_samples, num_workers=num_workers, seed=seed,
+            vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
+            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
+            seed=seed,
         )  # fmt: skip
-        if not 1 <= n <= self.min_len:
+        shortest = min(self.min_len, *self.val_lengths) if self.val_lengths else self.min_len
+        if not 1 <= n <= shortest:
             raise UserError(
-                f"data.n must lie within the shortest sequence, 1 to {self.min_len}; got {n}: lower it or raise "
-                "data.min_len"
+                f"data.n must lie within the shortest sequence, 1 to {shortest}; got {n}: lower it or raise "
+                "data.min_len and data.val_lengths"
             )
         self.n = n
 

@@ -2,6 +2,8 @@
 
 import copy
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -55,9 +57,14 @@ class SyntheticData(DataModule):
 
     def make_sources(self) -> tuple[Source, Source]:
         """The two streams."""
-        settings = copy.copy(self)  # workers get these, not the trainer
-        settings.trainer = settings._loader = None
+        settings = self._settings()
         return _Samples(settings, self.train_samples, TRAINING), _Samples(settings, self.val_samples, VALIDATION)
+
+    def _settings(self) -> Self:
+        """A copy for workers, without the trainer."""
+        settings = copy.copy(self)
+        settings.trainer = settings._loader = settings._sources = None
+        return settings
 
 
 class _Samples:
@@ -74,3 +81,25 @@ class _Samples:
         batch = self.data.samples(epoch * self.per_epoch + numbers, self.stream)
         batch["targets"][torch.from_numpy(numbers >= self.per_epoch)] = -100  # validation's last batch is filled up
         return batch
+
+
+class ValidationSets:
+    """Equally many batches of several sources, in turns, so that a limited validation has some of each.
+
+    A batch says in "val_set" which source it is from.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self.sources = sources
+
+    def steps(self, world: int) -> int:
+        """Those of all sources together."""
+        each = {source.steps(world) for source in self.sources}
+        assert len(each) == 1
+        return len(self.sources) * each.pop()
+
+    def batch(self, epoch: int, step: int, rank: int, world: int) -> Batch:
+        """The next batch of the source whose turn it is."""
+        turn, which = divmod(step, len(self.sources))
+        batch = self.sources[which].batch(epoch, turn, rank, world)
+        return {**batch, "val_set": torch.tensor(which)}

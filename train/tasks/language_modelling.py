@@ -1,5 +1,6 @@
 """Next-token prediction."""
 
+import itertools
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from zoo.train.metrics import (
     IGNORED,
     Accuracy,
     BitsPerByte,
+    LastAccuracy,
     Perplexity,
     SequenceAccuracy,
     count_right,
@@ -21,7 +23,7 @@ __all__ = ["LanguageModelling"]
 
 
 class Measured(Protocol):
-    """Data that say what they can be judged by, of "bits_per_byte", "perplexity", "accuracy"."""
+    """Data that say what they can be judged by, of "bits_per_byte", "perplexity", "accuracy", "last_accuracy"."""
 
     metrics: tuple[Any, ...]
 
@@ -33,7 +35,7 @@ class LanguageModelling(Task):
         model: causal, `model(tokens, cu_seqlens=...) -> (logits, state)`.
         optim: the optimiser's recipe.
         limits: when training ends; the schedule runs against it.
-        data: the data module, asked only for its metrics.
+        data: the data module, asked only for its metrics and its validation sets.
         max_nonfinite_steps: give up after so many skipped steps in a row.
 
     Raises:
@@ -62,9 +64,14 @@ class LanguageModelling(Task):
             self.val_metrics["bits_per_byte"] = BitsPerByte()
         if "perplexity" in self.metrics:
             self.val_metrics["perplexity"] = Perplexity()
-        if "accuracy" in self.metrics:
-            self.val_metrics["accuracy"] = Accuracy()
-            self.val_metrics["sequence_accuracy"] = SequenceAccuracy()
+        # every accuracy over all validation data, and again for each set of them that has a name
+        self._sets = ("", *(f"_at_{name}" for name in getattr(data, "val_sets", ())))
+        for where in self._sets:
+            if "accuracy" in self.metrics:
+                self.val_metrics[f"accuracy{where}"] = Accuracy()
+                self.val_metrics[f"sequence_accuracy{where}"] = SequenceAccuracy()
+            if "last_accuracy" in self.metrics:
+                self.val_metrics[f"last_accuracy{where}"] = LastAccuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:
@@ -95,7 +102,8 @@ class LanguageModelling(Task):
         """Add the batch to the validation metrics."""
         targets = batch["targets"]
         metrics: dict[str, Any] = dict(self.val_metrics.items())
-        if "accuracy" in metrics:  # which needs the logits
+        judged = "accuracy" in metrics or "last_accuracy" in metrics
+        if judged:  # which needs the logits
             logits = self(batch)
             nll, scored = summed_loss(logits, targets)
         else:
@@ -106,7 +114,16 @@ class LanguageModelling(Task):
             metrics["bits_per_byte"].update(nll, batch["n_bytes"])
         if "perplexity" in metrics:
             metrics["perplexity"].update(nll, scored)
-        if "accuracy" in metrics:
-            right, n, right_sequences, n_sequences = count_right(logits, targets, batch.get("cu_seqlens"))
-            metrics["accuracy"].update(right, n)
-            metrics["sequence_accuracy"].update(right_sequences, n_sequences)
+        if judged:
+            right = count_right(logits, targets, batch.get("cu_seqlens"))
+            ratios = {
+                "accuracy": (right.positions, right.scored),
+                "sequence_accuracy": (right.sequences, right.of_sequences),
+                "last_accuracy": (right.last, right.of_sequences),
+            }
+            sets = self._sets[:1]
+            if "val_set" in batch:
+                sets += (self._sets[1 + int(batch["val_set"])],)
+            for name, where in itertools.product(ratios, sets):
+                if name + where in metrics:
+                    metrics[name + where].update(*ratios[name])
