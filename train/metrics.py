@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from zoo.ops import shard
@@ -108,7 +109,8 @@ def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> R
     # The largest is that of the last scored position, and its lowest bit says whether that one is right.
     last = torch.where(scored, 2 * at + (~wrong).long(), -1)
     if cu_seqlens is None:
-        last, has_wrong = last.amax(dim=1), wrong.any(dim=1).long()
+        # a rank may hold no token: the column in front stands for that
+        last, has_wrong = F.pad(last, (1, 0), value=-1).amax(dim=1), wrong.any(dim=1).long()
     else:
         bounds = cu_seqlens.long()
         if place is not None:

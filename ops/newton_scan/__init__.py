@@ -130,6 +130,15 @@ def precise(name: str, u: Tensor, **parameters: Tensor) -> None:
             check.same_dtype(name, u=u, **{key: x})
 
 
+def clipped(name: str, clip: float | None, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """The parameters clamped to [-clip, clip]; as they are without one."""
+    if clip is None:
+        return parameters
+    if not clip > 0:
+        raise ValueError(f"{name}: recurrent_clip must be positive; got {clip}, leave it out for no bound")
+    return tuple(x.clamp(-clip, clip) for x in parameters)
+
+
 def solve(
     cell: Cell, u: Tensor, w: Sequence[Tensor], state: Tensor, keep: Tensor | None, cuts: tuple[int, ...] | None,
     *, iterations: int | None = None, window: int | None = None,
@@ -259,13 +268,13 @@ def _pull(
         linear = cell.linearise(tuple(p), u, problem.w)
         J = stacked([x for row in linear.jacobian for x in row]).unflatten(0, (cell.states, cell.states))
         if keep is not None:
-            J.mul_(keep[:, left:right])
+            J = J * keep[:, left:right]
         first = [(t, row) for t, row in edges.begins.items() if left <= t < right]
         steps = sorted({0, *(t - left for t, _ in first)})
         at = torch.tensor(steps, device=h.device)
         entering = J.index_select(3, at)  # (S, S, B, m, D)
         if first:
-            J.index_fill_(3, torch.tensor([t - left for t, _ in first], device=h.device), 0)
+            J = J.index_fill(3, torch.tensor([t - left for t, _ in first], device=h.device), 0)
         part = d[:, :, left:right]
         if carry is not None:
             part[:, :, -1] += carry
@@ -330,6 +339,9 @@ def newton_residual(
     Returns:
         A number, float32 (float64 for float64 inputs). Rounding is about 1e-7 (bfloat16 states: 4e-3). A small one at
         great length does not prove agreement: an expanding recurrence multiplies it.
+
+    Raises:
+        ValueError: as `newton_scan`.
     """
     state, keep, cuts = prepared("newton_residual", cell, u, w, state, resets, cu_seqlens, None, None)
     problem = _problem(cell, u, w, state, keep, cuts)
@@ -349,6 +361,14 @@ def newton_corrections(
     Args:
         cell, u, w, state, resets, cu_seqlens: as for `newton_scan`.
         most: steps at most.
+
+    Returns:
+        max |h^{k+1} - h^k| for k = 0, 1, ...; a converging recurrence squares them.
+
+    Raises:
+        ValueError: as `newton_scan`.
+
+    Source: arXiv 2510.21450, section 2.
     """
     state, keep, cuts = prepared("newton_corrections", cell, u, w, state, resets, cu_seqlens, None, None)
     problem = _problem(cell, u, w, state, keep, cuts)

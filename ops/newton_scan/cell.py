@@ -45,7 +45,12 @@ class Cell:
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):  # a graph of its own, gone at the end
             q = [x.detach().requires_grad_() for x in p]
             value = self.value(q, u, w)
-            rows = [torch.autograd.grad(y.sum(), q, retain_graph=True, materialize_grads=True) for y in value]
+            rows = [
+                torch.autograd.grad(y.sum(), q, retain_graph=True, materialize_grads=True)
+                if y.requires_grad
+                else [torch.zeros_like(x) for x in p]  # the state plays no part
+                for y in value
+            ]
         return Linearised([y.detach() for y in value], [[x.contiguous() for x in row] for row in rows], None)
 
     def pull(self, mu: Planes, p: Planes, u: Planes, w: Planes, kept: Any) -> tuple[Planes, Planes]:

@@ -1,7 +1,13 @@
 """What the kernels of Newton's method share: gates, shifts along time, and the scans of a window."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from zoo.ops.kernel_case import KernelCase
 
 WINDOW = 64  # steps that are solved at once; not tuned on a device yet
 BLOCK_D = 16  # channels of a program at most
@@ -64,3 +70,24 @@ def then_blocks(p00, p01, p10, p11, g0, g1, a00, a01, a10, a11, b0, b1):
         a00 * g0 + a01 * g1 + b0,
         a10 * g0 + a11 * g1 + b1,
     )
+
+
+def offsets_of(batch: int, length: int, cuts: tuple[int, ...] | None, device: torch.device) -> torch.Tensor:
+    """Where sequences begin and end in the flattened stream, (N + 1,) int64: those of a batch, or packed documents."""
+    bounds = [i * length for i in range(batch + 1)] if cuts is None else cuts
+    return torch.tensor(bounds, dtype=torch.int64, device=device)
+
+
+def cases(kernels: tuple[Any, ...], types: Mapping[str, str], *, spills: int = 0) -> list[KernelCase]:
+    """Every kernel in bfloat16 and float32, with and without resets; widths are run-time arguments."""
+    made = []
+    for dtype in ("bf16", "fp32"):
+        for has_keep in (False, True):
+            known = {"u_ptr": f"*{dtype}", "du_ptr": f"*{dtype}", "offsets_ptr": "*i64", "D": "i32", **types}
+            constants = {"ENOUGH": ENOUGH, "LIMIT": LIMIT, "WINDOW": WINDOW, "BLOCK_D": BLOCK_D, "HAS_KEEP": has_keep}
+            for kernel in kernels:
+                own = {x: y for x, y in constants.items() if x in kernel.arg_names}
+                signature = {x: known.get(x, "*fp32") for x in kernel.arg_names if x not in own}
+                label = f"{dtype}{', resets' if has_keep else ''}"
+                made.append(KernelCase(kernel, signature, own, num_warps=WARPS, spills=spills, label=label))
+    return made

@@ -106,7 +106,7 @@ def scan_back_(J: Tensor, d: Tensor) -> None:
 
 
 def stacked(planes: Planes) -> Tensor:
-    """Planes in one tensor of their own; a single one is taken as it is, since a cell makes its results anew."""
+    """Planes in one tensor; a single one is taken as it is, and may be a cell's input: not to be written into."""
     return planes[0][None] if len(planes) == 1 else torch.stack(list(planes))
 
 
@@ -129,8 +129,8 @@ class Problem:
         S = self.cell.states
         J = stacked([x for row in rows for x in row]).unflatten(0, (S, S))
         if self.keep is not None:
-            J.mul_(self.keep)
-        return J.index_fill_(3, zero_at, 0) if len(zero_at) else J
+            J = J * self.keep
+        return J.index_fill(3, zero_at, 0) if len(zero_at) else J
 
     def part(self, left: int, right: int, h: Tensor, state: Tensor) -> "Problem":
         """The steps [left, right), from the states h that were found before them and those that entered."""
@@ -158,7 +158,7 @@ def newton(
         correction of each iteration, empty when `iterations` is given. The last one above `enough`: not solved.
     """
     cell, u, w, edges = problem.cell, problem.u, problem.w, problem.edges
-    h = stacked(cell.value([torch.zeros_like(u[0])] * cell.states, u, w))
+    h = stacked(cell.value([torch.zeros_like(u[0])] * cell.states, u, w)).clone()
     enough = ENOUGH[h.dtype] if enough is None else enough
     crossing = _Crossing.of(problem)
     left = crossing.halo(h)
@@ -167,7 +167,7 @@ def newton(
         p = before(h, left, edges, problem.keep)
         linear = cell.linearise(tuple(p), u, w)
         J = problem.jacobian(linear.jacobian, edges.inner)
-        d = stacked(linear.value).sub_(h)
+        d = stacked(linear.value) - h
         entering = crossing.correction(J, d)
         left = left + entering
         scan_(J, d, entering if edges.cuts is None else entering[:, :1])

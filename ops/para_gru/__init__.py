@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
-from zoo.ops.newton_scan import precise, prepared, solve
+from zoo.ops.newton_scan import clipped, precise, prepared, solve
 from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document
 from zoo.ops.para_gru.cell import ParaGRUCell
@@ -61,8 +61,7 @@ def para_gru(
     name = "para_gru"
     check.shapes(name, {"u": (u, "B T G D"), "a": (a, "G D"), "state": (state, "n D")}, G=3)
     precise(name, u, a=a)
-    if recurrent_clip is not None:
-        a = a.clamp(-recurrent_clip, recurrent_clip)
+    (a,) = clipped(name, recurrent_clip, a)
     w = a.unbind(0)
     state, keep, cuts = prepared(name, CELL, u, w, state, resets, cu_seqlens, iterations, window)
     chosen = dispatch.resolve(name, backend, u)

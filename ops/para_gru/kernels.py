@@ -14,14 +14,15 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 from zoo.ops.newton_scan.in_kernels import (
-    BLOCK_D,
     ENOUGH,
     LIMIT,
     WARPS,
     WINDOW,
     block_of,
+    cases,
     earlier,
     later,
+    offsets_of,
     row,
     size_of,
     tanh,
@@ -168,7 +169,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """u (B, T, 3, D), a (3, D), state (N, D), keep (B, T, 1) or None: all states in u's dtype, and the last ones."""
     B, T = u.shape[:2]
-    offsets = torch.tensor(range(0, B * T + 1, T) if cuts is None else cuts, dtype=torch.int64, device=u.device)
+    offsets = offsets_of(B, T, cuts, u.device)
     h, last = para_gru_fwd(u, a.float(), None if keep is None else keep.reshape(B, T), state, offsets)
     return h.to(u.dtype), last
 
@@ -243,16 +244,5 @@ def _flops_bwd(dh_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def compile_cases() -> list[KernelCase]:
-    """Widths are run-time arguments; with and without resets."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        for has_keep in (False, True):
-            types = {"u_ptr": f"*{dtype}", "du_ptr": f"*{dtype}", "offsets_ptr": "*i64", "D": "i32"}
-            constants = {"ENOUGH": ENOUGH, "LIMIT": LIMIT, "WINDOW": WINDOW, "BLOCK_D": BLOCK_D, "HAS_KEEP": has_keep}
-            for kernel in (para_gru_fwd_kernel, para_gru_bwd_kernel):
-                own = {x: y for x, y in constants.items() if x in kernel.arg_names}
-                signature = {x: types.get(x, "*fp32") for x in kernel.arg_names if x not in own}
-                label = f"{dtype}{', resets' if has_keep else ''}"
-                # sm_80's compiler stops at 168 registers, for a third block on a multiprocessor, and pays with 8 bytes
-                cases.append(KernelCase(kernel, signature, own, num_warps=WARPS, spills=8, label=label))
-    return cases
+    """Of both kernels. sm_80 keeps to 168 registers, for a third block on a multiprocessor, and spills 8 bytes."""
+    return cases((para_gru_fwd_kernel, para_gru_bwd_kernel), {}, spills=8)

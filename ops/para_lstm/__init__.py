@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
-from zoo.ops.newton_scan import precise, prepared, solve
+from zoo.ops.newton_scan import clipped, precise, prepared, solve
 from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document
 from zoo.ops.para_lstm.cell import ParaLSTMCell
@@ -64,8 +64,7 @@ def para_lstm(
         name, {"u": (u, "B T G D"), "a": (a, "G D"), "p": (p, "P D"), "state": (state, "n D S")}, G=3, P=2, S=2
     )
     precise(name, u, a=a, p=p)
-    if recurrent_clip is not None:
-        a, p = (x.clamp(-recurrent_clip, recurrent_clip) for x in (a, p))
+    a, p = clipped(name, recurrent_clip, a, p)
     w = (*a.unbind(0), *p.unbind(0))
     state, keep, cuts = prepared(name, CELL, u, w, state, resets, cu_seqlens, iterations, window)
     chosen = dispatch.resolve(name, backend, u)

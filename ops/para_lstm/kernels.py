@@ -12,14 +12,15 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.ops import dispatch
 from zoo.ops.kernel_case import KernelCase
 from zoo.ops.newton_scan.in_kernels import (
-    BLOCK_D,
     ENOUGH,
     LIMIT,
     WARPS,
     WINDOW,
     block_of,
+    cases,
     earlier,
     later,
+    offsets_of,
     row,
     size_of,
     tanh,
@@ -229,7 +230,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """u (B, T, 3, D), a (3, D), p (2, D), state (N, D, 2), keep (B, T, 1) or None: h in u's dtype, last (N, D, 2)."""
     B, T = u.shape[:2]
-    offsets = torch.tensor(range(0, B * T + 1, T) if cuts is None else cuts, dtype=torch.int64, device=u.device)
+    offsets = offsets_of(B, T, cuts, u.device)
     keep = None if keep is None else keep.reshape(B, T)
     s, last = para_lstm_fwd(u, a.float(), p.float(), keep, state.movedim(-1, 0), offsets)
     return s[1].to(u.dtype), last.movedim(0, -1)
@@ -307,16 +308,5 @@ def _flops_bwd(dh_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def compile_cases() -> list[KernelCase]:
-    """Widths are run-time arguments; with and without resets."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        for has_keep in (False, True):
-            types = {"u_ptr": f"*{dtype}", "du_ptr": f"*{dtype}", "offsets_ptr": "*i64", "D": "i32"}
-            types |= {"plane": "i64", "plane_n": "i64"}
-            constants = {"ENOUGH": ENOUGH, "LIMIT": LIMIT, "WINDOW": WINDOW, "BLOCK_D": BLOCK_D, "HAS_KEEP": has_keep}
-            for kernel in (para_lstm_fwd_kernel, para_lstm_bwd_kernel):
-                own = {x: y for x, y in constants.items() if x in kernel.arg_names}
-                signature = {x: types.get(x, "*fp32") for x in kernel.arg_names if x not in own}
-                label = f"{dtype}{', resets' if has_keep else ''}"
-                cases.append(KernelCase(kernel, signature, own, num_warps=WARPS, label=label))
-    return cases
+    """Of both kernels."""
+    return cases((para_lstm_fwd_kernel, para_lstm_bwd_kernel), {"plane": "i64", "plane_n": "i64"})

@@ -226,12 +226,28 @@ def test_clipping_bounds_the_recurrent_weights() -> None:
     )  # fmt: skip
 
 
+def test_a_cell_may_return_what_it_was_given() -> None:
+    """Nothing is written into inputs, where a value or a Jacobian is one of them."""
+
+    class Forgetful(Cell):
+        def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
+            return [u[0]]
+
+    u = random(2, 20, 1, 3)
+    kept = u.clone()
+    y, _ = newton_scan(Forgetful(), u, [random(3)], resets=torch.zeros(2, 20, dtype=torch.bool), window=5)
+    assert torch.equal(u, kept)
+    assert torch.equal(y, kept[:, :, 0])
+
+
 def test_refusals() -> None:
     u, a = random(1, 5, 3, 4), random(3, 4)
     with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
         para_gru(u, a, iterations=0)
     with pytest.raises(ValueError, match=r"resets must be a bool tensor \(B, T\) = \(1, 5\); got \(1, 5\) torch.float"):
         para_gru(u, a, resets=torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="recurrent_clip must be positive; got -1"):
+        para_gru(u, a, recurrent_clip=-1)
     with pytest.raises(ValueError, match="G = 3"):
         para_gru(random(1, 5, 4, 4), a)
     with pytest.raises(ValueError, match="a cell in Python has no kernels"):

@@ -57,3 +57,8 @@ def test_packed_documents_are_the_sequences() -> None:
     logits = torch.nn.functional.one_hot(guesses, 3).float()
     cu_seqlens = torch.tensor([0, 3, 3, 6, 7], dtype=torch.int32)  # the second is empty, the last is not scored
     assert [int(n) for n in count_right(logits, targets, cu_seqlens)] == [3, 4, 1, 2, 1]
+
+
+def test_a_rank_without_a_token_counts_nothing() -> None:
+    right = count_right(torch.zeros(3, 0, 7), torch.zeros(3, 0, dtype=torch.int64), None)
+    assert [int(x) for x in right] == [0, 0, 0, 0, 0]

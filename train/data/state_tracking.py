@@ -212,9 +212,8 @@ class KHop(StateTracking):
 
     From position i, one hop leads to the position after the last earlier one that holds the same token. The label is
     the token where the last hop ends; a position from which a hop leads nowhere has none. A token that follows itself
-    leads to where it stands. Defined as the k-hop
-    induction heads of arXiv 2402.09268; the ParaRNN paper (arXiv 2510.21450) has 1 hop over 10 tokens and 2 over 5, at
-    length 100, and prints no generator.
+    leads to where it stands. Defined as the k-hop induction heads of arXiv 2402.09268; the ParaRNN paper (arXiv
+    2510.21450) has 1 hop over 10 tokens and 2 over 5, at length 100, and prints no generator.
     """
 
     def __init__(
