@@ -89,6 +89,9 @@ class MemoryPlan:
 
     def run(self, block: Halves, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """A block: (B, T, D) -> (B, T, D) and its state."""
+        if not torch.is_grad_enabled():
+            x, state = block.mix(x, state, cu_seqlens)
+            return block.feed(x), state
 
         def mix(x: Tensor, state: Any) -> tuple[Tensor, Any]:
             return block.mix(x, state, cu_seqlens)
@@ -97,8 +100,6 @@ class MemoryPlan:
             x, state = mix(x, state)
             return self._tiled(block, x), state
 
-        if not torch.is_grad_enabled():
-            return whole(x, state)
         if self.recompute == "none":
             return whole(x, state)
         if self.recompute == "block":

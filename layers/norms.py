@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.state import is_decoding
 from zoo.ops import gated_rms_norm, rms_norm
 from zoo.ops.rms_norm import Order
+from zoo.ops.rms_norm.fused import rms_norm_fused
 
 
 class RMSNorm(nn.Module):
@@ -16,6 +18,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_decoding(x):
+            return rms_norm_fused(x, self.weight, self.eps)
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:

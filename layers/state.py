@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from zoo.ops import shard
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -24,6 +27,22 @@ def state_bytes(state: Any) -> int:
 def detach(state: Any) -> Any:
     """Cut the graph behind a state: truncated back-propagation through time."""
     return map_state(lambda x: x.detach(), state)
+
+
+def is_decoding(x: Tensor) -> bool:
+    """One float32 or float64 token on a CPU, outside autograd, autocast, a shard and the compiler.
+
+    There most of a layer's time goes into the way to the arithmetic, and a mixer may call its operators' steps itself.
+    """
+    return (
+        x.shape[1] == 1
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and shard.current() is None
+        and not torch.compiler.is_compiling()
+    )
 
 
 def refuse_state(what: str, state: Any) -> None:

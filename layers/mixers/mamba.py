@@ -10,8 +10,10 @@ from torch.nn import functional as F
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.segments import in_segments
-from zoo.layers.state import state_bytes
+from zoo.layers.state import is_decoding, state_bytes
 from zoo.ops import selective_scan, ssd, swiglu
+from zoo.ops.causal_conv1d.shifted import causal_conv1d_step
+from zoo.ops.selective_scan.chunked import selective_scan_step
 
 
 class MambaState(NamedTuple):
@@ -103,9 +105,19 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
-        if cu_seqlens is None:
-            return in_segments(self._mix, x, state, width=2 * self.d_inner)
-        return self._mix(x, state, cu_seqlens)
+        if cu_seqlens is not None:
+            return self._mix(x, state, cu_seqlens)
+        if state is not None and len(state.h) == len(x) and self.backend in ("auto", "torch") and is_decoding(x):
+            return self._step(x, state)
+        return in_segments(self._mix, x, state, width=2 * self.d_inner)
+
+    def _step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """As `_mix` for one token: its operators' steps, called without the way to them."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, tail = causal_conv1d_step(x, self.conv1d.weight, self.conv1d.bias, state.conv, self.conv1d.activation)
+        delta, B, C = self._selection(x)
+        y, h = selective_scan_step(x, delta, self.A_log.exp().neg_(), B, C, self.D, state.h)
+        return self.out_proj(y.mul_(F.silu(z))), MambaState(h, tail)
 
     def _mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, MambaState]:
         h, tail = (None, None) if state is None else state

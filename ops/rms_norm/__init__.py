@@ -90,5 +90,5 @@ def _norm(
     if chosen == "reference":
         return rms_norm_reference(x, gate, weight, eps, gate_first)
     if chosen == "torch":
-        return rms_norm_fused(x, gate, weight, eps, gate_first)
+        return rms_norm_fused(x, weight, eps, gate, gate_first)
     return kernels.rms_norm_fwd(x, gate, weight, eps, gate_first)

@@ -34,13 +34,18 @@ def selective_scan_step(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token, T = 1, without the machinery of chunks: what decoding calls."""
-    u1, d1, B1, C1 = (x.mT.to(state.dtype) for x in (u, delta, B, C))  # (B, E, 1), (B, N, 1)
-    a = (d1 * (A.to(state.dtype) * _LOG2_E)).exp2()  # (B, E, N)
-    h = torch.addcmul((d1 * u1) * B1.mT, a, state)
-    y = h @ C1  # (B, E, 1)
+    dtype, given = state.dtype, u.dtype
+    if given != dtype or delta.dtype != dtype:
+        u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
+    a = (A.to(dtype) * delta.mT).exp_()  # (B, E, N)
+    written = (delta * u).mT  # (B, E, 1)
+    # without autograd nothing else needs `a`, and fresh arrays cost more than the arithmetic
+    keep = torch.is_grad_enabled()
+    h = torch.addcmul(written * B, a, state) if keep else a.mul_(state).addcmul_(written, B)
+    y = C @ h.mT  # (B, 1, E)
     if D is not None:
-        y = torch.addcmul(y, D.to(state.dtype).unsqueeze(-1), u1)
-    return y.mT.to(u.dtype), h
+        y = torch.addcmul(y, D.to(dtype), u)
+    return y.to(given), h
 
 
 def selective_scan_chunked(

@@ -127,15 +127,20 @@ def test_prefill_and_steps_equal_one_forward(case: str) -> None:
 
 
 @EVERY
-def test_in_float64_steps_equal_one_forward_exactly(case: str) -> None:
+@pytest.mark.parametrize("gradients", [True, False])  # without them tokens may take a shorter way
+def test_in_float64_steps_equal_one_forward_exactly(case: str, gradients: bool) -> None:
     """What differs by 1e-5 of the largest logit in float32 is rounding: in float64 it is gone."""
     model, x = build(case).double(), tokens(2, 40)
     whole, _ = model(x)
-    logits, state = model(x[:, :23])
-    parts = [logits]
-    for t in range(23, 40):
-        logits, state = model(x[:, t : t + 1], state)
-        parts.append(logits)
+    with torch.set_grad_enabled(gradients):
+        logits, state = model(x[:, :23])
+        parts = [logits]
+        for t in range(23, 40):
+            given = [z.clone() for z in torch.utils._pytree.tree_leaves(state)]
+            logits, new = model(x[:, t : t + 1], state)
+            assert all(map(torch.equal, given, torch.utils._pytree.tree_leaves(state))), "a step writes in its state"
+            state = new
+            parts.append(logits)
     # rotary tables are made in float32 from the same positions, so they agree to the bit
     assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
 
