@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.ops import selective_scan
+from zoo.train.memory.heap import keep_freed_arrays
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("forward", "decode", "scan", "length", "memory", "backward")
@@ -271,19 +272,20 @@ def main() -> None:
     parser.add_argument("--length-layers", type=int, default=2)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--backward-lengths", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--keep-arrays", action=argparse.BooleanOptionalAction, default=True, help="as zoo train does")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    kept = args.keep_arrays and keep_freed_arrays()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.one is not None:
         one(args)
         return
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
-    huge = os.environ.get("THP_MEM_ALLOC_ENABLE", "0")
     print(
         f"{args.threads} threads; {args.clock} time; medians of {args.rounds} rounds; load {load}; "
-        f"torch {torch.__version__}; transformers {transformers.__version__}; THP_MEM_ALLOC_ENABLE={huge}",
+        f"torch {torch.__version__}; transformers {transformers.__version__}; freed arrays kept: {kept}",
         flush=True,
     )
     for part in args.parts:

@@ -21,6 +21,7 @@ def train_command(settings: list[str], config_dir: Path | None) -> int:
     config["run_dir"] = config["run_dir"] or str(fresh_folder(config["model"]["name"]))
     from zoo.train import fit
 
+    _prepare_process()
     return fit.run(config, Path(config["run_dir"]))
 
 
@@ -29,7 +30,18 @@ def resume_command(run: Path) -> int:
     check_run(run)
     from zoo.train import fit
 
+    _prepare_process()
     return fit.resume(run)
+
+
+def _prepare_process() -> None:
+    """What a program that trains may set for its whole process, and a library may not."""
+    import torch
+
+    from zoo.train.memory.heap import keep_freed_arrays
+
+    if not torch.cuda.is_available():
+        keep_freed_arrays()
 
 
 def eval_command(path: str, settings: list[str]) -> int:
