@@ -1,6 +1,6 @@
 """ParaGRU and ParaLSTM: nonlinear cells with diagonal recurrence, behind a short convolution and a gate."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,10 @@ class _ParaRNN(nn.Module):
         d_conv: width of the short convolution.
         recurrent_clip: bound of the recurrent weights, or None. With 0.5 the cell is nearly contractive, so that
             Newton's method takes 3 or 4 steps whatever was learnt; counting (parity) is learnt without a bound only.
+        iterations: Newton steps, unchecked, as in the paper (3); None: as many as the loop's states take.
         backend: of the cell and the convolution.
+
+    While `watched` is true, `residual` is that of the newest call (see zoo.ops.newton_residual): training logs it.
     """
 
     states = 1  # numbers of state a channel
@@ -40,6 +43,7 @@ class _ParaRNN(nn.Module):
         n_heads: int = 4,
         d_conv: int = 4,
         recurrent_clip: float | None = 0.5,
+        iterations: int | None = None,
         norm_eps: float = 1e-6,
         backend: str = "auto",
     ):
@@ -48,7 +52,9 @@ class _ParaRNN(nn.Module):
             raise ValueError(f"n_heads must divide d_model = {d_model}; got {n_heads}")
         if recurrent_clip is not None and not recurrent_clip > 0:
             raise ValueError(f"recurrent_clip must be positive, or None for no bound; got {recurrent_clip}")
-        self.recurrent_clip, self.backend = recurrent_clip, backend
+        if iterations is not None and iterations < 1:
+            raise ValueError(f"iterations must be at least 1, or None for as many as it takes; got {iterations}")
+        self.recurrent_clip, self.iterations, self.backend = recurrent_clip, iterations, backend
         D, each = d_model, d_model // n_heads
         self.in_proj = nn.Linear(D, 2 * D, bias=False)  # [x, gate]
         self.conv1d = ShortConvolution(D, d_conv, bias=True, backend=backend)
@@ -59,6 +65,7 @@ class _ParaRNN(nn.Module):
         self.p = nn.Parameter(torch.empty(2, D)) if self.peepholes else None
         self.norm = GatedRMSNorm(D, eps=norm_eps, order="gate_first")
         self.out_proj = nn.Linear(D, D, bias=False)
+        self.watched, self.residual = False, torch.zeros(())
         self.initialise()
 
     def initialise(self, n_layers: int = 1) -> None:
@@ -76,7 +83,12 @@ class _ParaRNN(nn.Module):
         h, tail = (None, None) if state is None else state
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x, tail = self.conv1d(x, tail, cu_seqlens=cu_seqlens)
-        y, h = self._cell(self._gates(x), h, cu_seqlens)
+        y, h, *residual = self._cell(
+            self._gates(x), h, recurrent_clip=self.recurrent_clip, iterations=self.iterations, cu_seqlens=cu_seqlens,
+            return_residual=self.watched, backend=self.backend,
+        )  # fmt: skip
+        if residual:
+            self.residual = residual[0]
         return self.out_proj(self.norm(y, gate)), ParaState(h, tail)
 
     def _gates(self, x: Tensor) -> Tensor:
@@ -90,7 +102,7 @@ class _ParaRNN(nn.Module):
         u = torch.bmm(rows, B.flatten(2)).view(heads, batch, T, 3, each)
         return u.permute(1, 2, 3, 0, 4).reshape(batch, T, 3, heads * each) + b
 
-    def _cell(self, u: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _cell(self, u: Tensor, h: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         raise NotImplementedError
 
     def init_state(self, batch: int) -> ParaState:
@@ -112,10 +124,8 @@ class ParaGRU(_ParaRNN):
     Source: arXiv 2510.21450, sections 2 and 3, figure 9.
     """
 
-    def _cell(self, u: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        return para_gru(
-            u, self.a, h, recurrent_clip=self.recurrent_clip, cu_seqlens=cu_seqlens, backend=self.backend
-        )  # fmt: skip
+    def _cell(self, u: Tensor, h: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+        return para_gru(u, self.a, h, **options)
 
 
 class ParaLSTM(_ParaRNN):
@@ -127,8 +137,6 @@ class ParaLSTM(_ParaRNN):
 
     states, peepholes = 2, True
 
-    def _cell(self, u: Tensor, h: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _cell(self, u: Tensor, h: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         assert self.p is not None
-        return para_lstm(
-            u, self.a, self.p, h, recurrent_clip=self.recurrent_clip, cu_seqlens=cu_seqlens, backend=self.backend
-        )  # fmt: skip
+        return para_lstm(u, self.a, self.p, h, **options)

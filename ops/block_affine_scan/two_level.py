@@ -8,7 +8,7 @@ h -> M h + g, then from the states that those make one after the other.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,23 +47,50 @@ def block_affine_scan_two_level(
     return h.to(dtype), state.index_copy(1, index, h[:, 0, ends])
 
 
-def _walk(A: Sequence[Tensor], h: Sequence[Tensor], before: Tensor) -> Tensor:
-    """h[i] holds b[i] and becomes A[i] h[i - 1] + b[i], in place; returns the last. A (2, 2, ...), h (2, ...)."""
-    for A_t, h_t in zip(A, h, strict=True):
-        h_t.addcmul_(A_t[:, 0], before[0])
-        before = h_t.addcmul_(A_t[:, 1], before[1])
-    return before
+class _Steps(NamedTuple):
+    """Blocks (2, 2, ...) step by step, by columns; or states (2, ...), by rows. The views are made once a scan."""
+
+    whole: Sequence[Tensor]  # of states
+    first: Sequence[Tensor]
+    second: Sequence[Tensor]
+
+    @classmethod
+    def blocks(cls, A: Tensor) -> "_Steps":
+        return cls((), A[:, 0].unbind(-2), A[:, 1].unbind(-2))
+
+    @classmethod
+    def states(cls, h: Tensor) -> "_Steps":
+        return cls(h.unbind(-2), h[0].unbind(-2), h[1].unbind(-2))
+
+    def backwards(self, begin: int) -> "_Steps":
+        return _Steps(*(x[begin::-1] for x in (self.whole, self.first, self.second)))
+
+
+def _walk(A: _Steps, h: _Steps, before: Tensor) -> Tensor:
+    """h[i] holds b[i] and becomes A[i] h[i - 1] + b[i], in place; returns the last."""
+    first, second = before.unbind(0)
+    last = before
+    for left, right, last, own_first, own_second in zip(A.first, A.second, *h, strict=True):
+        last.addcmul_(left, first).addcmul_(right, second)
+        first, second = own_first, own_second
+    return last
 
 
 def _product(A: Tensor, M: Tensor) -> Tensor:
     """A M on planes: (2, 2, ...) and (2, k, ...)."""
-    return (A[:, :1] * M[0]).addcmul_(A[:, 1:], M[1])
+    return _applied(A[:, :1], A[:, 1:], M)
 
 
-def _split(x: Tensor, P: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """(..., B, T, D) -> the L steps of P whole chunks side by side, (..., B, P, D), and the steps that are left."""
+def _applied(left: Tensor, right: Tensor, M: Tensor) -> Tensor:
+    """A M of the columns (2, 1, ...) of A."""
+    first, second = M.unbind(0)
+    return (left * first).addcmul_(right, second)
+
+
+def _split(x: Tensor, P: int) -> tuple[Tensor, Tensor]:
+    """(..., B, T, D) -> P whole chunks side by side, (..., B, P, L, D), and the steps that are left."""
     body = x.shape[-2] // P * P
-    return x[..., :body, :].unflatten(-2, (P, -1)).unbind(-2), x[..., body:, :].unbind(-2)
+    return x[..., :body, :].unflatten(-2, (P, -1)), x[..., body:, :]
 
 
 def block_scan_forward_(A: Tensor, h: Tensor, state: Tensor, chunks: int | None = None) -> None:
@@ -72,17 +99,18 @@ def block_scan_forward_(A: Tensor, h: Tensor, state: Tensor, chunks: int | None 
         return
     P = chunks or chunks_of(*h.shape[1:])
     if P == 1:
-        _walk(A.unbind(-2), h.unbind(-2), state)
+        _walk(_Steps.blocks(A), _Steps.states(h), state)
         return
     (A_, A_rest), (h_, h_rest) = _split(A, P), _split(h, P)
-    M = torch.cat([A_[0], h_[0].unsqueeze(1)], dim=1)  # (2, 3, B, P, D): [M | g]
-    for A_t, b_t in zip(A_[1:], h_[1:], strict=True):
-        M = _product(A_t, M)
+    blocks, states = _Steps.blocks(A_), _Steps.states(h_)
+    M = torch.cat([A_[..., 0, :], states.whole[0].unsqueeze(1)], dim=1)  # (2, 3, B, P, D): [M | g]
+    for left, right, b_t in zip(A_[:, :1].unbind(-2)[1:], A_[:, 1:].unbind(-2)[1:], states.whole[1:], strict=True):
+        M = _applied(left, right, M)
         M[:, 2].add_(b_t)
     before = torch.cat([state.unsqueeze(-2), M[:, 2, :, :-1]], dim=-2)  # (2, B, P, D)
-    _walk(M[:, :2].unbind(-2)[:-1], before.unbind(-2)[1:], state)
-    _walk(A_, h_, before)
-    _walk(A_rest, h_rest, h_[-1][..., -1, :])
+    _walk(_Steps.blocks(M[:, :2, :, :-1]), _Steps.states(before[..., 1:, :]), state)
+    _walk(blocks, states, before)
+    _walk(_Steps.blocks(A_rest), _Steps.states(h_rest), states.whole[-1][..., -1, :])
 
 
 def block_scan_backward_(A: Tensor, d: Tensor, dlast: Tensor, chunks: int | None = None) -> None:
@@ -93,21 +121,25 @@ def block_scan_backward_(A: Tensor, d: Tensor, dlast: Tensor, chunks: int | None
     A = A.transpose(0, 1)
     if P == 1:
         d[..., -1, :].add_(dlast)
-        _walk(A.unbind(-2)[:0:-1], d.unbind(-2)[-2::-1], d[..., -1, :])
+        _walk(_Steps.blocks(A[..., 1:, :]).backwards(-1), _Steps.states(d).backwards(-2), d[..., -1, :])
         return
     (A_, A_rest), (d_, d_rest) = _split(A, P), _split(d, P)
-    if d_rest:  # `dlast`: what reaches the step at hand from after it
-        d_rest[-1].add_(dlast)
-        dlast = _product(A_rest[0], _walk(A_rest[:0:-1], d_rest[-2::-1], d_rest[-1]).unsqueeze(1))[:, 0]
+    if d_rest.shape[-2]:  # `dlast`: what reaches the step at hand from after it
+        d_rest[..., -1, :].add_(dlast)
+        rest = _Steps.blocks(A_rest[..., 1:, :]).backwards(-1)
+        first = _walk(rest, _Steps.states(d_rest).backwards(-2), d_rest[..., -1, :])
+        dlast = _product(A_rest[..., 0, :], first.unsqueeze(1))[:, 0]
+    states, last = _Steps.states(d_), A_[..., -1, :]
     # what enters a chunk from the right leaves it to the left as M c + g
-    M = torch.cat([A_[-1], _product(A_[-1], d_[-1].unsqueeze(1))], dim=1)
-    for A_t, dy_t in zip(A_[-2::-1], d_[-2::-1], strict=True):
+    M = torch.cat([last, _product(last, states.whole[-1].unsqueeze(1))], dim=1)
+    lefts, rights = A_[:, :1].unbind(-2), A_[:, 1:].unbind(-2)
+    for left, right, dy_t in zip(lefts[-2::-1], rights[-2::-1], states.whole[-2::-1], strict=True):
         M[:, 2].add_(dy_t)
-        M = _product(A_t, M)
+        M = _applied(left, right, M)
     after = torch.cat([M[:, 2, :, 1:], dlast.unsqueeze(-2)], dim=-2)
-    _walk(M[:, :2].unbind(-2)[:0:-1], after.unbind(-2)[-2::-1], dlast)
-    d_[-1].add_(after)
-    _walk(A_[:0:-1], d_[-2::-1], d_[-1])
+    _walk(_Steps.blocks(M[:, :2, :, 1:]).backwards(-1), _Steps.states(after).backwards(-2), dlast)
+    states.whole[-1].add_(after)
+    _walk(_Steps.blocks(A_[..., 1:, :]).backwards(-1), states.backwards(-2), states.whole[-1])
 
 
 class _Scan(torch.autograd.Function):

@@ -16,6 +16,7 @@ from zoo.ops.newton_scan.solve import (
     Problem,
     announce,
     before,
+    entering,
     newton,
     scan_back_,
     solved,
@@ -31,9 +32,9 @@ __all__ = ["Cell", "Linearised", "newton_corrections", "newton_residual", "newto
 
 # Numbers of state in one step of time from which on walking on a CPU is no slower than Newton: a step is then worth its
 # calls, and Newton does four times the arithmetic. One Xeon core, float32, T=2048, forward + backward by Newton / by
-# walking, ms: ParaGRU, B D = 64: 17/49, 256: 45/57, 384: 68/68, 2048: 400/192; ParaLSTM 64: 33/65, 256: 90/86, 384:
-# 123/93, 2048: 775/361.
-WIDE = 320
+# walking, ms: ParaGRU, B D = 64: 14/51, 256: 41/62, 384: 57/67, 640: 90/81, 2048: 291/161; ParaLSTM 64: 31/69, 256:
+# 96/89, 384: 131/100, 2048: 601/245.
+WIDE = 512
 # Numbers of a plane that are worked on at once, so that the dozen planes of a cell stay in the cache. The same machine,
 # forward + backward at 16k, 32k, 64k, 128k, 256k, ms: ParaGRU B=1 D=256 T=2048 67, 56, 45, 58, 55; B=8 D=256 T=2048
 # 259, 223, 202, 302, 280; B=1 D=64 T=8192 81, 85, 64, 62, 69; ParaLSTM B=8 D=256 T=2048 406, 373, 355, 514, 473.
@@ -52,8 +53,9 @@ def newton_scan(
     cu_seqlens: Tensor | None = None,
     iterations: int | None = None,
     window: int | None = None,
+    return_residual: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run h_t = f(h_{t-1}, u_t) along time for a cell whose channels do not mix, in parallel over time.
 
     Args:
@@ -66,6 +68,7 @@ def newton_scan(
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
         iterations: Newton steps, all made and none checked; None: as many as it takes (see Returns).
         window: steps of time that Newton solves at once, one window after the other; None: as many as stay in a cache.
+        return_residual: return how far h is from obeying the recurrence, too: worth knowing with `iterations`.
         backend: "auto" or "torch"; "reference" is the loop.
 
     Returns:
@@ -74,6 +77,7 @@ def newton_scan(
             recurrence that it does not solve in 12 corrections is walked step by step, and a warning says so once. On a
             CPU, where one step of time is wide (320 numbers of state), walking is faster to begin with.
         last: the state after the last step, (B, D) or (B, D, 2), float32 (float64 for float64 inputs).
+        residual, where asked for: `newton_residual` of h, a number without a gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
@@ -90,8 +94,10 @@ def newton_scan(
         raise ValueError(f"{name}: a cell in Python has no kernels; got backend='triton', use 'auto' or 'torch'")
     if backend == "reference" and u.shape[1]:
         shard.refuse(f"{name}'s loop")
-        return _loop(cell, u, w, *arguments)
-    return solve(cell, u, w, *arguments, iterations=iterations, window=window)
+        found = _loop(cell, u, w, *arguments)
+    else:
+        found = solve(cell, u, w, *arguments, iterations=iterations, window=window)
+    return (*found, residual(cell, u, w, found[0], *arguments)) if return_residual else found
 
 
 def prepared(
@@ -343,11 +349,20 @@ def newton_residual(
     Raises:
         ValueError: as `newton_scan`.
     """
-    state, keep, cuts = prepared("newton_residual", cell, u, w, state, resets, cu_seqlens, None, None)
+    return residual(cell, u, w, h, *prepared("newton_residual", cell, u, w, state, resets, cu_seqlens, None, None))
+
+
+@torch.no_grad()
+def residual(
+    cell: Cell, u: Tensor, w: Sequence[Tensor], h: Tensor, state: Tensor, keep: Tensor | None,
+    cuts: tuple[int, ...] | None,
+) -> Tensor:  # fmt: skip
+    """`newton_residual` on prepared arguments."""
     problem = _problem(cell, u, w, state, keep, cuts)
     planes = state_planes(h, cell.states, state.dtype)
-    p = before(planes, problem.state, problem.edges, keep)
-    return shard.largest((stacked(cell.value(tuple(p), problem.u, problem.w)) - planes).abs().amax())
+    p = before(planes, entering(problem, planes), problem.edges, keep)
+    off = (stacked(cell.value(tuple(p), problem.u, problem.w)) - planes).abs()
+    return shard.largest(off.amax() if off.numel() else off.new_zeros(()))
 
 
 @torch.no_grad()

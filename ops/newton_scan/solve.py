@@ -309,6 +309,11 @@ class _Crossing:
         return (shard.largest(size) if self.active else size).item()
 
 
+def entering(problem: Problem, h: Tensor) -> Tensor:
+    """The states (S, n, D) before the first step here, when all ranks hold their stretch of the states h."""
+    return _Crossing.of(problem).halo(h)
+
+
 def summary(J: Tensor, d: Tensor) -> Elementwise | Block2x2:
     """What a stretch does to any correction: h -> A h + b."""
     S, _, B, T, D = J.shape

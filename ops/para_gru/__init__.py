@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
-from zoo.ops.newton_scan import clipped, precise, prepared, solve
+from zoo.ops.newton_scan import clipped, precise, prepared, residual, solve
 from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document
 from zoo.ops.para_gru.cell import ParaGRUCell
@@ -27,10 +27,11 @@ def para_gru(
     recurrent_clip: float | None = None,
     iterations: int | None = None,
     window: int | None = None,
+    return_residual: bool = False,
     resets: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run a GRU with diagonal recurrence: z = sigmoid(a_z h' + u_z), r = sigmoid(a_r h' + u_r),
     c = tanh(a_c r h' + u_c), h = (1 - z) h' + z c, where h' is the state before.
 
@@ -41,6 +42,7 @@ def para_gru(
         recurrent_clip: a is clamped to [-clip, clip]; at 0.5 Newton's method needs 3 or 4 steps on any input, but the
             cell forgets too much to count (parity is lost). None: as it is.
         iterations, window: of Newton's method, see `newton_scan`; leave them out for states that are those of the loop.
+        return_residual: return how far the states are from obeying the recurrence, too (see `newton_residual`).
         resets: (B, T) bool, or None: where true, a new episode begins and the state before the step is dropped.
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
         backend: "auto" (Triton on CUDA; torch elsewhere, for float64 and for a single step), "triton", "torch" or
@@ -51,6 +53,7 @@ def para_gru(
         h: all states, (B, T, D), in the dtype of u.
         last: the state after the last step, (B, D) or (n, D), float32 (float64 for float64 inputs); feed it back as
             `state` to continue.
+        residual, where asked for: a number without a gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
@@ -68,11 +71,13 @@ def para_gru(
     if backend == "triton" and u.dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     T = u.shape[1]
+    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
     if chosen == "reference" and T:
         shard.refuse(f"{name}'s loop")
         ones = state.new_ones(u.shape[:2]) if keep is None else keep.squeeze(-1)
-        return each_document(lambda u, k, h: para_gru_reference(u, k, h, a), cuts, (u, ones), state)
-    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
-    if own and iterations is None and window is None and (T > 1 or backend == "triton"):
-        return kernels.run(u, a, state, keep, cuts)
-    return solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
+        found = each_document(lambda u, k, h: para_gru_reference(u, k, h, a), cuts, (u, ones), state)
+    elif own and iterations is None and window is None and (T > 1 or backend == "triton"):
+        found = kernels.run(u, a, state, keep, cuts)
+    else:
+        found = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
+    return (*found, residual(CELL, u, w, found[0], state, keep, cuts)) if return_residual else found

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops import check, dispatch, shard
-from zoo.ops.newton_scan import clipped, precise, prepared, solve
+from zoo.ops.newton_scan import clipped, precise, prepared, residual, solve
 from zoo.ops.once import runs_once
 from zoo.ops.packing import each_document
 from zoo.ops.para_lstm.cell import ParaLSTMCell
@@ -28,10 +28,11 @@ def para_lstm(
     recurrent_clip: float | None = None,
     iterations: int | None = None,
     window: int | None = None,
+    return_residual: bool = False,
     resets: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Run an LSTM with diagonal recurrence, one gate to forget and to write, and peepholes:
     f = sigmoid(a_f h' + p_f c' + u_f), c = f c' + (1 - f) tanh(a_z h' + u_z), o = sigmoid(a_o h' + p_o c + u_o),
     h = o tanh(c), where c' and h' are the states before.
@@ -43,6 +44,7 @@ def para_lstm(
         state: c and h before the first step, (B, D, 2); zeros when omitted. With packed documents (n, D, 2).
         recurrent_clip: a and p are clamped to [-clip, clip]; at 0.5 Newton's method needs 3 or 4 steps. None: as is.
         iterations, window: of Newton's method, see `newton_scan`; leave them out for states that are those of the loop.
+        return_residual: return how far the states are from obeying the recurrence, too (see `newton_residual`).
         resets: (B, T) bool, or None: where true, a new episode begins and the state before the step is dropped.
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
         backend: as for `para_gru`.
@@ -51,6 +53,7 @@ def para_lstm(
         h: (B, T, D), in the dtype of u.
         last: c and h after the last step, (B, D, 2) or (n, D, 2), float32 (float64 for float64 inputs); feed it back as
             `state` to continue.
+        residual, where asked for: a number without a gradient.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
@@ -71,12 +74,14 @@ def para_lstm(
     if backend == "triton" and u.dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     T = u.shape[1]
+    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
     if chosen == "reference" and T:
         shard.refuse(f"{name}'s loop")
         ones = state.new_ones(u.shape[:2]) if keep is None else keep.squeeze(-1)
-        return each_document(lambda u, k, s: para_lstm_reference(u, k, s, a, p), cuts, (u, ones), state)
-    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
-    if own and iterations is None and window is None and (T > 1 or backend == "triton"):
-        return kernels.run(u, a, p, state, keep, cuts)
-    h, last = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
-    return h[..., 1], last
+        states, last = each_document(lambda u, k, s: para_lstm_reference(u, k, s, a, p), cuts, (u, ones), state)
+    elif own and iterations is None and window is None and (T > 1 or backend == "triton"):
+        states, last = kernels.run(u, a, p, state, keep, cuts)
+    else:
+        states, last = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
+    found = states[..., 1], last
+    return (*found, residual(CELL, u, w, states, state, keep, cuts)) if return_residual else found

@@ -40,7 +40,7 @@ class ParaLSTMCell(Cell):
         dc = h_by_c.mul_(mu[1]).add_(mu[0])
         df, do, dz = c_by_f.mul_(dc), h_by_o.mul_(mu[1]), c_by_z.mul_(dc)
         pairs = ((df, h_), (do, h_), (dz, h_), (df, c_), (do, c))
-        return [df, do, dz], [torch.einsum("btd,btd->d", x, y) for x, y in pairs]
+        return [df, do, dz], [(x * y).sum((0, 1)) for x, y in pairs]
 
 
 def _gates(p: Planes, u: Planes, w: Planes) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

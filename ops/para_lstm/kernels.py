@@ -228,12 +228,14 @@ def para_lstm_bwd_kernel(
 def run(
     u: Tensor, a: Tensor, p: Tensor, state: Tensor, keep: Tensor | None, cuts: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
-    """u (B, T, 3, D), a (3, D), p (2, D), state (N, D, 2), keep (B, T, 1) or None: h in u's dtype, last (N, D, 2)."""
+    """u (B, T, 3, D), a (3, D), p (2, D), state (N, D, 2), keep (B, T, 1) or None: all states (B, T, D, 2) in u's
+    dtype, and the last ones.
+    """
     B, T = u.shape[:2]
     offsets = offsets_of(B, T, cuts, u.device)
     keep = None if keep is None else keep.reshape(B, T)
     s, last = para_lstm_fwd(u, a.float(), p.float(), keep, state.movedim(-1, 0), offsets)
-    return s[1].to(u.dtype), last.movedim(0, -1)
+    return s.to(u.dtype).movedim(0, -1), last.movedim(0, -1)
 
 
 @torch.library.custom_op("zoo::para_lstm_fwd", mutates_args=())

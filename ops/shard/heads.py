@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
 from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.scan import largest
 from zoo.ops.shard.scope import Scope, scope, use
 
 P = ParamSpec("P")
@@ -30,7 +31,8 @@ def over_heads(
 
     The operator returns (y, state) and takes `state` and `cu_seqlens` by these names; y has heads in dimension 2, the
     state in dimension 1. Then every rank returns the state after the whole sequence, or after the whole of each of its
-    documents.
+    documents. What an operator returns beside them are numbers that say how large something may be: the largest of all
+    ranks' is returned.
 
     Args:
         split: {argument: the dimension of its heads}: 2 or 3 for what has time in dimension 1, 0 or 1 for parameters.
@@ -70,7 +72,7 @@ def _run(
     split: Mapping[str, int],
     grouped: Sequence[str],
     shared: Sequence[str],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     shard, name = found.shard, getattr(operator, "__name__", "operator")
     shard.require_contiguous(name)
     first = next(given[key].movedim(dim, 2) for key, dim in split.items() if dim >= 2)
@@ -94,12 +96,12 @@ def _run(
     if given.get("state") is not None:
         taken["state"] = _FromFirst.apply(found, given["state"], first, cut)
     with use(None):
-        y, state = operator(**taken)
+        y, state, *numbers = operator(**taken)
     y, state = _Back.apply(found, y, state, cut)
     if shard.documents is not None and given.get("cu_seqlens") is not None:
         local = local_boundaries(taken["cu_seqlens"], shard.rank, shard.size, cut.time[-1][1])
         state = state[list(local.documents)]
-    return y, state
+    return (y, state, *map(largest, numbers))
 
 
 def _cut(shard: SequenceShard, name: str, x: Tensor) -> _Cut:

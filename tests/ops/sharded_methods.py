@@ -222,6 +222,23 @@ def refuses_other_layouts(place: shard.SequenceShard) -> Errors:
     return {"silent": silent}
 
 
+def residual(name: str, method: str) -> Check:
+    """How far one Newton step is from the recurrence: seen whole at the borders of ranks, and over all heads."""
+    spec = OPERATORS[name]
+
+    def run(place: shard.SequenceShard) -> Errors:
+        inputs, more = spec.inputs(2, LENGTH), {"iterations": 1, "return_residual": True}
+        del inputs["state"]
+        whole = spec.function(**inputs, **more)[2]
+        place = placed(place, "batch", method=method)
+        here = Slice(place, LENGTH, None)
+        with shard.use(place):
+            found = spec.function(**{key: here.of(x) if x.ndim > 2 else x for key, x in inputs.items()}, **more)[2]
+        return {"residual": relative_error(found, whole)}
+
+    return run
+
+
 def walked(method: str, layout: str) -> Check:
     """A recurrence that Newton's method does not solve is walked, rank after rank."""
     spec = OPERATORS["para_gru"]
@@ -251,6 +268,8 @@ def checks() -> dict[str, Check]:
     made["model gla, heads, recomputed"] = lambda place: model(
         placed(place, "batch", method="heads"), "gla", "batch", recompute=True, n_heads=4
     )
+    for name, method in itertools.product(("para_gru", "para_lstm"), ("zeco", "allgather", "heads")):
+        made[f"{name}, {method}, residual"] = residual(name, method)
     for name, spec in OPERATORS.items():
         if spec.cp_kind == "serial":
             made |= nonlinear(name, spec)

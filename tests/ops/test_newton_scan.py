@@ -198,6 +198,19 @@ def test_the_residual_says_how_far_states_are_off() -> None:
     assert newton_residual(ParaGRUCell(), u, w, y.bfloat16()) > 1e-4
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_operators_return_their_residual(backend: str) -> None:
+    for operator, rows in ((para_gru, (3,)), (para_lstm, (3, 2))):
+        u, w = random(2, 50, 3, 4), [0.3 * random(n, 4, seed=n) for n in rows]
+        y, last, residual = operator(u, *w, return_residual=True, backend=backend)
+        assert all(map(torch.equal, (y, last), operator(u, *w, backend=backend)))
+        assert residual < 1e-14
+        if backend == "torch":
+            loose = operator(u.requires_grad_(), *w, iterations=1, return_residual=True)
+            assert loose[2] > 1e-4
+            assert not loose[2].requires_grad
+
+
 def test_para_gru_is_torchs_gru_with_diagonal_matrices() -> None:
     """torch.nn.GRU multiplies the candidate by 1 - z, and resets after the product: equal where r leaves it alone."""
     D, T = 4, 30

@@ -310,3 +310,16 @@ def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
 def test_settings_that_lightning_refuses_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trainer settings that Lightning refuses"):
         fit.run(config(trainer__accelerator="abacus"), tmp_path / "run")
+
+
+def test_layers_that_solve_for_their_states_say_how_well(tmp_path: Path) -> None:
+    settings = config()
+    settings["model"] = {
+        "name": "para_lstm", "size": "tiny", "d_model": 8, "n_layers": 2, "n_heads": 1, "hidden_size": 16,
+        "vocab_size": 11, "iterations": 1,
+    }  # fmt: skip
+    settings["trainer"]["log_every"] = 2
+    assert fit.run(settings, tmp_path / "run") == 0
+    found = [float(row["residual"]) for row in rows(tmp_path / "run") if row["loss"]]
+    assert len(found) == 2
+    assert all(0 < x < 1 for x in found)

@@ -29,6 +29,11 @@ class LogMetrics(Callback):
         self.final: dict[str, float] = {}
         self._validation_began = 0.0
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What is measured for a row alone is measured in the update before it."""
+        assert isinstance(pl_module, Task)
+        pl_module.watch((trainer.global_step + 1) % self.every == 0)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -171,6 +171,8 @@ class Task(LightningModule):
         """The names of all numbers that a row can hold, in order."""
         speed = ["lr", "grad_norm", "tokens_per_second", "elapsed", "skipped_steps"]
         train = ["loss", *(m for m in ("bits_per_byte", "perplexity") if m in self.metrics)]
+        if self._watched():
+            speed.append("residual")
         return [*train, *speed, "val_loss", *(f"val_{name}" for name in self.val_metrics)]
 
     def training_row(self) -> dict[str, float]:
@@ -189,9 +191,23 @@ class Task(LightningModule):
             "elapsed": self.clock.elapsed(),
             "skipped_steps": int(self._skipped[0]),
         }
+        row |= self._residuals()
         self._window.zero_()
         self.refuse_nonfinite()
         return row
+
+    def watch(self, on: bool) -> None:
+        """Let layers that solve for their states measure how well they did, at the cost of one evaluation each."""
+        for layer in self._watched().values():
+            layer.watched = on
+
+    def _watched(self) -> dict[str, Any]:
+        return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "watched")}
+
+    def _residuals(self) -> dict[str, float]:
+        """The largest residual, and that of each layer (metrics.csv has the first alone), of the newest batch."""
+        each = {f"residual/{name}": float(layer.residual) for name, layer in self._watched().items()}
+        return {"residual": max(each.values()), **each} if each else {}
 
     def validation_row(self) -> dict[str, float]:
         """The validation metrics so far, over all ranks."""

@@ -14,6 +14,7 @@ class ParaLSTMConfig(SequenceConfig):
     n_heads: int = 4
     d_conv: int = 4
     recurrent_clip: float | None = 0.5  # None: no bound, for tasks that count
+    iterations: int | None = None  # Newton steps, unchecked; None: as many as it takes
 
 
 @register(
@@ -31,6 +32,9 @@ class ParaLSTMConfig(SequenceConfig):
 )
 def para_lstm(config: ParaLSTMConfig) -> SequenceModel:
     """A nonlinear recurrence, solved by Newton's method."""
-    mixer = partial(ParaLSTM, n_heads=config.n_heads, d_conv=config.d_conv, recurrent_clip=config.recurrent_clip)
+    mixer = partial(
+        ParaLSTM, n_heads=config.n_heads, d_conv=config.d_conv, recurrent_clip=config.recurrent_clip,
+        iterations=config.iterations,
+    )  # fmt: skip
     pattern = config.pattern or "para_lstm"
     return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, pattern, {"para_lstm": mixer}))
