@@ -1,11 +1,14 @@
 """The short convolution in front of a mixer: causal with a state, or over both sides."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from zoo.ops import causal_conv1d, depthwise_conv1d
+from zoo.ops import causal_conv1d, check, depthwise_conv1d, shard
+from zoo.ops.algebra import Tail
+from zoo.ops.packing import last_document
 
 
 class _Taps(nn.Module):
@@ -60,6 +63,47 @@ class DepthwiseConvolution(_Taps):
             x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype),
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
+
+
+def side_by_side(
+    convs: nn.ModuleList, xs: Sequence[Tensor], states: Sequence[Tensor], *, cu_seqlens: Tensor | None = None
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Short convolutions of one width, each on a stream of its own; across ranks one message has all their halos.
+
+    Args:
+        convs: of `ShortConvolution`; none leaves the streams as they are.
+        xs: as many streams, (B, T, D_i).
+        states: what an earlier call returned; empty at the start.
+
+    Returns:
+        the outputs (B, T, D_i), and the states.
+    """
+    if not convs:
+        return list(xs), ()
+    within: AbstractContextManager[None] = nullcontext()
+    if shard.current() is not None and len(convs) > 1:
+        states, within = _halos(convs, xs, states, cu_seqlens), shard.use(None)
+    with within:
+        found = [
+            conv(x, states[i] if states else None, cu_seqlens=cu_seqlens)
+            for i, (conv, x) in enumerate(zip(convs, xs, strict=True))
+        ]
+    return [y for y, _ in found], tuple(tail for _, tail in found)
+
+
+def _halos(
+    convs: nn.ModuleList, xs: Sequence[Tensor], states: Sequence[Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The rows before this rank's stretch of each stream, (n, W - 1, D_i)."""
+    widths = {conv.weight.shape[1] - 1 for conv in convs if isinstance(conv, ShortConvolution)}
+    width, (batch, length, _) = max(widths), xs[0].shape
+    assert len(widths) == 1, "one width"
+    cuts = None if cu_seqlens is None else check.boundaries("short convolutions", cu_seqlens, batch, length)
+    n = batch if cuts is None else len(cuts) - 1
+    sizes = [x.shape[2] for x in xs]
+    state = torch.cat(list(states), dim=2) if states else xs[0].new_zeros(n, width, sum(sizes))
+    rows = torch.cat([Tail.of(last_document(cuts, x)[0], width).rows for x in xs], dim=2)
+    return shard.halo(Tail(rows, width), state.to(rows.dtype), n > batch).split(sizes, dim=2)
 
 
 def initial_tails(convs: Iterable[nn.Module], batch: int) -> tuple[Tensor, ...]:

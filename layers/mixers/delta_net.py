@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.layers.conv import ShortConvolution, initial_tails
+from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
 from zoo.layers.norms import GatedRMSNorm, RMSNorm, l2_norm
 from zoo.layers.state import state_bytes
 from zoo.ops import delta_rule
@@ -61,13 +61,10 @@ class _DeltaMixer(nn.Module):
         """q, k (B, T, H, K) and v (B, T, Hv, V), convolved and activated; the memory; the new tails."""
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         memory, tails = (None, ()) if state is None else state
-        new_tails = []
-        for i, conv in enumerate(self.convs):
-            streams[i], tail = conv(streams[i], tails[i] if tails else None, cu_seqlens=cu_seqlens)
-            new_tails.append(tail)
+        streams, tails = side_by_side(self.convs, streams, tails, cu_seqlens=cu_seqlens)
         q, k, v = (feature(stream) for feature, stream in zip(self.features, streams, strict=True))
         q, k = q.unflatten(-1, (self.n_heads, self.head_k)), k.unflatten(-1, (self.n_heads, self.head_k))
-        return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v)), memory, tuple(new_tails)
+        return q, k, v.unflatten(-1, (self.n_v_heads, self.head_v)), memory, tails
 
     def init_state(self, batch: int) -> DeltaNetState:
         weight = self.o_proj.weight

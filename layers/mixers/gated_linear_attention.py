@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.layers.conv import ShortConvolution, initial_tails
+from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import state_bytes
 from zoo.ops import gated_linear_attention
@@ -86,10 +86,7 @@ class GatedLinearAttention(nn.Module):
         B, T, _ = x.shape
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         memory, tails = (None, ()) if state is None else state
-        new_tails = []
-        for i, conv in enumerate(self.convs):
-            streams[i], tail = conv(streams[i], tails[i] if tails else None, cu_seqlens=cu_seqlens)
-            new_tails.append(tail)
+        streams, tails = side_by_side(self.convs, streams, tails, cu_seqlens=cu_seqlens)
         q = streams[0].view(B, T, self.n_heads, self.head_k)
         k = streams[1].view(B, T, self.n_kv_heads, self.head_k)
         v = streams[2].view(B, T, self.n_kv_heads, self.head_v)
@@ -102,7 +99,7 @@ class GatedLinearAttention(nn.Module):
             k, v, g = (z.repeat_interleave(self.n_heads // self.n_kv_heads, dim=2) for z in (k, v, g))
         o, memory = gated_linear_attention(q, k, v, g, memory, cu_seqlens=cu_seqlens, backend=self.backend)
         o = self.o_norm(o, self.g_proj(x).view(B, T, self.n_heads, self.head_v))
-        return self.o_proj(o.flatten(2)), GatedLinearAttentionState(memory, tuple(new_tails))
+        return self.o_proj(o.flatten(2)), GatedLinearAttentionState(memory, tails)
 
     def init_state(self, batch: int) -> GatedLinearAttentionState:
         weight = self.o_proj.weight
