@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.state import is_decoding
 from zoo.ops import causal_conv1d, check, depthwise_conv1d, shard
 from zoo.ops.algebra import Tail
+from zoo.ops.causal_conv1d.shifted import causal_conv1d_step
 from zoo.ops.packing import last_document
 
 
@@ -45,6 +47,9 @@ class ShortConvolution(_Taps):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        known = state is not None and cu_seqlens is None and self.backend in ("auto", "torch")
+        if known and state is not None and len(state) == len(x) and is_decoding(x):
+            return causal_conv1d_step(x, self.weight, self.bias, state, self.activation)
         return causal_conv1d(
             x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), state,
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,

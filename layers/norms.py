@@ -44,6 +44,8 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        if self.groups == 1 and gate.dtype == x.dtype and is_decoding(x):
+            return rms_norm_fused(x, self.weight, self.eps, gate, self.order == "gate_first")
         gate, weight = gate.to(x.dtype), self.weight.to(x.dtype)
         if self.groups == 1:
             return gated_rms_norm(x, gate, weight, self.eps, order=self.order)

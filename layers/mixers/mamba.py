@@ -12,7 +12,6 @@ from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.segments import in_segments
 from zoo.layers.state import is_decoding, state_bytes
 from zoo.ops import selective_scan, ssd, swiglu
-from zoo.ops.causal_conv1d.shifted import causal_conv1d_step
 from zoo.ops.selective_scan.chunked import selective_scan_step
 
 
@@ -114,7 +113,7 @@ class Mamba(nn.Module):
     def _step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """As `_mix` for one token: its operators' steps, called without the way to them."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, tail = causal_conv1d_step(x, self.conv1d.weight, self.conv1d.bias, state.conv, self.conv1d.activation)
+        x, tail = self.conv1d(x, state.conv)
         delta, B, C = self._selection(x)
         y, h = selective_scan_step(x, delta, self.A_log.exp().neg_(), B, C, self.D, state.h)
         return self.out_proj(y.mul_(F.silu(z))), MambaState(h, tail)
