@@ -71,12 +71,16 @@ def affine_scan(
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     chosen = dispatch.resolve(name, backend, b)
-    if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, a, b), chosen=chosen), state, n > B)
-    if T == 1 and cuts is None and backend not in ("triton", "reference"):
-        last = torch.addcmul(b[:, 0].to(dtype), a[:, 0].to(dtype), state)
-        return last.unsqueeze(1).to(b.dtype), last
-    return _run(chosen, a, b, state, cuts)
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        if T == 1 and cuts is None and backend not in ("triton", "reference"):
+            last = torch.addcmul(b[:, 0].to(dtype), a[:, 0].to(dtype), state)
+            return last.unsqueeze(1).to(b.dtype), last
+        return _run(chosen, a, b, state, cuts)
+
+    return shard.across(
+        Elementwise, lambda: _element(*last_document(cuts, a, b), chosen=chosen), run, state, n > B, inputs=(a, b)
+    )
 
 
 @dispatch.keeps_its_precision

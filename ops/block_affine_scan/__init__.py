@@ -67,11 +67,15 @@ def block_affine_scan(
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     chosen = dispatch.resolve(name, backend, b)
-    if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, A, b), chosen=chosen), state, n > B)
-    if chosen == "reference" and T:
-        return each_document(block_affine_scan_reference, cuts, (A, b), state)
-    return _run(chosen, A, b, state, cuts)
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        if chosen == "reference" and T:
+            return each_document(block_affine_scan_reference, cuts, (A, b), state)
+        return _run(chosen, A, b, state, cuts)
+
+    return shard.across(
+        Block2x2, lambda: _element(*last_document(cuts, A, b), chosen=chosen), run, state, n > B, inputs=(A, b)
+    )
 
 
 @dispatch.keeps_its_precision

@@ -76,13 +76,21 @@ def complex_affine_scan(
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
     chosen = dispatch.resolve(name, backend, b)
-    if shard.current() is not None:
-        last = last_document(cuts, whole, b, resets)
-        state = shard.incoming_state(_element(*last, chosen=chosen), state, n > B)
-    if T == 1 and cuts is None and backend not in ("triton", "reference"):
-        end = ComplexElementwise(_masked(whole, resets)[:, 0].to(dtype), b[:, 0].to(dtype)).apply(state)
-        return end.unsqueeze(1).to(b.dtype), end
-    return _run(chosen, a if a.shape[:2] == (1, 1) else whole, b, resets, state, cuts)
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        if T == 1 and cuts is None and backend not in ("triton", "reference"):
+            end = ComplexElementwise(_masked(whole, resets)[:, 0].to(dtype), b[:, 0].to(dtype)).apply(state)
+            return end.unsqueeze(1).to(b.dtype), end
+        return _run(chosen, a if a.shape[:2] == (1, 1) else whole, b, resets, state, cuts)
+
+    return shard.across(
+        ComplexElementwise,
+        lambda: _element(*last_document(cuts, whole, b, resets), chosen=chosen),
+        run,
+        state,
+        n > B,
+        inputs=(a, b),
+    )
 
 
 @dispatch.keeps_its_precision

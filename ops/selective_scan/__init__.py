@@ -72,21 +72,30 @@ def selective_scan(
     state = state.to(dtype)
     if backend == "triton" and dtype == torch.float64:
         raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, u, delta, B), A=A), state, n > batch)
-
     chosen = dispatch.resolve(name, backend, u)
-    if chosen == "reference" and T:
-        return each_document(
-            lambda u, delta, B, C, h: selective_scan_reference(u, delta, B, C, h, A, D), cuts, (u, delta, B, C), state
-        )
-    if T == 1 and cuts is None and backend != "triton":
-        return selective_scan_step(u, delta, A, B, C, D, state)
-    if chosen == "triton" and T and u.dtype != torch.float64:
-        table = chunk_table(batch, T, kernels.CHUNK, cuts, u.device)
-        y, last, _, _ = kernels.selective_fwd(u, delta, A, B, C, D, state, *table)
-        return y, last
-    return selective_scan_chunked(u, delta, A, B, C, D, state, cuts)
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        if chosen == "reference" and T:
+            return each_document(
+                lambda u, delta, B, C, h: selective_scan_reference(u, delta, B, C, h, A, D), cuts, (u, delta, B, C),
+                state,
+            )  # fmt: skip
+        if T == 1 and cuts is None and backend != "triton":
+            return selective_scan_step(u, delta, A, B, C, D, state)
+        if chosen == "triton" and T and u.dtype != torch.float64:
+            table = chunk_table(batch, T, kernels.CHUNK, cuts, u.device)
+            y, last, _, _ = kernels.selective_fwd(u, delta, A, B, C, D, state, *table)
+            return y, last
+        return selective_scan_chunked(u, delta, A, B, C, D, state, cuts)
+
+    return shard.across(
+        Elementwise,
+        lambda: _element(*last_document(cuts, u, delta, B), A=A),
+        run,
+        state,
+        n > batch,
+        inputs=(u, delta, A, B, C, D),
+    )
 
 
 @dispatch.keeps_its_precision

@@ -20,11 +20,13 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
 | `scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: inside an operator's own node |
+| `ends.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
 | `halo.py` | `halo`: the last rows before the left edge, for convolutions and token shifts |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
 """
 
+from zoo.ops.shard.ends import across
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.halo import halo
 from zoo.ops.shard.heads import over_heads
@@ -43,6 +45,7 @@ __all__ = [
     "LocalBoundaries",
     "Message",
     "SequenceShard",
+    "across",
     "arrived",
     "checkpoint_contexts",
     "crossing",

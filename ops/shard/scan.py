@@ -30,7 +30,9 @@ from zoo.ops.shard.scope import Scope, scope
 Kind = Callable[..., Any]  # a class of zoo.ops.algebra, (transition, b) -> element
 
 
-def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Tensor:
+def incoming_state(
+    element: Affine, state: Tensor, several: bool = False, *, inputs: Sequence[Tensor | None] = ()
+) -> Tensor:
     """The state at the left edge of this rank's stretch: all earlier ranks' elements, applied in order.
 
     Args:
@@ -38,6 +40,8 @@ def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Ten
         state: the states before the first token. On the first rank they are kept; on the others the first document's
             row, or all rows of a batch, is replaced by what arrives.
         several: the stretch holds more than one packed document, so that what arrives ends inside.
+        inputs: of the operator, where `element` is not made of them: wherever autograd asks for a gradient of one it
+            must come by here, for other ranks wait.
 
     Returns:
         As `state`. Gradients reach every rank whose tokens made it, and the first rank's `state`.
@@ -53,7 +57,7 @@ def incoming_state(element: Affine, state: Tensor, several: bool = False) -> Ten
     if several:
         element = element.reset_to(element.apply(state[-1:]))
     transition, b = element
-    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b)
+    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b, *inputs)
     return torch.cat([first, state[1:]]) if several else first
 
 
@@ -82,11 +86,13 @@ def largest(x: Tensor) -> Tensor:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, found: Scope, kind: Kind, state: Tensor, transition: Tensor, b: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, found: Scope, kind: Kind, state: Tensor, transition: Tensor, b: Tensor, *inputs: Tensor | None
+    ) -> Tensor:
         shard = found.shard
         ctx.method = SCANS[shard.method](shard, kind)
         Z = found.arrival(lambda: ctx.method.forward(kind(transition, b), state))
-        ctx.first, ctx.kind = shard.rank == 0, kind
+        ctx.first, ctx.kind, ctx.inputs = shard.rank == 0, kind, len(inputs)
         ctx.save_for_backward(transition, Z)
         return Z
 
@@ -99,7 +105,7 @@ class _Scan(torch.autograd.Function):
             A, z = transition.detach().requires_grad_(), Z.detach().requires_grad_()
             left = ctx.kind(A, torch.zeros_like(Z)).apply(z)
         dA, dz = torch.autograd.grad(left, (A, z), G)
-        return None, None, dZ + dz if ctx.first else None, dA, G
+        return None, None, dZ + dz if ctx.first else None, dA, G, *(None for _ in range(ctx.inputs))
 
 
 def crossing(kind: type[Any], several: bool = False) -> "Crossing | None":
