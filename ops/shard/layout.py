@@ -38,8 +38,9 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
     """The position of each of this rank's `tokens` in its own document, int64.
 
     Raises:
-        ValueError: the rank does not hold `tokens` of the shard's `length`.
+        ValueError: the rank does not hold `tokens` of the shard's `length`, or the place is reversed.
     """
+    shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
     own = held(length, shard.rank, shard.size, shard.layout or "contiguous")
     if len(own) != tokens:

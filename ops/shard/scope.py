@@ -61,10 +61,24 @@ def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
     return _Entering(lambda: None if shard is None else Scope(shard))
 
 
+def alone() -> AbstractContextManager[None]:
+    """Inside nothing is cut: for an operator that has exchanged what it needs. Nothing is asked without a shard."""
+    return nullcontext() if scope() is None else use(None)
+
+
 def current() -> SequenceShard | None:
     """The shard in use here, or None."""
     found = scope()
     return None if found is None else found.shard
+
+
+def from_the_right() -> AbstractContextManager[None]:
+    """Inside, time runs from the last rank to the first: operators on flipped stretches hear from the ranks after."""
+    found = scope()
+    if found is None:
+        return nullcontext()
+    backwards = found._replace(shard=found.shard.reversed())
+    return _Entering(lambda: backwards)
 
 
 def refuse(what: str) -> None:
