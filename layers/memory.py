@@ -103,7 +103,7 @@ class MemoryPlan:
             return whole(x, state)
         if self.recompute == "block":
             with self._inputs_to_host(x):
-                again: tuple[Tensor, Any] = checkpoint(whole, x, state, use_reentrant=False, context_fn=_contexts())
+                again: tuple[Tensor, Any] = checkpoint(whole, x, state, use_reentrant=False, context_fn=contexts())
             return again
         keeping = once.HERE
         if self.alpha is not None:
@@ -161,5 +161,6 @@ def _tiles(block: Halves, x: Tensor, n: int) -> list[Tensor]:
     return [checkpoint(block.feed, tile, use_reentrant=False) for tile in x.split(size, dim=1)]
 
 
-def _contexts() -> Any:
+def contexts() -> Any:
+    """`context_fn` of torch.utils.checkpoint: recomputation under a sequence shard sends nothing."""
     return noop_context_fn if shard.current() is None else shard.checkpoint_contexts

@@ -28,17 +28,19 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
+| `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
 from zoo.ops.shard.both import incoming_states
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
-from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, positions, stretch
+from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch
 from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
-from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, use
+from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
 from zoo.ops.shard.serial import serial
+from zoo.ops.shard.total import total, whole
 
 __all__ = [
     "ATTENTION",
@@ -64,11 +66,15 @@ __all__ = [
     "mirrored",
     "observed",
     "over_heads",
+    "owners",
     "positions",
     "refuse",
     "rows_after",
     "rows_before",
+    "seen_as",
     "serial",
     "stretch",
+    "total",
     "use",
+    "whole",
 ]

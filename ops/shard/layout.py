@@ -40,6 +40,29 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
     Raises:
         ValueError: the rank does not hold `tokens` of the shard's `length`, or the place is reversed.
     """
+    own = _own(shard, tokens)
+    if shard.documents is not None:
+        own = own - torch.tensor(shard.documents[:-1])[_owners(shard, own)]
+    return own.to(device)
+
+
+def owners(shard: SequenceShard, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """Of which of the shard's `documents` each of this rank's `tokens` is a part, int64; 0 where there are none.
+
+    Raises:
+        ValueError: as `positions`.
+    """
+    own = _own(shard, tokens)
+    return (torch.zeros_like(own) if shard.documents is None else _owners(shard, own)).to(device)
+
+
+def _owners(shard: SequenceShard, own: Tensor) -> Tensor:
+    assert shard.documents is not None
+    return torch.searchsorted(torch.tensor(shard.documents[:-1]), own, right=True) - 1
+
+
+def _own(shard: SequenceShard, tokens: int) -> Tensor:
+    """Which tokens of the whole sequence a rank's `tokens` are."""
     shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
     own = held(length, shard.rank, shard.size, shard.layout or "contiguous")
@@ -48,10 +71,7 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
             f"rank {shard.rank} of {shard.size} holds {len(own)} of {length} tokens; got {tokens}, give SequenceShard "
             "the length of the whole sequence"
         )
-    if shard.documents is not None:
-        starts = torch.tensor(shard.documents[:-1])
-        own = own - starts[torch.searchsorted(starts, own, right=True) - 1]
-    return own.to(device)
+    return own
 
 
 class LocalBoundaries(NamedTuple):

@@ -72,13 +72,18 @@ def current() -> SequenceShard | None:
     return None if found is None else found.shard
 
 
+def seen_as(place: SequenceShard) -> AbstractContextManager[None]:
+    """Inside a shard, another view of the same ranks; recomputation reads arrivals back in the order of both."""
+    found = scope()
+    assert found is not None
+    other = found._replace(shard=place)
+    return _Entering(lambda: other)
+
+
 def from_the_right() -> AbstractContextManager[None]:
     """Inside, time runs from the last rank to the first: operators on flipped stretches hear from the ranks after."""
     found = scope()
-    if found is None:
-        return nullcontext()
-    backwards = found._replace(shard=found.shard.reversed())
-    return _Entering(lambda: backwards)
+    return nullcontext() if found is None else seen_as(found.shard.reversed())
 
 
 def refuse(what: str) -> None:

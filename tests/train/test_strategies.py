@@ -43,7 +43,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
 @pytest.mark.parametrize("case", [c for c in CASES if not c.refused], ids=lambda case: case.name)
 def test_a_training_cut_along_time_equals_one_process(case: Any, found: tuple[dict[str, Any], Path]) -> None:
     """Losses and weights, with clipping, unequal numbers of targets and a stretch without any; metrics, too."""
-    whole = found[0][case.like or case.name]["1x1"][0]
+    one = found[0][case.like or case.name]
+    whole = one["1x1" if "1x1" in one else "2x1"][0]  # some draw by the rank of the data
     assert set(found[0][case.name]) == {f"{dp}x{cp}" for dp, cp in case.layouts}
     tolerance = 1e-10 if case.double else 1e-3
     for layout, ranks in found[0][case.name].items():
