@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from zoo.layers.dropout import Dropout
 from zoo.layers.memory import contexts
 from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
 from zoo.ops import linear_cross_entropy, shard
+from zoo.ops.dropout import check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,7 @@ class EncoderConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.n_classes is not None and self.n_classes < 2:
             raise ValueError(f"n_classes must be at least 2, or None to predict tokens; got {self.n_classes}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        check_rate(self.dropout)
 
 
 class Embeddings(nn.Module):
@@ -66,7 +67,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, d_model)
         self.token_type = nn.Embedding(n_token_types, d_model)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
         types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
@@ -132,7 +133,7 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.pooler = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classes = nn.Linear(d_model, n_classes)
 
     def forward(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -226,11 +227,9 @@ class Encoder(nn.Module):
         if mask is not None and shard.current() is not None:
             apart = rows_apart(tokens, mask, cu_seqlens)
         rows = None if mask is None or shard.current() is not None else unpadded(tokens, mask, cu_seqlens)
-        if rows is not None:
-            types = None if token_types is None else rows.pack(token_types)
-            packed, _ = self.encode(rows.pack(tokens), cu_seqlens=rows.cu_seqlens, token_types=types)
-            return rows.unpack(packed), None
         x = self.embeddings(tokens, token_types)
+        if rows is not None:
+            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(
@@ -239,6 +238,8 @@ class Encoder(nn.Module):
             else:
                 x = block(x, cu_seqlens=cu_seqlens, rows=apart)
         x = x if self.norm is None else self.norm(x)
+        if rows is not None:
+            return rows.unpack(x), None
         if apart is not None and mask is not None:
             return x * mask.unsqueeze(-1), None
         # A tensor of its own, not the last block's: FSDP hangs hooks on both, which must fire in one order on all

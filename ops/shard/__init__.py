@@ -35,7 +35,7 @@ from zoo.ops.shard.both import incoming_states
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
-from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch
+from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
 from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
 from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
@@ -74,6 +74,7 @@ __all__ = [
     "seen_as",
     "serial",
     "stretch",
+    "tokens_of",
     "total",
     "use",
     "whole",

@@ -40,7 +40,7 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
     Raises:
         ValueError: the rank does not hold `tokens` of the shard's `length`, or the place is reversed.
     """
-    own = _own(shard, tokens)
+    own = tokens_of(shard, tokens)
     if shard.documents is not None:
         own = own - torch.tensor(shard.documents[:-1])[_owners(shard, own)]
     return own.to(device)
@@ -52,7 +52,7 @@ def owners(shard: SequenceShard, tokens: int, device: torch.device | str = "cpu"
     Raises:
         ValueError: as `positions`.
     """
-    own = _own(shard, tokens)
+    own = tokens_of(shard, tokens)
     return (torch.zeros_like(own) if shard.documents is None else _owners(shard, own)).to(device)
 
 
@@ -61,8 +61,12 @@ def _owners(shard: SequenceShard, own: Tensor) -> Tensor:
     return torch.searchsorted(torch.tensor(shard.documents[:-1]), own, right=True) - 1
 
 
-def _own(shard: SequenceShard, tokens: int) -> Tensor:
-    """Which tokens of the whole sequence a rank's `tokens` are."""
+def tokens_of(shard: SequenceShard, tokens: int) -> Tensor:
+    """Which tokens of the whole sequence this rank's `tokens` are, int64.
+
+    Raises:
+        ValueError: as `positions`.
+    """
     shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
     own = held(length, shard.rank, shard.size, shard.layout or "contiguous")

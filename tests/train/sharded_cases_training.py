@@ -128,7 +128,7 @@ def cases() -> list[Case]:
         Case(name="unknown part", data={**ROWS, "extra": True}, layouts=two,
              refused="which parts of a batch have time; got 'weights', give the strategy a schema"),
     ]  # fmt: skip
-    made += encoders()
+    made += encoders() + dropping()
     length = {"rows": 2, "length": 16}
     transformer = {**SMALL, "n_heads": 4}
     for method in ATTENTION:  # they run as soon as attention crosses ranks
@@ -163,6 +163,28 @@ def encoders() -> list[Case]:
                          fields=small | {"n_classes": CLASSES, "pooling": pooling},
                          data={"rows": 4, "length": 19, "labels": True}, layouts=ALL))  # fmt: skip
     return made
+
+
+def dropping() -> list[Case]:
+    """Dropout: masks by position, so that stretches drop what the whole drops; groups have streams of their own."""
+    gla, packed = {**SMALL, "conv_size": 3, "dropout": 0.1}, {**PACKED, "holes": False}
+    hydra = {"d_model": 16, "n_layers": 2, "d_state": 4, "head_dim": 8, "vocab_size": V + 1, "dropout": 0.1}
+    s4 = {"d_model": 16, "n_layers": 2, "hidden_size": 16, "d_state": 4, "dropout": 0.1}
+    recomputed = {"activation_checkpointing": True}
+    return [
+        Case(name="dropout", fields=gla, accumulate=2),
+        Case(name="dropout recomputed", like="dropout", fields=gla | recomputed, accumulate=2),
+        Case(name="dropout fsdp", like="dropout", fields=gla, layouts=((1, 2), (1, 4)), accumulate=2, fsdp=True),
+        Case(name="dropout groups", fields=gla, layouts=((2, 1), (2, 2))),
+        Case(name="dropout packed", fields=gla, data=PACKED),
+        Case(name="dropout s4", model="s4", fields=s4, data=PACKED),
+        Case(name="dropout hydra", model="hydra", task="masked_language_modelling", fields=hydra,
+             data={"rows": 4, "length": 19, "holes": False}),
+        Case(name="dropout hydra packed", model="hydra", task="masked_language_modelling", fields=hydra | recomputed,
+             data=packed),
+        Case(name="dropout classes", model="hydra", task="classification", fields=hydra | {"n_classes": CLASSES},
+             data={"rows": 4, "length": 19, "labels": True}),
+    ]  # fmt: skip
 
 
 CASES = cases()

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from sharded_cases_training import CASES, OWN, Case
 from sharded_data import Data, V
 
+from zoo.layers import Dropout
 from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.interrupt import Interrupts
@@ -84,7 +85,10 @@ def train(case: Case, dp: int, cp: int, folder: Path) -> dict[str, Any]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert weights is not None
     flat = [float(x) for w in weights.values() for x in w.double().flatten()[:: case.every]]
-    return {"losses": losses.found, "weights": flat, "metrics": metrics, "groups": groups() - before}
+    streams = sorted({module.stream for module in model.modules() if isinstance(module, Dropout)})
+    return {
+        "losses": losses.found, "weights": flat, "metrics": metrics, "groups": groups() - before, "streams": streams,
+    }  # fmt: skip
 
 
 def groups() -> int:

@@ -76,6 +76,15 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(case: Any, found: tuple[dic
 
 
 @pytest.mark.slow
+def test_groups_with_other_data_drop_other_numbers(found: tuple[dict[str, Any], Path]) -> None:
+    """And dropout drops: the losses are not those without it."""
+    for layout, ranks in found[0]["dropout groups"].items():
+        cp = int(layout[2:])
+        assert [result["streams"] for result in ranks] == [[rank // cp] for rank in range(len(ranks))]
+    assert found[0]["dropout"]["1x1"][0]["losses"][0] != found[0]["gla"]["1x1"][0]["losses"][0]
+
+
+@pytest.mark.slow
 def test_whole_sequences_are_judged_across_ranks_and_counted_once(found: tuple[dict[str, Any], Path]) -> None:
     for ranks in found[0]["sequences"].values():
         for result in ranks:
