@@ -3,6 +3,7 @@
 from zoo.layers.backbone import SequenceConfig, SequenceModel
 from zoo.layers.block import Block
 from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
+from zoo.layers.dropout import Dropout
 from zoo.layers.encoder import Encoder, EncoderConfig
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.mixers.attention import Attention
@@ -28,6 +29,7 @@ __all__ = [
     "Block",
     "DeltaNet",
     "DepthwiseConvolution",
+    "Dropout",
     "Elman",
     "Encoder",
     "EncoderConfig",

@@ -13,6 +13,7 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
+from zoo.ops.dropout import check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class SequenceConfig:
     tie_embeddings: the head uses the embedding's matrix.
     norm_eps: of the block's and the final RMSNorm.
     residual_scale: each block learns, channel by channel, how much of its input goes past the mixer.
+    dropout: share of the numbers that the halves of a block add to its input which is dropped in training.
     init_std: standard deviation of every linear, embedding and short convolution weight; a mixer with a method
         `initialise(n_layers)` starts as that says.
     activation_checkpointing: recompute each block in the backward pass and keep only its input: the model starts with
@@ -39,6 +41,7 @@ class SequenceConfig:
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     residual_scale: bool = False
+    dropout: float = 0.0
     init_std: float = 0.02
     activation_checkpointing: bool = False
 
@@ -46,6 +49,7 @@ class SequenceConfig:
         for name in ("d_model", "n_layers", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        check_rate(self.dropout)
 
 
 class SequenceModel(nn.Module):
@@ -71,7 +75,9 @@ class SequenceModel(nn.Module):
 
         self.embedding = nn.Embedding(config.vocab_size, d)
         self.blocks = nn.ModuleList(
-            Block(d, mixer(i), feed_forward(), norm_eps=eps, residual_scale=config.residual_scale)
+            Block(
+                d, mixer(i), feed_forward(), norm_eps=eps, residual_scale=config.residual_scale, dropout=config.dropout
+            )
             for i in range(config.n_layers)
         )
         if any(getattr(own, "bidirectional", False) for own in self._mixers()):

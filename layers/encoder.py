@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from zoo.layers.padding import unpadded
+from zoo.layers.dropout import Dropout
+from zoo.layers.memory import contexts
+from zoo.layers.padding import RowsApart, rows_apart, unpadded
+from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
-from zoo.ops import linear_cross_entropy
-
-Pooling = Literal["first", "mean"]
+from zoo.ops import linear_cross_entropy, shard
+from zoo.ops.dropout import check_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,7 @@ class EncoderConfig:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.n_classes is not None and self.n_classes < 2:
             raise ValueError(f"n_classes must be at least 2, or None to predict tokens; got {self.n_classes}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1); got {self.dropout}")
+        check_rate(self.dropout)
 
 
 class Embeddings(nn.Module):
@@ -66,7 +67,7 @@ class Embeddings(nn.Module):
         self.word = nn.Embedding(vocab_size, d_model)
         self.token_type = nn.Embedding(n_token_types, d_model)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
         types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
@@ -78,7 +79,8 @@ class EncoderLayer(nn.Module):
 
     Args:
         d_model: D.
-        mixer: (x, cu_seqlens=) -> (y, state); whatever state it makes is dropped.
+        mixer: (x, cu_seqlens=) -> (y, state); whatever state it makes is dropped. Where a padded batch is cut across
+            ranks it is called row by row.
         prenorm: where the norm stands.
         norm_eps: of the norm.
     """
@@ -89,10 +91,20 @@ class EncoderLayer(nn.Module):
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.prenorm = prenorm
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, rows: RowsApart | None = None) -> Tensor:
         if self.prenorm:
-            return x + self.mixer(self.norm(x), cu_seqlens=cu_seqlens)[0]
-        return self.norm(x + self.mixer(x, cu_seqlens=cu_seqlens)[0])
+            return x + self._mix(self.norm(x), cu_seqlens, rows)
+        return self.norm(x + self._mix(x, cu_seqlens, rows))
+
+    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, rows: RowsApart | None) -> Tensor:
+        if rows is None:
+            mixed: Tensor = self.mixer(x, cu_seqlens=cu_seqlens)[0]
+            return mixed
+        apart = []
+        for row, (place, cuts) in zip(x.split(1), rows, strict=True):
+            with shard.seen_as(place):
+                apart.append(self.mixer(row, cu_seqlens=cuts)[0])
+        return torch.cat(apart)
 
 
 class MaskedTokenHead(nn.Module):
@@ -121,29 +133,16 @@ class ClassificationHead(nn.Module):
         super().__init__()
         self.pooling = pooling
         self.pooler = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classes = nn.Linear(d_model, n_classes)
 
     def forward(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """(B, T, D), or (1, T, D) with n documents -> (B or n, n_classes). An empty sequence counts as zeros."""
-        pooled = self._pool(x, mask) if cu_seqlens is None else self._pool_documents(x[0], cu_seqlens)
-        return self.classes(self.dropout(torch.tanh(self.pooler(pooled))))
+        """(B, T, D), or (1, T, D) with n documents -> (B or n, n_classes). An empty sequence counts as zeros.
 
-    def _pool(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return x[:, 0] if self.pooling == "first" else x.mean(dim=1)
-        if self.pooling == "first":  # a row without tokens is zeros everywhere
-            return x[torch.arange(len(x), device=x.device), mask.long().argmax(dim=1)]
-        return x.sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)  # padding holds zeros
-
-    def _pool_documents(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        lengths = cu_seqlens.diff().long()
-        if self.pooling == "first":
-            first = x[cu_seqlens[:-1].long().clamp(max=len(x) - 1)]
-            return first * (lengths > 0).unsqueeze(-1)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=x.device), lengths, output_size=len(x))
-        sums = x.new_zeros(len(lengths), x.shape[1]).index_add(0, owner, x)
-        return sums / lengths.clamp(min=1).unsqueeze(-1)
+        Where time is cut across ranks, every rank gives the logits of all whole sequences.
+        """
+        one = pooled(x, self.pooling, mask, cu_seqlens)
+        return self.classes(self.dropout(torch.tanh(self.pooler(one))))
 
 
 class Encoder(nn.Module):
@@ -224,18 +223,28 @@ class Encoder(nn.Module):
         refuse_state(type(self).__name__, state)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
-        rows = None if mask is None else unpadded(tokens, mask, cu_seqlens)
-        if rows is not None:
-            types = None if token_types is None else rows.pack(token_types)
-            packed, _ = self.encode(rows.pack(tokens), cu_seqlens=rows.cu_seqlens, token_types=types)
-            return rows.unpack(packed), None
+        apart = None
+        if mask is not None and shard.current() is not None:
+            apart = rows_apart(tokens, mask, cu_seqlens)
+        rows = None if mask is None or shard.current() is not None else unpadded(tokens, mask, cu_seqlens)
         x = self.embeddings(tokens, token_types)
+        if rows is not None:
+            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
         for block in self.blocks:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens=cu_seqlens, use_reentrant=False)
+                x = checkpoint(
+                    block, x, cu_seqlens=cu_seqlens, rows=apart, use_reentrant=False, context_fn=contexts()
+                )  # fmt: skip
             else:
-                x = block(x, cu_seqlens=cu_seqlens)
-        return x if self.norm is None else self.norm(x), None
+                x = block(x, cu_seqlens=cu_seqlens, rows=apart)
+        x = x if self.norm is None else self.norm(x)
+        if rows is not None:
+            return rows.unpack(x), None
+        if apart is not None and mask is not None:
+            return x * mask.unsqueeze(-1), None
+        # A tensor of its own, not the last block's: FSDP hangs hooks on both, which must fire in one order on all
+        # ranks, with padding on some or none.
+        return x.view_as(x), None
 
     def head(self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The logits of what `encode` returned; a head for tokens looks at each alone, at any (..., D)."""

@@ -25,8 +25,8 @@ class Halves(Protocol):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None) -> tuple[Tensor, Any]:
         """The half over time, with its residual."""
 
-    def feed(self, x: Tensor) -> Tensor:
-        """The half over channels, with its residual."""
+    def feed(self, x: Tensor, tokens: slice | None = None) -> Tensor:
+        """The half over channels, with its residual; `tokens`: which of all in one line x is, all when None."""
 
     def parameters(self) -> Any:
         """As of a module."""
@@ -104,7 +104,7 @@ class MemoryPlan:
             return whole(x, state)
         if self.recompute == "block":
             with self._inputs_to_host(x):
-                again: tuple[Tensor, Any] = checkpoint(whole, x, state, use_reentrant=False, context_fn=_contexts())
+                again: tuple[Tensor, Any] = checkpoint(whole, x, state, use_reentrant=False, context_fn=contexts())
             return again
         keeping = once.HERE
         if self.alpha is not None:
@@ -148,19 +148,23 @@ class MemoryPlan:
         parts = []
         if cut:
             with to_host(x.device, block.parameters(), tokens=cut):
-                parts.append(block.feed(flat[:, :cut]))
+                parts.append(block.feed(flat[:, :cut], slice(0, cut)))
         if cut < tokens:
             with self._inputs_to_host(x):
                 n = min(self.tiles(tokens, x.shape[2]), tokens - cut)
-                parts += _tiles(block, flat[:, cut:], n)
+                parts += _tiles(block, flat[:, cut:], n, cut)
         return torch.cat(parts, dim=1).view_as(x)
 
 
-def _tiles(block: Halves, x: Tensor, n: int) -> list[Tensor]:
-    """(1, N, D) in n tiles, each recomputed by itself."""
+def _tiles(block: Halves, x: Tensor, n: int, first: int = 0) -> list[Tensor]:
+    """(1, N, D), the tokens from `first` on, in n tiles, each recomputed by itself."""
     size = math.ceil(x.shape[1] / n)
-    return [checkpoint(block.feed, tile, use_reentrant=False) for tile in x.split(size, dim=1)]
+    return [
+        checkpoint(block.feed, tile, slice(first + i * size, first + i * size + tile.shape[1]), use_reentrant=False)
+        for i, tile in enumerate(x.split(size, dim=1))
+    ]
 
 
-def _contexts() -> Any:
+def contexts() -> Any:
+    """`context_fn` of torch.utils.checkpoint: recomputation under a sequence shard sends nothing."""
     return noop_context_fn if shard.current() is None else shard.checkpoint_contexts

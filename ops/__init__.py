@@ -7,6 +7,7 @@ from zoo.ops.causal_conv1d import causal_conv1d, causal_conv1d_summary
 from zoo.ops.complex_affine_scan import complex_affine_scan, complex_affine_scan_summary
 from zoo.ops.delta_rule import delta_rule, delta_rule_summary
 from zoo.ops.depthwise_conv1d import depthwise_conv1d
+from zoo.ops.dropout import dropout
 from zoo.ops.elman import elman
 from zoo.ops.fft_convolution import fft_convolution
 from zoo.ops.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
@@ -39,6 +40,7 @@ __all__ = [
     "delta_rule",
     "delta_rule_summary",
     "depthwise_conv1d",
+    "dropout",
     "elman",
     "fft_convolution",
     "gated_linear_attention",

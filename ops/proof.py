@@ -46,7 +46,8 @@ class OperatorSpec:
         cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
         summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
             the state of the first document into the final one of the last; every affine and halo operator has one that
-            is not iterated.
+            is not iterated and sees one side only.
+        both_sides: outputs need both ends of a sequence, and there is no state; across ranks something comes from both.
         iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
@@ -63,6 +64,7 @@ class OperatorSpec:
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
     summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
+    both_sides: bool = False
     iterated: bool = False
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")

@@ -35,11 +35,10 @@ def depthwise_conv1d(
         y: (B, T, D), in the dtype of x.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown activation, the backend cannot run here, or time is
-            cut across ranks.
+        ValueError: shapes, dtypes or devices disagree, an unknown activation, or the backend cannot run here.
 
     Cost: that of `causal_conv1d`, which does the work on an input shifted by W // 2: what it takes for the past of a
-    document is the document's own beginning.
+    document is the document's own beginning. Across ranks (W - 1) // 2 rows come from the left, W // 2 from the right.
     """
     name = "depthwise_conv1d"
     if activation not in ACTIVATIONS:
@@ -49,33 +48,37 @@ def depthwise_conv1d(
     check.same_dtype(name, x=x, weight=weight, bias=bias)
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, batch, T)
     chosen = dispatch.resolve(name, backend, x)
-    shard.refuse("A convolution that sees both sides")
-    if chosen == "reference" and T:
+    if chosen == "reference" and T and shard.current() is None:
         documents = [x] if cuts is None else [x[:, left:right] for left, right in itertools.pairwise(cuts)]
         outputs = [depthwise_conv1d_reference(z, weight, bias, activation) for z in documents if z.shape[1]]
         return torch.cat(outputs, dim=1)
-    ahead = W // 2
-    past, shifted = _batch(x, W, ahead) if cuts is None else _packed(x, W, ahead, cuts)
-    y, _ = causal_conv1d(shifted, weight, bias, past, activation=activation, cu_seqlens=cu_seqlens, backend=backend)
+    around = shard.rows_before(x, (W - 1) // 2, cuts), shard.rows_after(x, W // 2, cuts)
+    past, shifted = _batch(x, *around) if cuts is None else _packed(x, *around, cuts)
+    with shard.alone():
+        y, _ = causal_conv1d(shifted, weight, bias, past, activation=activation, cu_seqlens=cu_seqlens, backend=backend)
     return y
 
 
-def _batch(x: Tensor, width: int, ahead: int) -> tuple[Tensor, Tensor]:
-    """The W - 1 rows before the first shifted input, and the shifted inputs x_{t + ahead}."""
-    past = F.pad(x[:, :ahead], (0, 0, width - 1 - ahead, max(0, ahead - x.shape[1])))
-    return past, F.pad(x[:, ahead:], (0, 0, 0, min(ahead, x.shape[1])))
+def _batch(x: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """The W - 1 rows before the first shifted input, and the shifted inputs."""
+    width = before.shape[1] + after.shape[1]
+    past, shifted = torch.cat([before, x, after], dim=1).split([width, x.shape[1]], dim=1)
+    return past, shifted
 
 
-def _packed(x: Tensor, width: int, ahead: int, cuts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The same of every document: rows of x by number, where number T is a row of zeros."""
-    zeros = x.shape[1]
+def _packed(x: Tensor, before: Tensor, after: Tensor, cuts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The same of every document: rows by number, first those of x, then those before and after, then one of zeros."""
+    T, left_of, right_of = x.shape[1], before.shape[1], after.shape[1]
+    zeros = T + left_of + right_of
+
     rows: list[int] = []
     pasts: list[list[int]] = []
-    for left, right in itertools.pairwise(cuts):
-        wanted = range(left + ahead - (width - 1), right + ahead)
-        found = [t if left <= t < right else zeros for t in wanted]
-        pasts.append(found[: width - 1])
-        rows += found[width - 1 :]
-    padded = F.pad(x[0], (0, 0, 0, 1))  # (T + 1, D)
+    for i, (left, right) in enumerate(itertools.pairwise(cuts)):
+        earlier = range(T, T + left_of) if i == 0 else [zeros] * left_of
+        later = range(T + left_of, zeros) if i == len(cuts) - 2 else [zeros] * right_of
+        found = [*earlier, *range(left, right), *later]
+        pasts.append(found[: left_of + right_of])
+        rows += found[left_of + right_of :]
+    padded = F.pad(torch.cat([x, before, after], dim=1)[0], (0, 0, 0, 1))
     past = padded[torch.tensor(pasts, dtype=torch.long, device=x.device)]
     return past, padded[torch.tensor(rows, dtype=torch.long, device=x.device)][None]

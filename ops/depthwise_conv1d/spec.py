@@ -14,5 +14,6 @@ SPECS = (
         time=("x",),
         extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
         cp_kind="halo",
+        both_sides=True,
     ),
 )

@@ -1,21 +1,22 @@
 """Quasiseparable mixing (Hydra): two state space scans, one from each end, and a diagonal of its own."""
 
 import itertools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.once import runs_once
 from zoo.ops.quasiseparable.reference import quasiseparable_reference
-from zoo.ops.ssd import ssd
+from zoo.ops.ssd import ssd, ssd_summary
 
 DIRECTIONS = 2
 
 
 @runs_once
 @dispatch.keeps_its_precision
+@shard.over_heads(split={"x": 2, "dt": 3, "A": 0, "D": 2}, grouped={"B": 3, "C": 3})
 def quasiseparable(
     x: Tensor,
     dt: Tensor,
@@ -46,9 +47,10 @@ def quasiseparable(
         y: (B, T, H, P), in the dtype of x. There is no state: the outputs need both ends.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the backend cannot run here, or time is cut across ranks.
+        ValueError: shapes, dtypes or devices disagree, the backend cannot run here, or the reference is asked for where
+            time is cut across ranks.
 
-    Cost: twice that of `ssd`.
+    Cost: twice that of `ssd`. Across ranks each receives a state and one token's C from either side, both ways at once.
     Source: arXiv 2407.09941, section 3 (proposition 3.7); the indices are the official code's.
     """
     name = "quasiseparable"
@@ -69,8 +71,9 @@ def quasiseparable(
     cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
     if backend not in dispatch.BACKENDS:
         raise ValueError(f"{name}: backend must be one of {', '.join(dispatch.BACKENDS)}; got {backend!r}")
-    shard.refuse("Quasiseparable mixing")
-    if sizes["T"] == 0:
+    if backend == "reference":
+        shard.refuse("The explicit matrix of quasiseparable mixing")
+    if sizes["T"] == 0 and shard.current() is None:
         return torch.zeros_like(x)
     if backend == "reference":
         return _reference(x, dt, A, B, C, D, cuts)
@@ -99,16 +102,64 @@ def _two_scans(
     side = 0 if cuts is None else 1
     both = None
     if cuts is not None:  # on the CPU: only the host reads boundaries, and it has just read these
-        both = torch.tensor([*cuts, *(2 * T - cut for cut in reversed(cuts[:-1]))])
+        both = torch.tensor([*cuts, *(T + cut for cut in shard.mirrored(cuts)[1:])])
     x2, dt2, B2, C2 = (
         torch.cat([left, right.flip(1)], dim=side)
         for left, right in ((x, x), *((z[:, :, 0], z[:, :, 1]) for z in (dt, B, C)))
     )
-    y = ssd(x2, dt2, A, B2, C2, cu_seqlens=both, backend=backend)[0]
-    y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))  # token i gets what the state before it says
-    if both is not None:
-        starts = [cut for cut in both.tolist() if cut < 2 * T]
-        y = y.index_fill(1, torch.tensor(starts, device=y.device), 0.0)
+    edges = _Edges() if shard.current() is None else _across(x, dt, A, B, C, cuts)
+    with shard.alone():
+        y = ssd(x2, dt2, A, B2, C2, state=edges.states, cu_seqlens=both, backend=backend)[0]
     forward, backward = y.chunk(2, dim=side)
+    inside = ((), ()) if cuts is None else (cuts[1:-1], shard.mirrored(cuts)[1:-1])
+    forward = _shifted(forward, edges.left, inside[0])
+    backward = _shifted(backward, edges.right, inside[1])
     y = forward + backward.flip(1)
     return y if D is None else torch.addcmul(y, D.to(y.dtype).unsqueeze(-1), x)
+
+
+def _shifted(y: Tensor, first: Tensor | None, starts: tuple[int, ...]) -> Tensor:
+    """Token i gets what the state before it says: `first` in front, nothing where a further document starts."""
+    T = y.shape[1]
+    first = torch.zeros_like(y[:, :1]) if first is None else first
+    y = torch.cat([first, y], dim=1)[:, :T]
+    starts = tuple(start for start in starts if start < T)
+    return y.index_fill(1, torch.tensor(starts, device=y.device), 0.0) if starts else y
+
+
+class _Edges(NamedTuple):
+    """What enters a stretch of time on both sides; nothing where time is not cut.
+
+    states: before the first token of every row or document, first of those from the left, (2 n, H, N, P).
+    left, right: what the entering states say to the first and to the last token, (B, 1, H, P).
+    """
+
+    states: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+def _across(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, cuts: tuple[int, ...] | None) -> _Edges:
+    """States from both sides, and the neighbours' C, with which the tokens at the edges read them."""
+    batch, H, P, G, N = x.shape[0], *x.shape[2:], *C.shape[3:]
+    reads = (
+        shard.rows_before(C[:, :, 0].flatten(2), 1, cuts),
+        shard.rows_after(C[:, :, 1].flatten(2), 1, cuts),
+    )
+    flipped = [z[:, :, 1].flip(1) for z in (dt, B)]
+    elements = (
+        ssd_summary(x, dt[:, :, 0], A, B[:, :, 0], cu_seqlens=None if cuts is None else torch.tensor(cuts)),
+        ssd_summary(
+            x.flip(1), flipped[0], A, flipped[1],
+            cu_seqlens=None if cuts is None else torch.tensor(shard.mirrored(cuts)),
+        ),
+    )  # fmt: skip
+    none = torch.zeros_like(elements[0].b)
+    states = shard.incoming_states(elements, (none, none))
+    said = [
+        torch.einsum("bgrnp,bgn->bgrp", state.unflatten(1, (G, H // G)), read.view(batch, G, N).to(state.dtype))
+        for state, read in zip(states, reads, strict=True)
+    ]
+    n = batch if cuts is None else len(cuts) - 1
+    rest = none.new_zeros(n - batch, H, N, P)  # later documents start afresh
+    return _Edges(torch.cat([states[0], rest, states[1], rest]), *(y.reshape(batch, 1, H, P).to(x.dtype) for y in said))

@@ -38,7 +38,8 @@ SPECS = (
             "forget everything": lambda i: i | {"A": i["A"] * 0 - 500},
             "resets among weak gates": lambda i: i | {"dt": at_some(i["dt"] * 0.01, 100.0)},
         },
-        cp_kind="affine",  # from either side; across ranks it is refused until both carries cross
+        cp_kind="affine",
+        both_sides=True,
         forms=SSD[0].forms,  # its scans are ssd's
     ),
 )

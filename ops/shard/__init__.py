@@ -11,6 +11,10 @@ Packed documents: every rank gets its slice of the flattened stream with the bou
 The first local document is the one that goes on from earlier ranks: where a new document begins exactly at the edge,
 an empty one comes first. The last local document goes on to later ranks.
 
+What sees both sides of every token hears from both neighbours: `rows_before` and `rows_after` of a convolution, the
+two states of `incoming_states`; and inside `from_the_right()` every operator on a flipped stretch runs from the last
+rank to the first.
+
 Every exchange remembers its shard, because the backward pass runs when the `with` is over.
 
 | file | its one idea |
@@ -21,20 +25,24 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
 | `scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: inside an operator's own node |
 | `ends.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
-| `halo.py` | `halo`: the last rows before the left edge, for convolutions and token shifts |
+| `both.py` | `incoming_states`: the states at both edges, from either side at once |
+| `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
+| `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
+from zoo.ops.shard.both import incoming_states
 from zoo.ops.shard.ends import across
 from zoo.ops.shard.exchange import Message, observed
-from zoo.ops.shard.halo import halo
+from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
-from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, positions, stretch
+from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
 from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
-from zoo.ops.shard.scope import arrived, checkpoint_contexts, current, refuse, use
+from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
 from zoo.ops.shard.serial import serial
+from zoo.ops.shard.total import total, whole
 
 __all__ = [
     "ATTENTION",
@@ -46,20 +54,31 @@ __all__ = [
     "Message",
     "SequenceShard",
     "across",
+    "alone",
     "arrived",
     "checkpoint_contexts",
     "crossing",
     "current",
+    "from_the_right",
     "halo",
     "held",
     "incoming_state",
+    "incoming_states",
     "largest",
     "local_boundaries",
+    "mirrored",
     "observed",
     "over_heads",
+    "owners",
     "positions",
     "refuse",
+    "rows_after",
+    "rows_before",
+    "seen_as",
     "serial",
     "stretch",
+    "tokens_of",
+    "total",
     "use",
+    "whole",
 ]

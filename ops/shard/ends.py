@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.algebra import Affine
-from zoo.ops.shard.scan import SCANS, _cut, incoming_state
+from zoo.ops.shard.scan import SCANS, cut_here, incoming_state
 from zoo.ops.shard.scope import Scope
 
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -38,7 +38,7 @@ def across(
     Returns:
         What `run` does.
     """
-    found = _cut()
+    found = cut_here()
     if found is None:
         return run(state)
     rank, size = found.shard.rank, found.shard.size

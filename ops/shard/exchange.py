@@ -69,13 +69,13 @@ class Pending:
 def send(shard: SequenceShard, x: Tensor, peer: int, what: str = ACTIVATIONS) -> Pending:
     """Start to send to a rank of the group."""
     x = x.contiguous()
-    return Pending("send", what, x, dist.isend(x, group=shard.group, group_dst=peer))
+    return Pending("send", what, x, dist.isend(x, group=shard.group, group_dst=shard.peer(peer)))
 
 
 def receive(shard: SequenceShard, like: Tensor, peer: int, what: str = ACTIVATIONS) -> Pending:
     """Start to receive a tensor such as `like` from a rank of the group; messages of one sender arrive in order."""
     x = torch.empty_like(like, memory_format=torch.contiguous_format)
-    return Pending("receive", what, x, dist.irecv(x, group=shard.group, group_src=peer))
+    return Pending("receive", what, x, dist.irecv(x, group=shard.group, group_src=shard.peer(peer)))
 
 
 class Meeting:
@@ -113,7 +113,7 @@ def meet(
         for peer, tensors in sorted(receives.items())
     }
     work = [
-        dist.P2POp(action, x, group=shard.group, group_peer=peer)
+        dist.P2POp(action, x, group=shard.group, group_peer=shard.peer(peer))
         for action, messages in ((dist.isend, out), (dist.irecv, back))
         for peer, tensors in messages.items()
         for x in tensors
@@ -132,13 +132,13 @@ def swap(
 
 
 def all_gather(shard: SequenceShard, x: Tensor, what: str = ACTIVATIONS) -> list[Tensor]:
-    """The x of all ranks, which are of one shape."""
+    """The x of all ranks, in their order, which are of one shape."""
     x = x.contiguous()
     everyone = [torch.empty_like(x) for _ in range(shard.size)]
     dist.all_gather(everyone, x, group=shard.group)
     others = (shard.size - 1) * x.nbytes
     _tell("all_gather", what, others, others)
-    return everyone
+    return everyone[::-1] if shard.backwards else everyone
 
 
 def all_to_all(
@@ -153,7 +153,7 @@ def all_to_all(
     out = [parts[i].contiguous() for i, _ in others]
     back = [torch.empty_like(likes[i], memory_format=torch.contiguous_format) for i, _ in others]
     work = [
-        dist.P2POp(action, x, group=shard.group, group_peer=rank)
+        dist.P2POp(action, x, group=shard.group, group_peer=shard.peer(rank))
         for action, tensors in ((dist.isend, out), (dist.irecv, back))
         for x, (_, rank) in zip(tensors, others, strict=True)
         if x.numel()
@@ -168,6 +168,7 @@ def all_to_all(
 
 def reduce_scatter(shard: SequenceShard, x: Tensor) -> Tensor:
     """The sum over all ranks of their x[rank], for x (size, ...)."""
+    x = x.flip(0) if shard.backwards else x
     out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
     _reduce_scatter(out, x.contiguous().flatten(0, 1) if x.ndim > 1 else x, group=shard.group)
     others = (shard.size - 1) * out.nbytes

@@ -1,4 +1,4 @@
-"""The rows before a rank's left edge, for convolutions and token shifts: one message to the right, one back."""
+"""The rows beyond a rank's edges, for convolutions and token shifts: one message to the neighbour, one back."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from zoo.ops.algebra import Tail
 from zoo.ops.shard import exchange
 from zoo.ops.shard.place import SequenceShard
-from zoo.ops.shard.scope import Scope, scope
+from zoo.ops.shard.scope import Scope, from_the_right, scope
 
 
 def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
@@ -29,6 +29,38 @@ def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
         tail = tail.reset_to(tail.apply(state[-1:]))
     first = _Halo.apply(found, state[:1] if several else state, tail.rows)
     return torch.cat([first, state[1:]]) if several else first
+
+
+def rows_before(x: Tensor, width: int, cuts: tuple[int, ...] | None = None) -> Tensor:
+    """The `width` rows just before this rank's stretch, without a state: for what sees both sides.
+
+    Args:
+        x: this rank's stretch, (B, T, D).
+        width: rows wanted.
+        cuts: the local boundaries of packed documents, B = 1; the rows are those of the first one.
+
+    Returns:
+        (B, width, D); zeros before the beginning of a document, and all zeros without a shard.
+
+    Raises:
+        ValueError: the shard's layout is not contiguous.
+
+    Cost: as `halo`.
+    """
+    several = cuts is not None and len(cuts) > 2
+    own = x[:, cuts[-2] :] if several and cuts is not None else x
+    return halo(Tail.of(own, width), x.new_zeros(x.shape[0], width, x.shape[2]), several)
+
+
+def rows_after(x: Tensor, width: int, cuts: tuple[int, ...] | None = None) -> Tensor:
+    """The `width` rows just after this rank's stretch, those of its last document; otherwise as `rows_before`."""
+    with from_the_right():
+        return rows_before(x.flip(1), width, None if cuts is None else mirrored(cuts)).flip(1)
+
+
+def mirrored(cuts: tuple[int, ...]) -> tuple[int, ...]:
+    """The boundaries of the same documents when time runs the other way."""
+    return tuple(cuts[-1] - cut for cut in reversed(cuts))
 
 
 class _Halo(torch.autograd.Function):

@@ -25,19 +25,19 @@ R = TypeVar("R")
 
 
 def over_heads(
-    *, split: Mapping[str, int], grouped: Sequence[str] = (), shared: Sequence[str] = ()
+    *, split: Mapping[str, int], grouped: Mapping[str, int] | None = None, shared: Sequence[str] = ()
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A public operator that runs over slices of heads where the shard's method is "heads", and as it is elsewhere.
 
-    The operator returns (y, state) and takes `state` and `cu_seqlens` by these names; y has heads in dimension 2, the
-    state in dimension 1. Then every rank returns the state after the whole sequence, or after the whole of each of its
-    documents. What an operator returns beside them are numbers that say how large something may be: the largest of all
-    ranks' is returned.
+    The operator returns y or (y, state) and takes `state` and `cu_seqlens` by these names; y has heads in dimension 2,
+    the state in dimension 1. Then every rank returns the state after the whole sequence, or after the whole of each of
+    its documents. What an operator returns beside them are numbers that say how large something may be: the largest of
+    all ranks' is returned.
 
     Args:
         split: {argument: the dimension of its heads}: 2 or 3 for what has time in dimension 1, 0 or 1 for parameters.
-        grouped: arguments with time in dimension 1 and groups of heads in dimension 2; all go to every rank, which
-            keeps the groups of its heads.
+        grouped: {argument: the dimension of its groups of heads} for arguments with time in dimension 1; all go to
+            every rank, which keeps the groups of its heads.
         shared: arguments with time in dimension 1 that all heads read; all go to every rank.
     """
 
@@ -50,7 +50,7 @@ def over_heads(
             if found is None or found.shard.method != "heads" or found.shard.size == 1:
                 return operator(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
-            return _run(found, operator, given, split, grouped, shared)  # type: ignore[return-value]
+            return _run(found, operator, given, split, grouped or {}, shared)  # type: ignore[return-value]
 
         run.over_heads = True  # type: ignore[attr-defined]
         return run
@@ -70,11 +70,12 @@ def _run(
     operator: Callable[..., Any],
     given: Mapping[str, Any],
     split: Mapping[str, int],
-    grouped: Sequence[str],
+    grouped: Mapping[str, int],
     shared: Sequence[str],
-) -> tuple[Tensor, ...]:
+) -> Tensor | tuple[Tensor, ...]:
     shard, name = found.shard, getattr(operator, "__name__", "operator")
     shard.require_contiguous(name)
+    shard.require_forward("slices of heads")
     first = next(given[key].movedim(dim, 2) for key, dim in split.items() if dim >= 2)
     cut = _cut(shard, name, first)
     own = slice(*cut.heads[shard.rank])
@@ -88,7 +89,8 @@ def _run(
         elif key in split and dim < 2:
             taken[key] = x.movedim(dim, 0)[own].movedim(0, dim)
         elif key in grouped:
-            taken[key] = _groups_of(_ToAll.apply(found, x, cut), first.shape[2], own)
+            everyone = _ToAll.apply(found, x, cut).movedim(grouped[key], 2)
+            taken[key] = _groups_of(everyone, first.shape[2], own).movedim(2, grouped[key])
         elif key in shared or key in split:  # one number for all heads
             taken[key] = _everywhere(found, x, cut)
     if given.get("cu_seqlens") is not None:
@@ -96,7 +98,11 @@ def _run(
     if given.get("state") is not None:
         taken["state"] = _FromFirst.apply(found, given["state"], first, cut)
     with use(None):
-        y, state, *numbers = operator(**taken)
+        result = operator(**taken)
+    if isinstance(result, Tensor):
+        back: Tensor = _ToTime.apply(found, result, cut)
+        return back
+    y, state, *numbers = result
     y, state = _Back.apply(found, y, state, cut)
     if shard.documents is not None and given.get("cu_seqlens") is not None:
         local = local_boundaries(taken["cu_seqlens"], shard.rank, shard.size, cut.time[-1][1])
@@ -181,6 +187,18 @@ class _ToHeads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, _to_time(ctx.shard, dy, ctx.cut), None
+
+
+class _ToTime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, found: Scope, y: Tensor, cut: _Cut) -> Tensor:
+        ctx.shard, ctx.cut = found.shard, cut
+        return found.arrival(lambda: _to_time(found.shard, y, cut))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return None, _to_heads(ctx.shard, dy, ctx.cut), None
 
 
 class _Back(torch.autograd.Function):

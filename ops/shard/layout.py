@@ -38,8 +38,36 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
     """The position of each of this rank's `tokens` in its own document, int64.
 
     Raises:
-        ValueError: the rank does not hold `tokens` of the shard's `length`.
+        ValueError: the rank does not hold `tokens` of the shard's `length`, or the place is reversed.
     """
+    own = tokens_of(shard, tokens)
+    if shard.documents is not None:
+        own = own - torch.tensor(shard.documents[:-1])[_owners(shard, own)]
+    return own.to(device)
+
+
+def owners(shard: SequenceShard, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    """Of which of the shard's `documents` each of this rank's `tokens` is a part, int64; 0 where there are none.
+
+    Raises:
+        ValueError: as `positions`.
+    """
+    own = tokens_of(shard, tokens)
+    return (torch.zeros_like(own) if shard.documents is None else _owners(shard, own)).to(device)
+
+
+def _owners(shard: SequenceShard, own: Tensor) -> Tensor:
+    assert shard.documents is not None
+    return torch.searchsorted(torch.tensor(shard.documents[:-1]), own, right=True) - 1
+
+
+def tokens_of(shard: SequenceShard, tokens: int) -> Tensor:
+    """Which tokens of the whole sequence this rank's `tokens` are, int64.
+
+    Raises:
+        ValueError: as `positions`.
+    """
+    shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
     own = held(length, shard.rank, shard.size, shard.layout or "contiguous")
     if len(own) != tokens:
@@ -47,10 +75,7 @@ def positions(shard: SequenceShard, tokens: int, device: torch.device | str = "c
             f"rank {shard.rank} of {shard.size} holds {len(own)} of {length} tokens; got {tokens}, give SequenceShard "
             "the length of the whole sequence"
         )
-    if shard.documents is not None:
-        starts = torch.tensor(shard.documents[:-1])
-        own = own - starts[torch.searchsorted(starts, own, right=True) - 1]
-    return own.to(device)
+    return own
 
 
 class LocalBoundaries(NamedTuple):

@@ -1,6 +1,6 @@
 """One rank's place in a sequence that is cut across a process group, and how what crosses the edges travels."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
 
@@ -59,8 +59,9 @@ class SequenceShard:
         link: what a message costs; "zeco" chooses its number of blocks by it.
         blocks: of "zeco", in place of that choice.
         inner: of "usp", the ranks of one head group, neighbours; a divisor of the group's size.
+        backwards: time runs from the group's last rank to its first, see `reversed`.
 
-    Attributes: rank and size, in the group.
+    Attributes: rank and size, in the group; backwards, the last rank of the group is rank 0.
     """
 
     group: dist.ProcessGroup | None = None
@@ -72,6 +73,7 @@ class SequenceShard:
     link: Link = Link()
     blocks: int | None = None
     inner: int | None = None
+    backwards: bool = False
     rank: int = field(init=False)
     size: int = field(init=False)
 
@@ -92,14 +94,32 @@ class SequenceShard:
                 f"got layout {layout!r}, leave it out"
             )
         object.__setattr__(self, "layout", layout)
-        object.__setattr__(self, "rank", dist.get_rank(self.group))
         object.__setattr__(self, "size", dist.get_world_size(self.group))
-        if self.rank < 0:
+        rank = dist.get_rank(self.group)
+        if rank < 0:
             raise ValueError("SequenceShard: this process is no member of the group; make it on the group's ranks only")
+        object.__setattr__(self, "rank", self.peer(rank))
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"SequenceShard: blocks must be at least 1; got {self.blocks}")
         if self.inner is not None and (self.inner < 1 or self.size % self.inner):
             raise ValueError(f"SequenceShard: inner must divide the {self.size} ranks; got {self.inner}")
+
+    def peer(self, rank: int) -> int:
+        """A rank of this place as a rank of the group, and back."""
+        return self.size - 1 - rank if self.backwards else rank
+
+    def reversed(self) -> "SequenceShard":
+        """The same stretch with time run the other way: what comes from the ranks before now comes from those after.
+
+        For what crosses the edges of flipped stretches. Which tokens a rank holds is said by the place itself alone:
+        stretches need not be symmetric, so positions and slices of heads refuse its reverse.
+        """
+        return replace(self, backwards=not self.backwards)
+
+    def require_forward(self, what: str) -> None:
+        """Raise where time runs from the last rank to the first."""
+        if self.backwards:
+            raise ValueError(f"{what} are those of time run forward; got a reversed place, ask outside of it")
 
     def require_contiguous(self, what: str) -> None:
         """Raise unless every rank holds a stretch of time in one piece."""

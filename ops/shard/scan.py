@@ -51,7 +51,7 @@ def incoming_state(
 
     Cost: by the shard's method, see the table of this file.
     """
-    found = _cut()
+    found = cut_here()
     if found is None:
         return state
     if several:
@@ -61,7 +61,7 @@ def incoming_state(
     return torch.cat([first, state[1:]]) if several else first
 
 
-def _cut() -> Scope | None:
+def cut_here() -> Scope | None:
     """The scope in use, or None where a state crosses no edge."""
     found = scope()
     if found is None or found.shard.size == 1:
@@ -124,7 +124,7 @@ def crossing(kind: type[Any], several: bool = False) -> "Crossing | None":
     Raises:
         ValueError: as `incoming_state`.
     """
-    found = _cut()
+    found = cut_here()
     return None if found is None else Crossing(found, kind, several)
 
 
@@ -235,6 +235,10 @@ class _Scanner:
     def __init__(self, shard: SequenceShard, kind: Kind):
         self.shard, self.kind = shard, kind
 
+    def blocks(self, element: Affine) -> int:
+        """In how many parts of the columns a chain hands a state on."""
+        return 1
+
     def forward(self, element: Affine, state: Tensor) -> Tensor:
         """`element` of this rank's stretch, `state` before the first rank's."""
         raise NotImplementedError
@@ -254,14 +258,14 @@ class _AllGather(_Scanner):
         elements = self._gather(element)
         if rank == 0:
             return state.clone()
-        return _folded(elements[0].b, elements[1:rank])
+        return folded(elements[0].b, elements[1:rank])
 
     def backward(self, element: Affine) -> Tensor:
         return self._back(self._gather(element), element.b)
 
     def _back(self, elements: Sequence[Affine], like: Tensor) -> Tensor:
         later = [e.transposed(e.b) for e in reversed(elements[self.shard.rank + 1 :])]
-        return _folded(torch.zeros_like(like), later)
+        return folded(torch.zeros_like(like), later)
 
     def _gather(self, element: Affine) -> list[Affine]:
         flat = torch.cat([x.reshape(-1) for x in element])
@@ -298,9 +302,6 @@ class _Lasp(_Scanner):
     def backward(self, element: Affine) -> Tensor:
         return self._chain(element.transposed(element.b), torch.zeros_like(element.b), step=-1)
 
-    def blocks(self, element: Affine) -> int:
-        return 1
-
     def _chain(self, element: Affine, initial: Tensor, step: int) -> Tensor:
         """The exclusive scan along the ranks in the direction `step`; `initial` is before its first rank."""
         shard = self.shard
@@ -330,7 +331,8 @@ class _Zeco(_Lasp):
         return self.shard.link.blocks(self.shard.size, element.b.nbytes, most)
 
 
-def _folded(state: Tensor, elements: Sequence[Any]) -> Tensor:
+def folded(state: Tensor, elements: Sequence[Any]) -> Tensor:
+    """The state after all elements, in memory of its own."""
     for element in elements:
         state = element.apply(state)
     return state.clone(memory_format=torch.contiguous_format)

@@ -61,10 +61,29 @@ def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
     return _Entering(lambda: None if shard is None else Scope(shard))
 
 
+def alone() -> AbstractContextManager[None]:
+    """Inside nothing is cut: for an operator that has exchanged what it needs. Nothing is asked without a shard."""
+    return nullcontext() if scope() is None else use(None)
+
+
 def current() -> SequenceShard | None:
     """The shard in use here, or None."""
     found = scope()
     return None if found is None else found.shard
+
+
+def seen_as(place: SequenceShard) -> AbstractContextManager[None]:
+    """Inside a shard, another view of the same ranks; recomputation reads arrivals back in the order of both."""
+    found = scope()
+    assert found is not None
+    other = found._replace(shard=place)
+    return _Entering(lambda: other)
+
+
+def from_the_right() -> AbstractContextManager[None]:
+    """Inside, time runs from the last rank to the first: operators on flipped stretches hear from the ranks after."""
+    found = scope()
+    return nullcontext() if found is None else seen_as(found.shard.reversed())
 
 
 def refuse(what: str) -> None:

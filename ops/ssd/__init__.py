@@ -17,7 +17,7 @@ if dispatch.HAS_TRITON:
 
 @runs_once
 @dispatch.keeps_its_precision
-@shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped=("B", "C"))
+@shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped={"B": 2, "C": 2})
 def ssd(
     x: Tensor,
     dt: Tensor,

@@ -16,6 +16,7 @@ from typing import Any
 import sharded_attention
 import sharded_methods as methods
 import sharded_models
+import sharded_sides
 import torch
 import torch.distributed as dist
 from sharded_cases import LAYOUTS, Errors, model, operator, recomputation_sends_nothing, refusals, without
@@ -31,11 +32,14 @@ def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
     """Names that start with "dropped" must fail on more than one rank."""
     made: dict[str, Callable[[shard.SequenceShard], Errors]] = {}
     for name, spec in OPERATORS.items():
-        if spec.summary is None and not spec.iterated:
+        if spec.summary is None and not spec.iterated and not spec.both_sides:
             continue
         for layout in LAYOUTS:
             made[f"{name}, {layout}"] = lambda place, s=spec, lay=layout: operator(place, s, lay)
-            made[f"{name}, {layout}, no state"] = lambda place, s=spec, lay=layout: operator(place, s, lay, given=False)
+            if spec.state is not None:
+                made[f"{name}, {layout}, no state"] = (
+                    lambda place, s=spec, lay=layout: operator(place, s, lay, given=False)
+                )  # fmt: skip
             for length in (6, 3):  # stretches shorter than the convolution, and ranks without a token
                 made[f"{name}, {layout}, {length}"] = (
                     lambda place, s=spec, lay=layout, n=length: operator(place, s, lay, length=n)
@@ -51,6 +55,7 @@ def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
     made["model deltanet, recomputed"] = lambda place: model(place, "deltanet", "borders at edges", recompute=True)
     made["recomputation"] = recomputation_sends_nothing
     made |= methods.checks()
+    made |= sharded_sides.checks()
     made["refusals"] = refusals
     return made
 

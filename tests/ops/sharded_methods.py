@@ -254,7 +254,11 @@ def walked(method: str, layout: str) -> Check:
 
 def checks() -> dict[str, Check]:
     made: dict[str, Check] = {}
-    affine = {n: s for n, s in OPERATORS.items() if s.cp_kind == "affine" and (s.summary is not None or s.iterated)}
+    affine = {
+        n: s
+        for n, s in OPERATORS.items()
+        if s.cp_kind == "affine" and (s.summary is not None or s.iterated or s.both_sides)
+    }
     for (name, spec), way in itertools.product(affine.items(), WAYS):
         if way == "heads" and not hasattr(getattr(spec.function, "func", spec.function), "over_heads"):
             continue

@@ -1,4 +1,4 @@
-"""Every registered causal model by every method that its layers admit: three steps of training equal one process.
+"""Every registered model by every method that its layers admit: three steps of training equal one process.
 
 The table is made from the registry, so that a new model is in it by existing.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import sharded_encoders
 import torch
 from sharded_cases import Errors, summed
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ DOCUMENTS = (0, 3, 19, 24)  # borders inside stretches, and one document over th
 # What a model is told, as far as it has such fields: small, and far from the start so that every part matters.
 SMALL: dict[str, Any] = {
     "d_model": 16, "n_layers": 2, "vocab_size": VOCABULARY, "n_heads": 4, "head_dim": 8, "hidden_size": 24,
-    "d_state": 4, "n_groups": 2, "init_std": 0.3,
+    "d_state": 4, "n_groups": 2, "init_std": 0.3, "dropout": 0.0,
 }  # fmt: skip
 HYBRID = "deltanet(n_heads=4), attention(n_heads=4, window=9), attention(n_heads=4, n_kv_heads=2)"
 CONTIGUOUS_ATTENTION = ("allgather", "ring", "ulysses", "tokenring", "lightseq")
@@ -136,7 +137,7 @@ def refusing(check: Check) -> Check:
 
 def checks() -> dict[str, Check]:
     made: dict[str, Check] = {}
-    for name in [*(n for n in list_models() if "causal" in model_info(n).tags), "hybrid"]:
+    for name in [*list_models(), "hybrid"]:
         found = ways(name)
         assert found, f"{name} has no way to be cut across ranks"
         for way, fields in found.items():
@@ -149,4 +150,4 @@ def checks() -> dict[str, Check]:
         made[f"dropped {name}"] = lambda place, n=name, f=next(iter(found.values())): model_check(
             place, n, f, packed=False, dropped=True
         )
-    return made
+    return made | sharded_encoders.checks()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sharded_data import V
+from sharded_data import CLASSES, V
 from torch import Tensor, nn
 
 from zoo.ops import causal_conv1d, gated_linear_attention
@@ -21,6 +21,7 @@ PACKED = {"rows": 1, "length": 20, "documents": (0, 3, 5, 10, 18, 20)}  # border
 class Case:
     name: str
     model: str = "gla"
+    task: str = "language_modelling"
     fields: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=lambda: ROWS)
     strategy: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +128,7 @@ def cases() -> list[Case]:
         Case(name="unknown part", data={**ROWS, "extra": True}, layouts=two,
              refused="which parts of a batch have time; got 'weights', give the strategy a schema"),
     ]  # fmt: skip
+    made += encoders() + dropping()
     length = {"rows": 2, "length": 16}
     transformer = {**SMALL, "n_heads": 4}
     for method in ATTENTION:  # they run as soon as attention crosses ranks
@@ -135,6 +137,54 @@ def cases() -> list[Case]:
                          strategy={"attention": method}))  # fmt: skip
     made.append(Case(name="hybrid", fields={**SMALL, "pattern": "gla, attention"}, data=length, every=7))
     return made
+
+
+def encoders() -> list[Case]:
+    """Hydra, which sees both sides: masked tokens, also of padded rows and of packed documents, and classes.
+
+    What is masked is drawn by the rank of the data, so only groups of one are like one process.
+    """
+    small = {"d_model": 16, "n_layers": 2, "d_state": 4, "head_dim": 8, "vocab_size": V + 1, "dropout": 0.0}
+    masked = {"model": "hydra", "task": "masked_language_modelling"}
+    whole, packed = {"rows": 4, "length": 19, "holes": False}, {**PACKED, "holes": False}
+    made = [
+        Case(name="hydra", **masked, fields=small, data=whole, accumulate=2),
+        Case(name="hydra fsdp", **masked, like="hydra", fields=small, data=whole, layouts=((1, 2), (1, 4)),
+             accumulate=2, fsdp=True),
+        Case(name="hydra groups", **masked, fields=small, data=whole, layouts=((2, 1), (2, 2))),
+        Case(name="hydra groups fsdp", **masked, like="hydra groups", fields=small, data=whole, layouts=((2, 2),),
+             fsdp=True),
+        Case(name="hydra packed", **masked, fields=small | {"activation_checkpointing": True}, data=packed,
+             strategy={"method": "lasp2"}),
+        Case(name="hydra heads", **masked, fields=small, data=packed, strategy={"method": "heads"}),
+    ]  # fmt: skip
+    for pooling in ("first", "mean"):
+        made.append(Case(name=f"hydra classes, {pooling}", model="hydra", task="classification",
+                         fields=small | {"n_classes": CLASSES, "pooling": pooling},
+                         data={"rows": 4, "length": 19, "labels": True}, layouts=ALL))  # fmt: skip
+    return made
+
+
+def dropping() -> list[Case]:
+    """Dropout: masks by position, so that stretches drop what the whole drops; groups have streams of their own."""
+    gla, packed = {**SMALL, "conv_size": 3, "dropout": 0.1}, {**PACKED, "holes": False}
+    hydra = {"d_model": 16, "n_layers": 2, "d_state": 4, "head_dim": 8, "vocab_size": V + 1, "dropout": 0.1}
+    s4 = {"d_model": 16, "n_layers": 2, "hidden_size": 16, "d_state": 4, "dropout": 0.1}
+    recomputed = {"activation_checkpointing": True}
+    return [
+        Case(name="dropout", fields=gla, accumulate=2),
+        Case(name="dropout recomputed", like="dropout", fields=gla | recomputed, accumulate=2),
+        Case(name="dropout fsdp", like="dropout", fields=gla, layouts=((1, 2), (1, 4)), accumulate=2, fsdp=True),
+        Case(name="dropout groups", fields=gla, layouts=((2, 1), (2, 2))),
+        Case(name="dropout packed", fields=gla, data=PACKED),
+        Case(name="dropout s4", model="s4", fields=s4, data=PACKED),
+        Case(name="dropout hydra", model="hydra", task="masked_language_modelling", fields=hydra,
+             data={"rows": 4, "length": 19, "holes": False}),
+        Case(name="dropout hydra packed", model="hydra", task="masked_language_modelling", fields=hydra | recomputed,
+             data=packed),
+        Case(name="dropout classes", model="hydra", task="classification", fields=hydra | {"n_classes": CLASSES},
+             data={"rows": 4, "length": 19, "labels": True}),
+    ]  # fmt: skip
 
 
 CASES = cases()

@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.train.data.base import DataModule
+from zoo.tokenizers import ByteTokenizer
+from zoo.train.data.base import WHOLE_SEQUENCES, DataModule
 from zoo.train.data.loader import Source
 
 V = 13
+CLASSES = 3
 
 
 def signal_at(step: int) -> None:
@@ -21,7 +23,8 @@ def signal_at(step: int) -> None:
 
 class Rows(Source):
     """`rows` sequences a step, dealt out to the ranks; unequal numbers of scored targets, the last quarter has none in
-    every second row. With `documents`, one row whose borders fall inside and on stretches."""
+    every second row. With `documents`, one row whose borders fall inside and on stretches. With `holes` False, targets
+    are left out at the ends of rows alone; with `labels`, a sequence has one target."""
 
     def __init__(
         self,
@@ -30,8 +33,11 @@ class Rows(Source):
         documents: tuple[int, ...] | None = None,
         differ: bool = False,
         extra: bool = False,
+        holes: bool = True,
+        labels: bool = False,
     ):
         self.rows, self.length, self.documents, self.differ, self.extra = rows, length, documents, differ, extra
+        self.holes, self.labels = holes, labels
 
     def steps(self, world: int) -> int:
         return 1000
@@ -41,11 +47,13 @@ class Rows(Source):
         made = torch.Generator().manual_seed(1000 * epoch + step)
         text = torch.randint(V, (self.rows, self.length + 1), generator=made)
         targets = text[:, 1:].clone()
-        targets[torch.rand(targets.shape, generator=made) < 0.3] = -100
+        targets[self.holes & (torch.rand(targets.shape, generator=made) < 0.3)] = -100
         targets[::2, -(self.length // 4) :] = -100
         if self.differ:
             text = text + torch.distributed.get_rank()
         batch = {"tokens": text[rank::world, :-1].contiguous(), "targets": targets[rank::world].contiguous()}
+        if self.labels:
+            return {"tokens": batch["tokens"], "targets": text[rank::world, 0] % CLASSES}
         batch["n_bytes"] = 2 * (batch["targets"] != -100).sum()
         if self.extra:
             batch["weights"] = torch.ones(self.rows)
@@ -62,6 +70,9 @@ class Data(DataModule):
     def __init__(self, **settings: Any):
         super().__init__(batch_size=1, num_workers=0, seed=0)
         self.settings = settings
+        self.tokenizer = ByteTokenizer()  # whose symbols are no tokens of these data
+        if settings.get("labels"):
+            self.schema, self.n_classes = WHOLE_SEQUENCES, CLASSES
 
     @property
     def vocab_size(self) -> int:

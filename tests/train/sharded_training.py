@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, Trainer
 from sharded_cases_training import CASES, OWN, Case
 from sharded_data import Data, V
 
+from zoo.layers import Dropout
 from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.interrupt import Interrupts
@@ -30,8 +31,14 @@ from zoo.train.quiet import quiet_lightning
 from zoo.train.strategies import ContextParallelFSDPStrategy, ContextParallelStrategy
 from zoo.train.strategies.fsdp import whole_weights
 from zoo.train.stream import EndlessData
+from zoo.train.tasks.classification import Classification
 from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.masked_language_modelling import MaskedLanguageModelling
 
+TASKS: dict[str, Any] = {
+    "classification": Classification, "language_modelling": LanguageModelling,
+    "masked_language_modelling": MaskedLanguageModelling,
+}  # fmt: skip
 HANGS_AFTER = 400  # seconds; then every process says where it stands
 
 
@@ -48,11 +55,13 @@ class Losses(Callback):
 def train(case: Case, dp: int, cp: int, folder: Path) -> dict[str, Any]:
     """One fit; {"losses", "weights" (their sum, sum of squares and all of them), "metrics", "groups"}."""
     torch.manual_seed(0)
-    model = OWN[case.model]() if case.model in OWN else create_model(case.model, "tiny", vocab_size=V, **case.fields)
+    model = (
+        OWN[case.model]() if case.model in OWN else create_model(case.model, "tiny", **{"vocab_size": V, **case.fields})
+    )
     if case.double:
         model = model.double()
     data = Data(**case.data)
-    task = LanguageModelling(model, AdamW(lr=0.02, warmup_steps=1), Limits(max_steps=100), data)
+    task = TASKS[case.task](model, AdamW(lr=0.02, warmup_steps=1), Limits(max_steps=100), data)
     strategy: Any = "auto"
     if dp * cp > 1 or case.fsdp:
         cls = ContextParallelFSDPStrategy if case.fsdp else ContextParallelStrategy
@@ -76,7 +85,10 @@ def train(case: Case, dp: int, cp: int, folder: Path) -> dict[str, Any]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert weights is not None
     flat = [float(x) for w in weights.values() for x in w.double().flatten()[:: case.every]]
-    return {"losses": losses.found, "weights": flat, "metrics": metrics, "groups": groups() - before}
+    streams = sorted({module.stream for module in model.modules() if isinstance(module, Dropout)})
+    return {
+        "losses": losses.found, "weights": flat, "metrics": metrics, "groups": groups() - before, "streams": streams,
+    }  # fmt: skip
 
 
 def groups() -> int:

@@ -45,6 +45,16 @@ def test_convolutions_are_counted_as_halos() -> None:
     assert set(traffic.halos) == {3 * 128 * 4}
 
 
+@pytest.mark.parametrize("ranks", [3, 50, 1000])
+def test_states_from_both_sides_are_told_apart(ranks: int) -> None:
+    """Their blocks arrive mixed, and need not be of one size."""
+    model = zoo.create_model("hydra", d_model=128, n_layers=2, head_dim=52, expand=13, d_state=16, vocab_size=11)
+    state = 4 * 32 * 16 * 52
+    traffic = exchanges_of(model, ranks, "zeco", LINK)
+    assert traffic.states == [Exchange("zeco", state, LINK.blocks(ranks, state, 52))] * (2 * 2 * 2)
+    assert len(traffic.halos) == 2 * 2 * 4  # layers, passes; the convolution and C from either side
+
+
 def test_one_rank_sends_nothing() -> None:
     assert exchanges_of(gla(), 1, "zeco") == Traffic()
     assert predict(Traffic(), 2.0, 1, LINK) == 2.0

@@ -14,7 +14,10 @@ Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
 Part = int | str
 # What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
 # (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
-BATCH: Mapping[str, Part] = {"tokens": 1, "targets": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same"}
+BATCH: Mapping[str, Part] = {
+    "tokens": 1, "targets": 1, "mask": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
+}  # fmt: skip
+WHOLE_SEQUENCES: Mapping[str, Part] = {**BATCH, "targets": "same"}  # of data that label whole sequences
 
 
 class DataModule(LightningDataModule):

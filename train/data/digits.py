@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data.base import DataModule, Metric
+from zoo.train.data.base import WHOLE_SEQUENCES, DataModule, Metric
 from zoo.train.data.corpus import IGNORE, order
 from zoo.train.data.loader import Batch, Source
 
@@ -34,6 +34,7 @@ class Digits(DataModule):
     metrics: tuple[Metric, ...] = ("accuracy",)
     n_classes = CLASSES
     vocab_size = LEVELS
+    schema = WHOLE_SEQUENCES
 
     def __init__(self, *, batch_size: int = 32, num_workers: int = 0, seed: int = 0):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
 from zoo.errors import UserError
+from zoo.layers.dropout import set_streams
 from zoo.ops import shard
 from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
@@ -124,9 +125,10 @@ class ContextParallel(ParallelStrategy):
         return mesh
 
     def setup(self, trainer: Trainer) -> None:
-        """Refuse a model whose time cannot be cut."""
+        """Refuse a model whose time cannot be cut; groups with different data drop different numbers."""
+        assert self.lightning_module is not None
+        set_streams(self.lightning_module, self.distributed_sampler_kwargs["rank"])
         if self._place is not None:
-            assert self.lightning_module is not None
             refuse_uncuttable(self.lightning_module, self._place.layout or "contiguous")
             self._tell_partner()
         super().setup(trainer)

@@ -10,7 +10,6 @@ from torch import nn
 from zoo import ops
 from zoo.errors import UserError
 from zoo.ops.operators import OPERATORS
-from zoo.registry import list_models, model_info
 
 __all__ = ["CONTIGUOUS", "kinds", "refuse_uncuttable"]
 
@@ -82,7 +81,7 @@ def refuse_uncuttable(model: nn.Module, layout: str) -> None:
     """Raise when a model's time cannot be cut at all, or not in this layout.
 
     Raises:
-        UserError: it sees the future, has a layer of torch's own along time, or has states and the layout is not
+        UserError: it has a layer of torch's own along time, or has states and the layout is not
             contiguous.
     """
     for name, module in model.named_modules():
@@ -90,11 +89,6 @@ def refuse_uncuttable(model: nn.Module, layout: str) -> None:
             raise UserError(
                 f"{name or 'the model'} ({type(module).__name__}) goes along time and cannot go on from another rank's "
                 "stretch; build it from zoo.ops or use a strategy without context parallelism, such as ddp"
-            )
-        known = getattr(module, "name", None)
-        if isinstance(known, str) and known in list_models() and "causal" not in model_info(known).tags:
-            raise UserError(
-                f"context parallelism cuts time for causal models; {known} is none, use a strategy such as ddp"
             )
     if layout != "contiguous":
         layers = {layer for kind, owners in kinds(model).items() if kind in CONTIGUOUS for layer in owners}

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.errors import UserError
+from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.task import Batch, Task, summed_loss
@@ -57,11 +59,20 @@ class Classification(Task):
 
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The summed loss and the number of labelled sequences."""
-        return summed_loss(self(batch), batch["targets"])
+        return summed_loss(self(batch), self._scored(batch["targets"]))
+
+    @staticmethod
+    def _scored(targets: Tensor) -> Tensor:
+        """The targets that this rank scores: of ranks that share sequences each knows all logits, and takes some."""
+        place = shard.current()
+        if place is None:
+            return targets
+        rows = torch.arange(len(targets), device=targets.device)
+        return targets.where(rows % place.size == place.rank, IGNORED)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss and accuracy."""
-        logits, targets = self(batch), batch["targets"]
+        logits, targets = self(batch), self._scored(batch["targets"])
         nll, scored = summed_loss(logits, targets)
         self.val_loss.update(nll.float(), scored)
         accuracy: Any = self.val_metrics["accuracy"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import UserError
+from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
@@ -21,9 +22,9 @@ class MaskedLanguageModelling(Task):
     """Mean cross entropy of the chosen tokens, of which 80 % show the mask symbol, 10 % another token, 10 % themselves.
 
     Every token is chosen with the same probability, but for the symbols between documents. What is chosen is a pure
-    function of the seed, the batch's number and the rank, so that a resumed run hides the same tokens, and every
-    validation the same as the one before. The mask symbol is the tokenizer's own where it has one, else the id behind
-    the data's vocabulary.
+    function of the seed, the batch's number, the position and the rank of the data, so that a resumed run hides the
+    same tokens, and every validation the same as the one before. The mask symbol is the tokenizer's own where it has
+    one, else the id behind the data's vocabulary.
 
     Args:
         model: sees both sides, `model.encode(tokens, mask=..., cu_seqlens=...) -> (hidden, None)`, with `head` and
@@ -90,8 +91,16 @@ class MaskedLanguageModelling(Task):
         tokens, there = batch["tokens"], batch["targets"] != IGNORED
         draw = torch.Generator(tokens.device)
         draw.manual_seed(self._key(index, training))
-        chance, fate = torch.rand(2, *tokens.shape, generator=draw, device=tokens.device)
-        others = torch.randint(self.n_tokens, tokens.shape, generator=draw, device=tokens.device)
+        (rows, length), own = tokens.shape, None
+        place = shard.current()
+        if place is not None:  # draws are those of the whole row, of which this rank holds a part
+            length = length * place.size if place.length is None else place.length
+            own = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(tokens.device)
+        # float32 by name: under another precision the default is another, and so would be what is hidden
+        chance, fate = torch.rand(2, rows, length, generator=draw, device=tokens.device, dtype=torch.float32)
+        others = torch.randint(self.n_tokens, (rows, length), generator=draw, device=tokens.device)
+        if own is not None:
+            chance, fate, others = (z[:, own] for z in (chance, fate, others))
         chosen = there & (chance < self.rates[training])
         for symbol in self.never:
             chosen = chosen & (tokens != symbol)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from zoo.checkpoint import IN_TRAINER, describe
 from zoo.errors import UserError
+from zoo.layers.dropout import set_streams
 from zoo.train.clock import Clock
 from zoo.train.metrics import IGNORED, MeanLoss
 from zoo.train.optim import AdamW, Limits, gradients, set_lr
@@ -230,7 +231,9 @@ class Task(LightningModule):
     # -- state --------------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Put the sums on the device and start the clocks."""
+        """Put the sums on the device and start the clocks; dropout draws by the rank of the data."""
+        kwargs = self.trainer.distributed_sampler_kwargs  # ranks that share a sample drop the same numbers
+        set_streams(self.model, 0 if kwargs is None else int(kwargs["rank"]))
         self._update, self._window, self._skipped = (
             t.to(self.device) for t in (self._update, self._window, self._skipped)
         )

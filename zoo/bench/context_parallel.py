@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -87,10 +87,22 @@ def exchanges_of(model: nn.Module, ranks: int, method: str, link: Link | None = 
     if method != "zeco":
         return Traffic([Exchange(method, size) for size in states], halos)
     whole = _states(_messages(model, ranks, "lasp", link), ranks)
-    blocks, rest = [], iter(states)
-    for size in whole:  # the same states in the same order, each in some blocks
-        blocks.append(next(i for i, sum_ in enumerate(accumulate(rest), 1) if sum_ == size))
-    return Traffic([Exchange(method, size, n) for size, n in zip(whole, blocks, strict=True)], halos)
+    return Traffic([Exchange(method, size, n) for size, n in zip(whole, _blocks(whole, states), strict=True)], halos)
+
+
+def _blocks(whole: Sequence[int], parts: Sequence[int]) -> list[int]:
+    """In how many parts each state came: the same states in the same order, neighbours of one size in like parts.
+
+    Those from both sides arrive mixed, so states are told apart by the sum of all neighbours of one size.
+    """
+    blocks: list[int] = []
+    rest = iter(parts)
+    for size, alike in groupby(whole):
+        states, count, arrived = len(list(alike)), 0, 0
+        while arrived < states * size:
+            count, arrived = count + 1, arrived + next(rest)
+        blocks += [count // states] * states
+    return blocks
 
 
 def _states(found: Sequence[Message], ranks: int) -> list[int]:

@@ -17,7 +17,7 @@ class S4Config(SequenceConfig):
     n_ssm: int | None = None  # None: every channel has its own A and B
     dt_min: float = 1e-3
     dt_max: float = 1e-1
-    dropout: float = 0.0
+    dropout: float = 0.0  # on the residual branch, and inside the mixer of whole channels, the same at all times
     ssm_lr: float | None = 1e-3  # A, B, P and dt learn no faster than this
 
 
