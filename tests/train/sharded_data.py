@@ -70,7 +70,8 @@ class Data(DataModule):
     def __init__(self, **settings: Any):
         super().__init__(batch_size=1, num_workers=0, seed=0)
         self.settings = settings
-        self.tokenizer = ByteTokenizer()  # whose symbols are no tokens of these data
+        if not settings.get("holes", True):  # tokens may be hidden; the symbols of this tokenizer are none of them
+            self.tokenizer = ByteTokenizer()
         if settings.get("labels"):
             self.schema, self.n_classes = WHOLE_SEQUENCES, CLASSES
 
