@@ -167,4 +167,4 @@ def _chains(lanes: Sequence[_Lane]) -> list[Tensor]:
 
 def _named(shard: SequenceShard, lane: _Lane, rank: int) -> int:
     """A rank of a lane by its number in `shard`."""
-    return shard.peer(lane.shard.peer(rank))
+    return rank if lane.shard.backwards == shard.backwards else shard.size - 1 - rank

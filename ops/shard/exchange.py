@@ -134,11 +134,15 @@ def swap(
 def all_gather(shard: SequenceShard, x: Tensor, what: str = ACTIVATIONS) -> list[Tensor]:
     """The x of all ranks, in their order, which are of one shape."""
     x = x.contiguous()
-    everyone = [torch.empty_like(x) for _ in range(shard.size)]
-    dist.all_gather(everyone, x, group=shard.group)
+    if shard.ranks is None:
+        everyone = [torch.empty_like(x) for _ in range(shard.size)]
+        dist.all_gather(everyone, x, group=shard.group)
+        everyone = everyone[::-1] if shard.backwards else everyone
+    else:
+        everyone = _between_pairs(shard, [x] * shard.size, [x] * shard.size, range(shard.size))
     others = (shard.size - 1) * x.nbytes
     _tell("all_gather", what, others, others)
-    return everyone[::-1] if shard.backwards else everyone
+    return everyone
 
 
 def all_to_all(
@@ -149,6 +153,16 @@ def all_to_all(
     By messages between pairs, so that any subset of the group may meet without a group of its own.
     """
     ranks = range(shard.size) if ranks is None else ranks
+    arrived = _between_pairs(shard, parts, likes, ranks)
+    others = [i for i, rank in enumerate(ranks) if rank != shard.rank]
+    _tell("all_to_all", ACTIVATIONS, sum(parts[i].nbytes for i in others), sum(arrived[i].nbytes for i in others))
+    return arrived
+
+
+def _between_pairs(
+    shard: SequenceShard, parts: Sequence[Tensor], likes: Sequence[Tensor], ranks: Sequence[int]
+) -> list[Tensor]:
+    """parts[i] goes to ranks[i], and what comes from there is like likes[i]; the own part stays."""
     others = [(i, rank) for i, rank in enumerate(ranks) if rank != shard.rank]
     out = [parts[i].contiguous() for i, _ in others]
     back = [torch.empty_like(likes[i], memory_format=torch.contiguous_format) for i, _ in others]
@@ -161,16 +175,18 @@ def all_to_all(
     if work:
         for request in dist.batch_isend_irecv(work):
             request.wait()
-    _tell("all_to_all", ACTIVATIONS, sum(x.nbytes for x in out), sum(x.nbytes for x in back))
     arrived = {i: x for (i, _), x in zip(others, back, strict=True)}
     return [arrived[i] if i in arrived else parts[i] for i in range(len(ranks))]
 
 
 def reduce_scatter(shard: SequenceShard, x: Tensor) -> Tensor:
     """The sum over all ranks of their x[rank], for x (size, ...)."""
-    x = x.flip(0) if shard.backwards else x
-    out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
-    _reduce_scatter(out, x.contiguous().flatten(0, 1) if x.ndim > 1 else x, group=shard.group)
+    if shard.ranks is None:
+        x = x.flip(0) if shard.backwards else x
+        out = torch.empty_like(x[0], memory_format=torch.contiguous_format)
+        _reduce_scatter(out, x.contiguous().flatten(0, 1) if x.ndim > 1 else x, group=shard.group)
+    else:
+        out = torch.stack(_between_pairs(shard, x.unbind(), [x[0]] * shard.size, range(shard.size))).sum(0)
     others = (shard.size - 1) * out.nbytes
     _tell("reduce_scatter", ACTIVATIONS, others, others)
     return out

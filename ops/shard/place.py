@@ -59,9 +59,12 @@ class SequenceShard:
         link: what a message costs; "zeco" chooses its number of blocks by it.
         blocks: of "zeco", in place of that choice.
         inner: of "usp", the ranks of one head group, neighbours; a divisor of the group's size.
-        backwards: time runs from the group's last rank to its first, see `reversed`.
+        ranks: those of the group's ranks that hold the stretches, in the order of time; None for all of them. Then all
+            exchanges are messages between pairs, so that any ranks may share a sequence without a group of their own,
+            and others may share another one at the same time. The group must have been used by all its ranks before.
+        backwards: time runs from the last rank to the first, see `reversed`.
 
-    Attributes: rank and size, in the group; backwards, the last rank of the group is rank 0.
+    Attributes: rank and size, among those that share the sequence; backwards, the last one is rank 0.
     """
 
     group: dist.ProcessGroup | None = None
@@ -73,6 +76,7 @@ class SequenceShard:
     link: Link = Link()
     blocks: int | None = None
     inner: int | None = None
+    ranks: tuple[int, ...] | None = None
     backwards: bool = False
     rank: int = field(init=False)
     size: int = field(init=False)
@@ -98,15 +102,28 @@ class SequenceShard:
         rank = dist.get_rank(self.group)
         if rank < 0:
             raise ValueError("SequenceShard: this process is no member of the group; make it on the group's ranks only")
-        object.__setattr__(self, "rank", self.peer(rank))
+        if self.ranks is not None:
+            if (
+                rank not in self.ranks
+                or len(set(self.ranks)) < len(self.ranks)
+                or not set(self.ranks) <= set(range(self.size))
+            ):
+                raise ValueError(
+                    f"SequenceShard: ranks must be different ones of the group's {self.size}, this one among them; got "
+                    f"{self.ranks} on rank {rank}"
+                )
+            rank = self.ranks.index(rank)
+            object.__setattr__(self, "size", len(self.ranks))
+        object.__setattr__(self, "rank", self.size - 1 - rank if self.backwards else rank)
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"SequenceShard: blocks must be at least 1; got {self.blocks}")
         if self.inner is not None and (self.inner < 1 or self.size % self.inner):
             raise ValueError(f"SequenceShard: inner must divide the {self.size} ranks; got {self.inner}")
 
     def peer(self, rank: int) -> int:
-        """A rank of this place as a rank of the group, and back."""
-        return self.size - 1 - rank if self.backwards else rank
+        """The rank in the process group of one that shares the sequence."""
+        rank = self.size - 1 - rank if self.backwards else rank
+        return rank if self.ranks is None else self.ranks[rank]
 
     def reversed(self) -> "SequenceShard":
         """The same stretch with time run the other way: what comes from the ranks before now comes from those after.

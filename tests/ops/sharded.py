@@ -60,7 +60,20 @@ def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
     return made
 
 
-SUITES = {"operators": checks, "attention": sharded_attention.checks, "models": sharded_models.checks}
+def between_pairs() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
+    """Ranks without a process group of their own: every way to cross, by messages on the global group."""
+    found = sharded_models.checks()
+    names = [name for name in found if name.split(",")[0].removeprefix("dropped ") in ("gla", "lstm", "hybrid")]
+    ragged = {name: check for name, check in sharded_attention.checks().items() if ", 29, packed True" in name}
+    return {name: found[name] for name in names} | ragged
+
+
+SUITES = {
+    "operators": checks,
+    "attention": sharded_attention.checks,
+    "models": sharded_models.checks,
+    "between pairs": between_pairs,
+}
 
 
 def process(rank: int, folder: Path, suite: str, part: str) -> None:
@@ -73,6 +86,8 @@ def process(rank: int, folder: Path, suite: str, part: str) -> None:
         if rank < RANKS - size:
             continue
         place = shard.SequenceShard(group)
+        if suite == "between pairs":
+            place = shard.SequenceShard(ranks=tuple(range(RANKS - size, RANKS)))
         assert (place.size, place.rank) == (size, rank - (RANKS - size))
         for name, check in SUITES[suite]().items():
             if part not in name:

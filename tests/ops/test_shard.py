@@ -25,7 +25,7 @@ spec.loader.exec_module(sharded_latency)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["operators", "attention", "models"])
+@pytest.mark.parametrize("suite", ["operators", "attention", "models", "between pairs"])
 def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
@@ -37,7 +37,7 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: s
     assert list(found) == ["1", "2", "3", "4"]
     wrong, unseen = [], []
     for ranks, checks in found.items():
-        assert len(checks) > 50
+        assert len(checks) > (25 if suite == "between pairs" else 50)
         for name, errors in checks.items():
             if not name.startswith("dropped"):
                 wrong += [(ranks, name, what, error) for what, error in errors.items() if not error < 1e-10]

@@ -1,4 +1,4 @@
-"""Running a plan: a rank's micro-steps as batches, the process groups of its rings, one gradient at the end.
+"""Running a plan: a rank's micro-steps as batches, its places in rings, one gradient at the end.
 
 Every micro-step is one call of the model inside zoo.ops.shard.use(...), on a packed stream of whole or cut documents,
 followed at once by its backward pass. Losses are sums over tokens, divided by the number of scored targets of the whole
@@ -6,7 +6,7 @@ update, so that the gradient does not depend on the plan, and ranks may run uneq
 only inside rings and at the end.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,10 @@ Batch = dict[str, Tensor]
 
 
 class ProcessGroups:
-    """Process groups by their ranks, each made once, by all ranks in the same order.
+    """The rings of plans: any ranks, by messages between pairs on the one global group, so that none is ever made.
 
-    A plan in lockstep uses aligned powers of two: `nested` makes them all, fewer than twice the ranks, and none is ever
-    made again. The rings of a Hybrid plan may have any ranks: `prepare` makes those that a plan needs and keeps them,
-    which is right for gloo and for a few plans; on a GPU every communicator costs memory, and such rings want
-    point-to-point messages on one global group.
+    A plan in lockstep uses aligned powers of two. `nested` makes groups of them, fewer than twice the ranks, whose
+    all-gathers are collectives then.
 
     Args:
         method: how states cross ranks; see zoo.ops.shard.SequenceShard.
@@ -36,30 +34,21 @@ class ProcessGroups:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def nested(self) -> None:
-        """All groups of 2, 4, 8, ... ranks that begin at a multiple of their size. All ranks call it."""
+        """Make all groups of 2, 4, 8, ... ranks that begin at a multiple of their size. All ranks call it."""
         world, size = dist.get_world_size(), 2
         while size <= world:
-            self._make(tuple(range(i, i + size)) for i in range(0, world - size + 1, size))
+            for i in range(0, world - size + 1, size):
+                ring = tuple(range(i, i + size))
+                self._groups[ring] = dist.new_group(list(ring))
             size *= 2
 
-    def prepare(self, plan: Plan) -> None:
-        """The groups of a plan that are not there yet. All ranks call it with the same plan."""
-        self._make(group.ranks for step in plan.steps for group in step if len(group.ranks) > 1)
-
     def place(self, ring: tuple[int, ...]) -> shard.SequenceShard | None:
-        """This rank's place in a ring; None where it is alone."""
+        """This rank's place in a ring; None where it is alone. All ranks must have met before, as in `agree`."""
         if len(ring) == 1:
             return None
-        if ring not in self._groups:
-            raise ValueError(f"ProcessGroups: no group of the ranks {ring}; call prepare(plan) on all ranks first")
-        return shard.SequenceShard(self._groups[ring], method=self.method)
-
-    def _make(self, rings: Iterable[tuple[int, ...]]) -> None:
-        for ring in rings:
-            if ring not in self._groups:
-                if list(ring) != sorted(ring):
-                    raise ValueError(f"ProcessGroups: a group's ranks must ascend; got {ring}")
-                self._groups[ring] = dist.new_group(list(ring))
+        if ring in self._groups:
+            return shard.SequenceShard(self._groups[ring], method=self.method)
+        return shard.SequenceShard(ranks=ring, method=self.method)
 
 
 def agree(plan: Plan, group: dist.ProcessGroup | None = None) -> None:
@@ -111,7 +100,7 @@ def run_plan(
         document: name -> its tokens.
         summed_loss: the loss of a micro-batch, summed over its scored targets. A micro-batch may have no token at all
             where a ring is longer than its stream has chunks.
-        groups: holds the plan's rings.
+        groups: how the plan's rings meet.
 
     Raises:
         ValueError: the plan is for another number of ranks.
