@@ -41,8 +41,8 @@ def test_bytes_are_those_of_the_tables(ranks: int) -> None:
 
 def test_convolutions_are_counted_as_halos() -> None:
     traffic = exchanges_of(zoo.create_model("deltanet", vocab_size=11), 4, "zeco", LINK)
-    assert len(traffic.halos) == 4 * 3 * 2  # layers, q k v, forward and backward
-    assert set(traffic.halos) == {3 * 128 * 4}
+    assert len(traffic.halos) == 4 * 2  # layers, forward and backward; q, k and v in one message
+    assert set(traffic.halos) == {3 * 3 * 128 * 4}
 
 
 @pytest.mark.parametrize("ranks", [3, 50, 1000])
