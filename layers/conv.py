@@ -1,12 +1,11 @@
 """The short convolution in front of a mixer: causal with a state, or over both sides."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from zoo.layers.state import is_decoding
+from zoo.layers.state import fits, is_decoding
 from zoo.ops import causal_conv1d, check, depthwise_conv1d, shard
 from zoo.ops.algebra import Tail
 from zoo.ops.causal_conv1d.shifted import causal_conv1d_step
@@ -47,8 +46,8 @@ class ShortConvolution(_Taps):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        known = state is not None and cu_seqlens is None and self.backend in ("auto", "torch")
-        if known and state is not None and len(state) == len(x) and is_decoding(x):
+        D, W = self.weight.shape
+        if is_decoding(x, self.backend, cu_seqlens) and fits(state, (len(x), W - 1, D), x.dtype):
             return causal_conv1d_step(x, self.weight, self.bias, state, self.activation)
         return causal_conv1d(
             x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), state,
@@ -85,10 +84,9 @@ def side_by_side(
     """
     if not convs:
         return list(xs), ()
-    within: AbstractContextManager[None] = nullcontext()
-    if shard.current() is not None and len(convs) > 1:
-        states, within = _halos(convs, xs, states, cu_seqlens), shard.use(None)
-    with within:
+    if shard.current() is not None:
+        states = _halos(convs, xs, states, cu_seqlens)
+    with shard.alone():  # each has what crosses its edge
         found = [
             conv(x, states[i] if states else None, cu_seqlens=cu_seqlens)
             for i, (conv, x) in enumerate(zip(convs, xs, strict=True))

@@ -1,7 +1,7 @@
 """States are nested tuples of tensors; what is done to all of them alike."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,13 +29,16 @@ def detach(state: Any) -> Any:
     return map_state(lambda x: x.detach(), state)
 
 
-def is_decoding(x: Tensor) -> bool:
-    """One float32 or float64 token on a CPU, outside autograd, autocast, a shard and the compiler.
+def is_decoding(x: Tensor, backend: str = "auto", cu_seqlens: Tensor | None = None) -> bool:
+    """One float32 or float64 token on a CPU, outside autograd, autocast, a shard, packed documents and the compiler.
 
-    There most of a layer's time goes into the way to the arithmetic, and a mixer may call its operators' steps itself.
+    There most of a layer's time goes into the way to the arithmetic, and a mixer may call the torch form's steps of its
+    operators itself, on a state that `fits`: what does not fit takes the way on which it is refused.
     """
     return (
         x.shape[1] == 1
+        and cu_seqlens is None
+        and backend in ("auto", "torch")
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_grad_enabled()
@@ -43,6 +46,11 @@ def is_decoding(x: Tensor) -> bool:
         and shard.current() is None
         and not torch.compiler.is_compiling()
     )
+
+
+def fits(state: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> TypeGuard[Tensor]:
+    """A state that an operator's step takes as it is."""
+    return state is not None and state.shape == shape and state.dtype == dtype
 
 
 def refuse_state(what: str, state: Any) -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.segments import in_segments
-from zoo.layers.state import is_decoding, state_bytes
+from zoo.layers.state import fits, is_decoding, state_bytes
 from zoo.ops import selective_scan, ssd, swiglu
 from zoo.ops.selective_scan.chunked import selective_scan_step
 
@@ -106,7 +106,7 @@ class Mamba(nn.Module):
     ) -> tuple[Tensor, MambaState]:
         if cu_seqlens is not None:
             return self._mix(x, state, cu_seqlens)
-        if state is not None and len(state.h) == len(x) and self.backend in ("auto", "torch") and is_decoding(x):
+        if is_decoding(x, self.backend) and state is not None and fits(state.h, (len(x), *self.A_log.shape), x.dtype):
             return self._step(x, state)
         return in_segments(self._mix, x, state, width=2 * self.d_inner)
 
@@ -115,7 +115,7 @@ class Mamba(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x, tail = self.conv1d(x, state.conv)
         delta, B, C = self._selection(x)
-        y, h = selective_scan_step(x, delta, self.A_log.exp().neg_(), B, C, self.D, state.h)
+        y, h = selective_scan_step(x, delta, self.A_log.to(x.dtype).exp().neg_(), B, C, self.D, state.h)
         return self.out_proj(y.mul_(F.silu(z))), MambaState(h, tail)
 
     def _mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, MambaState]:

@@ -30,7 +30,7 @@ class _ParaRNN(nn.Module):
         iterations: Newton steps, unchecked, as in the paper (3); None: as many as the loop's states take.
         backend: of the cell and the convolution.
 
-    While `watched` is true, `residual` is that of the newest call (see zoo.ops.newton_residual): training logs it.
+    `residual` is that of the newest call while `watched` was true (see zoo.ops.newton_residual): training logs it.
     """
 
     states = 1  # numbers of state a channel
@@ -65,7 +65,8 @@ class _ParaRNN(nn.Module):
         self.p = nn.Parameter(torch.empty(2, D)) if self.peepholes else None
         self.norm = GatedRMSNorm(D, eps=norm_eps, order="gate_first")
         self.out_proj = nn.Linear(D, D, bias=False)
-        self.watched, self.residual = False, torch.zeros(())
+        self.watched = False
+        self.residual: Tensor | None = None
         self.initialise()
 
     def initialise(self, n_layers: int = 1) -> None:

@@ -46,7 +46,10 @@ def dropout_kernel(
     tl.store(y_ptr + o_x, b_y.to(y_ptr.dtype.element_ty), mask=m_x)
 
 
-def _launch(x: Tensor, least: int, scale: float, seed: int, stream: int, at: Tensor) -> Tensor:
+@torch.library.custom_op("zoo::dropout_fwd", mutates_args=())
+@dispatch.on_its_device
+def dropout_fwd(x: Tensor, least: int, scale: float, seed: int, stream: int, at: Tensor) -> Tensor:
+    """x (B, T, D), at (2, B, T) int64 -> as x. Its gradient is itself: the same mask, made again."""
     x, at = x.contiguous(), at.contiguous()
     y, D = torch.empty_like(x), x.shape[-1]
     if x.numel():
@@ -58,28 +61,9 @@ def _launch(x: Tensor, least: int, scale: float, seed: int, stream: int, at: Ten
     return y
 
 
-@torch.library.custom_op("zoo::dropout_fwd", mutates_args=())
-@dispatch.on_its_device
-def dropout_fwd(x: Tensor, least: int, scale: float, seed: int, stream: int, at: Tensor) -> Tensor:
-    """x (B, T, D), at (2, B, T) int64 -> as x."""
-    return _launch(x, least, scale, seed, stream, at)
-
-
 @dropout_fwd.register_fake
 def _(x, least, scale, seed, stream, at):
     return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("zoo::dropout_bwd", mutates_args=())
-@dispatch.on_its_device
-def dropout_bwd(dy: Tensor, least: int, scale: float, seed: int, stream: int, at: Tensor) -> Tensor:
-    """The gradient of x: the same mask, made again."""
-    return _launch(dy, least, scale, seed, stream, at)
-
-
-@dropout_bwd.register_fake
-def _(dy, least, scale, seed, stream, at):
-    return dy.new_empty(dy.shape)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -88,13 +72,13 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dy):
-    return dropout_bwd(dy, *ctx.numbers, *ctx.saved_tensors), None, None, None, None, None
+    return dropout_fwd(dy, *ctx.numbers, *ctx.saved_tensors), None, None, None, None, None
 
 
 dropout_fwd.register_autograd(_backward, setup_context=_save)
 
 
-@register_flop_formula([torch.ops.zoo.dropout_fwd, torch.ops.zoo.dropout_bwd])
+@register_flop_formula(torch.ops.zoo.dropout_fwd)
 def _flops(x_shape, *args, out_shape=None, **kwargs) -> int:
     return 25 * x_shape.numel()  # integer operations for the most part
 

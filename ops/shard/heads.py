@@ -65,6 +65,9 @@ class _Cut(NamedTuple):
     heads: list[tuple[int, int]]
 
 
+_Turn = Callable[[SequenceShard, Tensor, _Cut], Tensor]
+
+
 def _run(
     found: Scope,
     operator: Callable[..., Any],
@@ -85,7 +88,7 @@ def _run(
             continue
         dim = split.get(key, 0)
         if dim >= 2 and x.shape[dim] == first.shape[2]:
-            taken[key] = _ToHeads.apply(found, x.movedim(dim, 2), cut).movedim(2, dim)
+            taken[key] = _Turned.apply(found, x.movedim(dim, 2), cut, _to_heads, _to_time).movedim(2, dim)
         elif key in split and dim < 2:
             taken[key] = x.movedim(dim, 0)[own].movedim(0, dim)
         elif key in grouped:
@@ -100,7 +103,7 @@ def _run(
     with use(None):
         result = operator(**taken)
     if isinstance(result, Tensor):
-        back: Tensor = _ToTime.apply(found, result, cut)
+        back: Tensor = _Turned.apply(found, result, cut, _to_time, _to_heads)
         return back
     y, state, *numbers = result
     y, state = _Back.apply(found, y, state, cut)
@@ -177,28 +180,18 @@ def _to_time(shard: SequenceShard, x: Tensor, cut: _Cut) -> Tensor:
     return torch.cat(exchange.all_to_all(shard, x.split(_widths(cut.time), dim=1), likes), dim=2)
 
 
-class _ToHeads(torch.autograd.Function):
+class _Turned(torch.autograd.Function):
+    """From time to heads, or from heads to time; the gradient the other way."""
+
     @staticmethod
-    def forward(ctx: Any, found: Scope, x: Tensor, cut: _Cut) -> Tensor:
-        ctx.shard, ctx.cut = found.shard, cut
-        return found.arrival(lambda: _to_heads(found.shard, x, cut))
+    def forward(ctx: Any, found: Scope, x: Tensor, cut: _Cut, there: _Turn, back: _Turn) -> Tensor:
+        ctx.shard, ctx.cut, ctx.back = found.shard, cut, back
+        return found.arrival(lambda: there(found.shard, x, cut))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _to_time(ctx.shard, dy, ctx.cut), None
-
-
-class _ToTime(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, found: Scope, y: Tensor, cut: _Cut) -> Tensor:
-        ctx.shard, ctx.cut = found.shard, cut
-        return found.arrival(lambda: _to_time(found.shard, y, cut))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return None, _to_heads(ctx.shard, dy, ctx.cut), None
+        return None, ctx.back(ctx.shard, dy, ctx.cut), None, None, None
 
 
 class _Back(torch.autograd.Function):

@@ -140,11 +140,10 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.kernels
-def test_the_custom_ops_keep_their_contracts() -> None:
+def test_the_custom_op_keeps_its_contract() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, at = torch.randn(2, 5, 9, device=device), _at(2, 5, device)
-    for op, differentiable in ((torch.ops.zoo.dropout_fwd, True), (torch.ops.zoo.dropout_bwd, False)):
-        torch.library.opcheck(op, (x.detach().requires_grad_(differentiable), 2**31, 2.0, 2**62 + 1, 3, at))
+    torch.library.opcheck(torch.ops.zoo.dropout_fwd, (x.requires_grad_(), 2**31, 2.0, 2**62 + 1, 3, at))
 
 
 @pytest.mark.kernels

@@ -20,10 +20,10 @@ Batch = dict[str, Tensor]
 
 
 class ProcessGroups:
-    """The rings of plans: any ranks, by messages between pairs on the one global group, so that none is ever made.
+    """Places in the rings of plans, which may have any ranks: messages go between pairs on the one global group.
 
-    A plan in lockstep uses aligned powers of two. `nested` makes groups of them, fewer than twice the ranks, whose
-    all-gathers are collectives then.
+    A plan in lockstep uses aligned powers of two. `nested` makes process groups of those, fewer than twice the ranks,
+    so that what they gather is gathered by collectives.
 
     Args:
         method: how states cross ranks; see zoo.ops.shard.SequenceShard.

@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class Task(LightningModule):
         """The names of all numbers that a row can hold, in order."""
         speed = ["lr", "grad_norm", "tokens_per_second", "elapsed", "skipped_steps"]
         train = ["loss", *(m for m in ("bits_per_byte", "perplexity") if m in self.metrics)]
-        if self._watched():
+        if self._solvers:
             speed.append("residual")
         return [*train, *speed, "val_loss", *(f"val_{name}" for name in self.val_metrics)]
 
@@ -199,15 +200,18 @@ class Task(LightningModule):
 
     def watch(self, on: bool) -> None:
         """Let layers that solve for their states measure how well they did, at the cost of one evaluation each."""
-        for layer in self._watched().values():
+        for layer in self._solvers.values():
             layer.watched = on
 
-    def _watched(self) -> dict[str, Any]:
+    @cached_property
+    def _solvers(self) -> dict[str, Any]:
+        """Those layers: they have `watched`, which is set here, and `residual`, None until it was measured."""
         return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "watched")}
 
     def _residuals(self) -> dict[str, float]:
-        """The largest residual, and that of each layer (metrics.csv has the first alone), of the newest batch."""
-        each = {f"residual/{name}": float(layer.residual) for name, layer in self._watched().items()}
+        """The newest that was measured: the largest, and that of each layer (metrics.csv has the first alone)."""
+        found = self._solvers.items()
+        each = {f"residual/{name}": float(layer.residual) for name, layer in found if layer.residual is not None}
         return {"residual": max(each.values()), **each} if each else {}
 
     def validation_row(self) -> dict[str, float]:
