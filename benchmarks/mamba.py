@@ -4,7 +4,7 @@ and over the length of the sequence.
     forward   logits of one sequence, all layers
     backward  forward + backward of single layers (the gradient of every step of transformers' loop over time is as long
               as the whole: its time grows with the square of the length, and 24 layers would take half an hour)
-    decode    greedy, token by token, behind a short prompt, all layers
+    decode    greedy, token by token, behind a short prompt, all layers; ours also as generate(compile=True) runs it
     scan      the selective scan of one layer beside the four matrix products of its projections
     length    a training step of a few layers, time per token from 1k to 16k tokens
     memory    forward of all layers, forward + backward of one layer: each side in a process of its own, as the rise of
@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import zoo
+from zoo.decoding.compiled import CompiledStep, Step, step
 from zoo.ops import selective_scan
 from zoo.train.memory.heap import keep_freed_arrays
 
@@ -105,19 +106,23 @@ def decode(args: argparse.Namespace) -> None:
     theirs, ours = pair(args.layers)
     prompt, count, now = torch.randint(VOCAB, (1, 32)), 16, CLOCKS[args.clock]
 
-    def zoos() -> list[int]:
-        (logits, state), found = ours(prompt), []
-        start = now()
+    def zoos(advance: Step) -> list[int]:
+        hidden, state = ours.encode(prompt)
+        token = ours.head(hidden[:, -1:])[:, -1].argmax(-1, keepdim=True)
+        logits, state = advance(ours, token, state)  # the first call of a compiled step is not compiled
+        found, start = [token.item()], now()
         for _ in range(count):
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = logits.argmax(-1, keepdim=True)
             found.append(token.item())
-            logits, state = ours(token, state)
-        spent["zoo"].append((now() - start) / count)
+            logits, state = advance(ours, token, state)
+        spent["zoo" if advance is step else "zoo, compiled"].append((now() - start) / count)
         return found
 
     def transformers_own() -> list[int]:
-        out, found = theirs(prompt, use_cache=True), []
-        start = now()
+        out = theirs(prompt, use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        out = theirs(token, cache_params=out.cache_params, use_cache=True)
+        found, start = [token.item()], now()
         for _ in range(count):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             found.append(token.item())
@@ -134,13 +139,20 @@ def decode(args: argparse.Namespace) -> None:
 
     linear = [module for module in ours.modules() if isinstance(module, torch.nn.Linear)]
     xs = [torch.randn(1, 1, module.in_features) for module in linear]
-    spent: dict[str, list[float]] = {"transformers": [], "zoo": [], "zoo's matrix products": []}
+    names = ("transformers", "zoo", "zoo, compiled", "zoo's matrix products")
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    zoos(CompiledStep())
+    print(f"decoding: compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    for side in spent.values():
+        side.clear()
     for _ in range(args.rounds + 1):
-        if transformers_own() != zoos():
+        if not transformers_own() == zoos(step) == zoos(CompiledStep()):
             raise SystemExit("the sides disagree about the tokens")
         products()
     times = {side: statistics.median(seconds[1:]) for side, seconds in spent.items()}
     versus(f"decoding, {args.layers} layers, {count} tokens", times, 1e3, "ms a token")
+    print(f"    compiled: {times['transformers'] / times['zoo, compiled']:.3g} times as fast")
 
 
 def backward(args: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def detach(state: Any) -> Any:
 
 
 def is_decoding(x: Tensor, backend: str = "auto", cu_seqlens: Tensor | None = None) -> bool:
-    """One float32 or float64 token on a CPU, outside autograd, autocast, a shard, packed documents and the compiler.
+    """One float32 or float64 token on a CPU, outside autograd, autocast, a shard and packed documents.
 
     There most of a layer's time goes into the way to the arithmetic, and a mixer may call the torch form's steps of its
     operators itself, on a state that `fits`: what does not fit takes the way on which it is refused.
@@ -44,7 +44,6 @@ def is_decoding(x: Tensor, backend: str = "auto", cu_seqlens: Tensor | None = No
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and shard.current() is None
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -1,6 +1,5 @@
 """Argument checks shared by the public operators: each failure is rule, fact and remedy in one sentence."""
 
-import functools
 import itertools
 from collections.abc import Mapping
 
@@ -28,7 +27,7 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
     for name, (x, dims) in args.items():
         if x is None:
             continue
-        names = _names(dims)  # asked for every decoded token in every layer: nothing is made that is not needed
+        names = dims.split()
         if not isinstance(x, Tensor):
             raise ValueError(f"{operator}: {name} must be a tensor {_wanted(names)}; got {type(x).__name__}")
         shape = x.shape
@@ -56,12 +55,7 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
     return sizes
 
 
-@functools.cache
-def _names(dims: str) -> tuple[str, ...]:
-    return tuple(dims.split())
-
-
-def _wanted(names: tuple[str, ...]) -> str:
+def _wanted(names: list[str]) -> str:
     return f"({', '.join(names)})"
 
 

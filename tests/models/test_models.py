@@ -1,5 +1,6 @@
 """Every registered language model: published sizes, steps, padding, packing, streaming, save and load, learning."""
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import zoo
-from zoo.decoding import generate, generate_batch
+from zoo.decoding import compiled, generate, generate_batch
+from zoo.errors import UserError
 from zoo.layers.state import state_bytes
 from zoo.registry import model_info
 
@@ -191,6 +193,41 @@ def test_greedy_batches_equal_single_prompts(case: str) -> None:
     rows = list(generate_batch(model, prompts, max_tokens=6, temperature=0))
     for i, prompt in enumerate(prompts):
         assert [row[i] for row in rows] == list(generate(model, prompt, max_tokens=6, temperature=0))
+
+
+@EVERY
+def test_compiled_decoding_is_one_program(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens; whatever grows with them, nothing is compiled twice and no layer falls out of the program."""
+    model, prompts, graphs = build(case), [[1, 2, 3, 4, 5, 6], [7], [8, 9]], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend, fullgraph=True))
+    compiled._program.cache_clear()
+    torch.compiler.reset()
+    try:
+        found = list(generate_batch(model, prompts, max_tokens=12, temperature=0, compile=True))
+    finally:
+        compiled._program.cache_clear()
+    assert found == list(generate_batch(model, prompts, max_tokens=12, temperature=0))
+    assert len(graphs) == 1
+
+
+def test_compiled_decoding_by_torchs_own_compiler() -> None:
+    model = build("mamba")
+    plain = list(generate(model, [1, 2, 3], max_tokens=12, temperature=0.7, seed=3))
+    assert list(generate(model, [1, 2, 3], max_tokens=12, temperature=0.7, seed=3, compile=True)) == plain
+
+
+def test_compiled_decoding_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled._program.cache_clear()
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
+    with pytest.raises(UserError, match=r"compile needs a compiler.*leave compile out"):
+        list(generate(build("gla"), [1], max_tokens=3, compile=True))
 
 
 @EVERY

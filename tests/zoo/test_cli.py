@@ -482,6 +482,16 @@ def test_generate_prints_a_token_before_it_computes_the_next(talker, monkeypatch
     assert shown.getvalue() == "x\u00e9y\n"
 
 
+def test_generate_compiles_when_asked(capsys, talker, monkeypatch):
+    asked = []
+    monkeypatch.setattr("zoo.decoding.generate", lambda *_, compile, **sampling: asked.append(compile) or iter([65]))
+    assert cli.main(["generate", str(talker)]) == cli.main(["generate", str(talker), "--compile"]) == 0
+    said = capsys.readouterr()
+    assert asked == [False, True]
+    assert said.out == "A\nA\n"
+    assert said.err.count("compiling") == 1
+
+
 def test_generate_refuses_a_tokenizer_of_another_model(capsys, talker):
     tokenizers.ByteTokenizer().save(talker)
     zoo.save(zoo.create_model("toy"), talker)

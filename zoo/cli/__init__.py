@@ -116,6 +116,7 @@ def _generate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
+    parser.add_argument("--compile", action="store_true", help="faster tokens after up to a minute of compiling")
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -129,7 +130,7 @@ def _generate(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    return generate_command(args.path, prompt, sampling, stop=args.stop)
+    return generate_command(args.path, prompt, sampling, stop=args.stop, compile=args.compile)
 
 
 def _convert_arguments(parser: Parser) -> None:

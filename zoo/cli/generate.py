@@ -63,7 +63,7 @@ class StopText:
         return any(stop.startswith(end) for stop in self.stops)
 
 
-def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequence[str]) -> int:
+def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequence[str], compile: bool = False) -> int:
     """Print the continuation of a prompt piece by piece."""
     found = checkpoint.locate(path)
     model = checkpoint.load(found)
@@ -79,7 +79,11 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     pieces, text = tokenizer.stream(), StopText(stop)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    for token in decoding.generate(cast(SequenceModel, model), ids, **asdict(sampling), stop_ids=(tokenizer.eos_id,)):
+    stops = (tokenizer.eos_id,)
+    drawn = decoding.generate(cast(SequenceModel, model), ids, **asdict(sampling), stop_ids=stops, compile=compile)
+    if compile:
+        print("compiling behind the second token, up to a minute the first time", file=sys.stderr)
+    for token in drawn:
         _show(text.push(pieces.push(token)))
         if text.reached:
             break

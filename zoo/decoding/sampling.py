@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from zoo.decoding.compiled import CompiledStep, Step, step
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
 
@@ -76,6 +77,7 @@ def generate_batch(
     top_p: float | None = None,
     seed: int | None = None,
     stop_ids: Collection[int] = (),
+    compile: bool = False,
 ) -> Iterator[list[int | None]]:
     """Continue several prompts together; yields one token a row and step, None for rows that have stopped.
 
@@ -89,9 +91,13 @@ def generate_batch(
         temperature, top_k, top_p: see `sample`.
         seed: of the sampling; None draws a fresh one.
         stop_ids: tokens that end a row.
+        compile: run all tokens but the first two through torch.compile, one program for all layers: several times as
+            fast where a layer is small, for up to a minute of compiling at the third token (torch keeps programs on
+            disk; a later process needs seconds). Needs a C++ compiler on a CPU.
 
     Raises:
         ValueError: the model is not causal, no prompt, an empty prompt, or a token outside the vocabulary.
+        UserError: compile=True where torch cannot compile.
     """
     refuse_unless_causal(model)
     vocab = model.config.vocab_size
@@ -116,18 +122,19 @@ def generate_batch(
     running = [True] * len(prompts)
     training = model.training
     model.eval()
+    advance: Step = CompiledStep() if compile else step
     try:
         hidden, state = model.encode(tokens, mask=None if bool(mask.all()) else mask)
-        for step in range(max_tokens):
-            logits = model.head(hidden[:, -1:])[:, -1]
+        logits = model.head(hidden[:, -1:])[:, -1]
+        for n in range(max_tokens):
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             values = drawn.tolist()
             yield [value if alive else None for value, alive in zip(values, running, strict=True)]
             running = [alive and value not in stop_ids for value, alive in zip(values, running, strict=True)]
             if not any(running):
                 return
-            if step + 1 < max_tokens:
-                hidden, state = model.encode(drawn[:, None], state)
+            if n + 1 < max_tokens:
+                logits, state = advance(model, drawn[:, None], state)
     finally:
         model.train(training)
 
@@ -142,11 +149,12 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop_ids: Collection[int] = (),
+    compile: bool = False,
 ) -> Iterator[int]:
     """Continue one prompt, yielding every token as soon as it is drawn; see `generate_batch` for the arguments."""
     rows = generate_batch(
         model, [prompt], max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        stop_ids=stop_ids,
+        stop_ids=stop_ids, compile=compile,
     )  # fmt: skip
     for (token,) in rows:
         assert token is not None
