@@ -13,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
@@ -347,12 +348,19 @@ def _build_trainer(
         sync_batchnorm=options.sync_batchnorm,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[io],
+        plugins=[io, *_environment()],
         enable_checkpointing=not options.fast_dev_run,
         enable_progress_bar=False,
         enable_model_summary=options.enable_model_summary,
         default_root_dir=folder.path,
     )
+
+
+def _environment() -> list[ClusterEnvironment]:
+    """SLURM without Lightning's requeueing: it writes checkpoints of its own, which it prefers to ours ever after."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []  # what Lightning finds on its own
+    return [SLURMEnvironment(auto_requeue=False)]
 
 
 def _trainer_config(section: Mapping[str, Any]) -> TrainerConfig:

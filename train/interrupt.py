@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, write a checkpoint, leave with exit code 130."""
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the step, write a checkpoint, leave with exit code 130."""
 
 import signal
 import threading
@@ -18,12 +18,14 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """While entered, the first SIGINT or SIGTERM only sets `requested`; a second one ends the process at once.
+    """While entered, the first of these signals only sets `requested`; a second one ends the process at once.
+
+    SIGUSR1 is what clusters are told to send some time before the limit of a job.
 
     Before training has begun there is nothing to finish: `Interrupted` is raised right away until `defer()`.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.requested = False

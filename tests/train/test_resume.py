@@ -33,7 +33,11 @@ SETTINGS = {
 }
 # SIGKILL before any checkpoint; mid-epoch; right after a checkpoint and a validation; at an epoch's first batch
 POINTS = [2, 9, 12, 14]
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SLURM = {
+    "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost",
+    "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[in
     root = tmp_path_factory.mktemp("runs")
     jobs: list[tuple[str, dict[str, Any]]] = []
 
-    def add(name: str, settings: dict[str, Any] | None, signals: str = "") -> None:
+    def add(name: str, settings: dict[str, Any] | None, signals: str = "", **environment: str) -> None:
         job = {"do": "run", "config": settings} if settings else {"do": "resume"}
-        jobs.append((name, job | {"run_dir": str(root / name), "environment": {"TINY_SIGNALS": signals}}))
+        environment["TINY_SIGNALS"] = signals
+        jobs.append((name, job | {"run_dir": str(root / name), "environment": environment}))
 
     for name, settings in SETTINGS.items():
         add(name, settings)
@@ -58,6 +63,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[in
         add(number.name, SETTINGS["dropout"], f"{int(number)}@8")
         add(number.name, None)
         add(number.name, None)
+    add("slurm", SETTINGS["dropout"], f"{int(signal.SIGUSR1)}@8", **SLURM)
+    add("slurm", None, **SLURM)
     add("at-validation", SETTINGS["dropout"], "2@5")
     add("at-validation", None)
     add("ctrl-c-twice", SETTINGS["dropout"], "2@5 2@5")
@@ -120,6 +127,14 @@ def test_signal_finishes_the_step_saves_and_exits_130(results: dict[str, list[tu
     assert "step 9/" in said  # the signal came while the 9th batch was fetched
     assert "step 12/" not in said
     assert "finished" in finished
+    assert_same_run(run, run_dir(results, "dropout"))
+
+
+def test_a_job_of_slurm_has_no_checkpoints_beside_ours(results: dict[str, list[tuple[int, str]]]) -> None:
+    """Lightning's own, written at SIGUSR1, would come before ours at every later start."""
+    assert [code for code, _ in results["slurm"]] == [130, 0], results["slurm"]
+    run = run_dir(results, "slurm")
+    assert not list(run.glob("**/hpc_ckpt*"))
     assert_same_run(run, run_dir(results, "dropout"))
 
 
