@@ -93,10 +93,12 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     Args:
         path: the folder of a run, or a checkpoint as `zoo.load` takes it.
             Text is cut into tokens as in its training, unless `data.tokenizer` says otherwise.
-        overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for devices and batch limits.
+        overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for batch limits and precision. One device
+            measures, however many trained, unless `strategy=...` and `trainer.devices=N` say otherwise; then every
+            process must call this function, as those do that Lightning starts.
 
     Returns:
-        the metrics, by name: loss and what the data can be judged by.
+        the metrics, by name: loss and what the data can be judged by; the same on all ranks.
     """
     found = locate(path)
     model = load(found)
@@ -111,18 +113,23 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     trainer_config = _trainer_config(config["trainer"])
     optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
     task = kind(model, optim, Limits(), data, **_settings(config["task"]))
-    with quiet_lightning():
-        trainer = Trainer(
-            accelerator=trainer_config.accelerator,
-            devices=1,
-            precision=_precision(trainer_config),  # type: ignore[arg-type]
-            limit_val_batches=trainer_config.limit_val_batches,
-            inference_mode=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+    with _launch_environment(), quiet_lightning():
+        with _readable_refusals():
+            trainer = Trainer(
+                accelerator=trainer_config.accelerator,
+                strategy=_strategy(config["strategy"]),
+                devices=trainer_config.devices,
+                num_nodes=trainer_config.num_nodes,
+                precision=_precision(trainer_config),  # type: ignore[arg-type]
+                limit_val_batches=trainer_config.limit_val_batches,
+                inference_mode=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                plugins=_environment(),
+            )
         trainer.validate(task, datamodule=data, verbose=False)
     return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -202,12 +209,8 @@ def _fit(
     callbacks += _memory(config.get("memory"), model, folder)
     callbacks += further
     loggers = [table, *_loggers(config, folder)]
-    try:
+    with _readable_refusals():
         trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
-    except UserError:
-        raise
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
 
     if not folder.config.is_file():
         vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
@@ -356,6 +359,16 @@ def _build_trainer(
     )
 
 
+@contextmanager
+def _readable_refusals() -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
+
+
 def _environment() -> list[ClusterEnvironment]:
     """SLURM without Lightning's requeueing: it writes checkpoints of its own, which it prefers to ours ever after."""
     if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
@@ -416,15 +429,28 @@ def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
 
 
 def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The run's own config with these overrides, or the defaults with them."""
-    chosen = [o for o in overrides if o.startswith("data=")]
-    if known is None or chosen:
+    """The run's own config with these overrides, or the defaults with them; on one device unless they say otherwise."""
+    config = _overridden(known, overrides)
+    for name in ("devices", "num_nodes"):
+        if not any(override.startswith(f"trainer.{name}=") for override in overrides):
+            config["trainer"] = {**config["trainer"], name: 1}
+    return config
+
+
+def _overridden(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    if known is None:
+        return compose(list(overrides))
+    if any(override.startswith("data=") for override in overrides):
         composed = compose(list(overrides))
-        return composed if known is None else {**known, "data": composed["data"], "trainer": composed["trainer"]}
+        return {**known, **{group: composed[group] for group in ("data", "trainer", "strategy")}}
+    ranks = [override for override in overrides if override.startswith(("strategy=", "strategy."))]
     config = {**known, "data": dict(known["data"]), "trainer": dict(known["trainer"])}
+    config["strategy"] = compose(ranks)["strategy"]  # not the run's: it may have had other devices
     for override in overrides:
         key, _, text = override.partition("=")
         group, _, name = key.partition(".")
+        if override in ranks:
+            continue
         if group not in ("data", "trainer") or name not in config[group]:
             known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g]]
             raise UsageError(
@@ -462,13 +488,14 @@ def _with_own_tokenizer(
 
 
 @contextmanager
-def _launch_environment(folder: RunFolder) -> Iterator[None]:
-    """Lightning starts further processes with the same command; they must find this run's folder, not make one.
+def _launch_environment(folder: RunFolder | None = None) -> Iterator[None]:
+    """Lightning starts further processes with the same command; they must find a run's folder, not make one.
 
     What it sets for them is taken back, so that the next run of this process starts like the first.
     """
     before = {name: os.environ.get(name) for name in LAUNCH}
-    os.environ[RUN_DIR] = str(folder.path.resolve())
+    if folder is not None:
+        os.environ[RUN_DIR] = str(folder.path.resolve())
     try:
         yield
     finally:

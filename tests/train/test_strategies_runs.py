@@ -41,6 +41,15 @@ def rows(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in UNEQUAL} for row in csv.DictReader(file)]
 
 
+def measured(run: Path, *settings: str) -> str:
+    """What `zoo eval` prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    words = [sys.executable, "-m", "zoo", "eval", str(run), *settings]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     """And with weights cut over the ranks every number is the same, too."""
@@ -62,6 +71,10 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     weights = [zoo.load(tmp_path / name).state_dict() for name in ("whole", "fsdp")]
     for name, want in weights[0].items():
         assert torch.allclose(weights[1][name], want, rtol=1e-3, atol=1e-5), name
+
+    alone = measured(tmp_path / "whole")  # one device, whatever the run had
+    assert alone.startswith("loss ")
+    assert measured(tmp_path / "whole", "strategy=lasp2_fsdp", "trainer.devices=2") == alone
 
 
 @pytest.mark.slow

@@ -47,9 +47,12 @@ def _prepare_process() -> None:
 def eval_command(path: str, settings: list[str]) -> int:
     """Measure a model; prints one line per metric."""
     from zoo.train import fit
+    from zoo.train.run_folder import is_main_process
 
-    for name, value in fit.evaluate(path, settings).items():
-        print(f"{name} {value:.6g}")
+    found = fit.evaluate(path, settings)
+    if is_main_process():
+        for name, value in found.items():
+            print(f"{name} {value:.6g}")
     return 0
 
 
