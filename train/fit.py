@@ -128,7 +128,7 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 use_distributed_sampler=False,
-                plugins=_environment(),
+                plugins=[*_environment()],
             )
         trainer.validate(task, datamodule=data, verbose=False)
     return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
