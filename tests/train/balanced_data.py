@@ -30,4 +30,5 @@ class Uneven(TokenDocuments):
         train = documents(40, 1)
         if differ:
             train = [torch.cat([x[:-1], (x[-1:] + 1) % V]) for x in train]
-        super().__init__(train, documents(9, 2), vocab_size=V, seed=seed, **{"global_tokens": 120, **settings})
+        settings = {"global_tokens": 120, "metrics": ("perplexity", "accuracy"), **settings}
+        super().__init__(train, documents(9, 2), vocab_size=V, seed=seed, **settings)

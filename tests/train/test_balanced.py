@@ -20,8 +20,10 @@ from sharded_data import V
 
 from zoo.config import compose
 from zoo.errors import UserError
+from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Uniform
+from zoo.train.balance.plan import edge
 from zoo.train.data.documents import TextDocuments, TokenDocuments
 from zoo.train.data.planned import PlanBatch
 from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
@@ -218,6 +220,12 @@ def test_a_position_goes_on_under_any_strategy_and_number_of_ranks(stop: int) ->
     assert ahead == [names(batch) for batch in itertools.islice(batches, 3)][: len(ahead)]
     with pytest.raises(UserError, match="belongs to its documents"):
         Uneven(global_tokens=130).load_state_dict(state)
+
+
+def test_the_cuts_of_plans_are_those_of_places() -> None:
+    for length, size, chunk in itertools.product((1, 5, 41, 64), (1, 2, 3, 5), (1, 4, 64)):
+        cuts = [edge(length, i, size, chunk) for i in range(size + 1)]
+        assert [shard.stretch(length, i, size, chunk) for i in range(size)] == list(itertools.pairwise(cuts))
 
 
 def test_a_rank_without_a_document_gets_a_row_that_scores_nothing() -> None:

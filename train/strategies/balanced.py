@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from zoo.errors import UserError
-from zoo.layers.dropout import Dropout, set_streams
+from zoo.layers.dropout import set_streams
 from zoo.ops import shard
 from zoo.ops.shard import SequenceShard
 from zoo.ops.shard.exchange import Message
@@ -167,11 +167,10 @@ class Balanced(ManyRanks):
         if not getattr(getattr(module, "model", module), "causal", True):
             raise UserError("balanced plans cut time for causal models, and this one sees both sides; use zeco or ddp")
         refuse_uncuttable(module, "contiguous")
-        dropping = any(isinstance(layer, Dropout) and layer.p > 0 for layer in module.modules())
-        if self._chunk > 1 and (dropping or "attention" in kinds(module)):
+        if self._chunk > 1 and "attention" in kinds(module):
             raise UserError(
-                f"attention and dropout find their positions where every rank holds an even share of a ring's tokens; "
-                f"got strategy.chunk={self._chunk}, use 1"
+                f"attention crosses ranks where every rank holds an even share of a ring's tokens; got "
+                f"strategy.chunk={self._chunk}, use 1"
             )
         set_streams(module, self.global_rank)
         super().setup(trainer)
@@ -215,6 +214,7 @@ class Balanced(ManyRanks):
             method=self._method,
             attention=self._attention,
             length=step.stream[-1],
+            chunk=self._chunk,
             documents=step.stream,
         )
 
@@ -289,6 +289,10 @@ class Balanced(ManyRanks):
 
     @contextmanager
     def _inside(self, place: SequenceShard | None) -> Iterator[None]:
+        if self._stage() in self._watched:
+            with shard.use(place):
+                yield
+            return
         messages: list[Message] = []
         with user_errors(), shard.use(place), shard.observed(messages.append):
             yield
@@ -297,9 +301,10 @@ class Balanced(ManyRanks):
 
     def _refuse_silent(self) -> None:
         """After the last message of a batch: the first rings of a stage must have exchanged something."""
-        stage, own = self._stage(), torch.tensor([self._messages, self._rings], device=self.root_device)
+        stage = self._stage()
         if stage in self._watched:
             return
+        own = torch.tensor([self._messages, self._rings], device=self.root_device)
         dist.all_reduce(own)
         messages, rings = own.tolist()
         self._messages = self._rings = 0
@@ -386,7 +391,7 @@ class BalancedStrategy(Balanced, DDPStrategy):
             "flexible" and "uniform", groups of powers of two in step; "auto": packed without attention, else hybrid.
         capacity: tokens that a rank runs at once; when omitted twice its share of a batch, or its share of the longest
             document on all ranks.
-        chunk: cuts inside a ring are multiples of it; with attention or dropout it must be 1.
+        chunk: cuts inside a ring are multiples of it; with attention it must be 1.
         method: how states cross ranks: allgather, lasp, lasp2 or zeco, see zoo.ops.shard.SequenceShard.
         attention: how softmax attention crosses ranks: lightseq, allgather, ring or tokenring.
         cost: what micro-steps cost, such as `refit` fits to measured ones; its capacity is replaced. When omitted it is
