@@ -32,6 +32,7 @@ from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
 from zoo.train.checkpoint_io import AtomicCheckpointIO
+from zoo.train.data.base import DataModule
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.loggers import CsvLog
 from zoo.train.memory.choose import MemoryConfig
@@ -425,7 +426,8 @@ def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
         enable_model_summary=False,
     )
     # ranks with data of their own: fewer where several share a sequence
-    return len(data.train_dataloader()) // int(getattr(probe.strategy, "dp_size", probe.world_size))
+    ranks = int(getattr(probe.strategy, "dp_size", probe.world_size))
+    return data.sources[0].steps(ranks) if isinstance(data, DataModule) else len(data.train_dataloader()) // ranks
 
 
 def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:

@@ -104,8 +104,7 @@ def count_right(logits: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> R
     tokens = targets.shape[1]
     at = torch.arange(tokens, device=targets.device)
     if place is not None:
-        length = tokens * place.size if place.length is None else place.length
-        at = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(targets.device)
+        at = shard.tokens_of(place, tokens).to(targets.device)
     # The largest is that of the last scored position, and its lowest bit says whether that one is right.
     last = torch.where(scored, 2 * at + (~wrong).long(), -1)
     if cu_seqlens is None:

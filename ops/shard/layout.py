@@ -9,19 +9,23 @@ from torch import Tensor
 from zoo.ops.shard.place import SequenceShard
 
 
-def stretch(length: int, rank: int, size: int) -> tuple[int, int]:
-    """The tokens of a rank when `length` tokens are cut into `size` stretches as even as can be: [left, right)."""
-    return length * rank // size, length * (rank + 1) // size
+def stretch(length: int, rank: int, size: int, chunk: int = 1) -> tuple[int, int]:
+    """The tokens of a rank when `length` tokens are cut into `size` stretches as even as can be: [left, right).
+
+    Cuts are multiples of the chunk.
+    """
+    chunks = -(-length // chunk)
+    return min(length, chunk * (chunks * rank // size)), min(length, chunk * (chunks * (rank + 1) // size))
 
 
-def held(length: int, rank: int, size: int, layout: str = "contiguous") -> Tensor:
-    """Which of `length` tokens a rank holds, in the order in which it holds them, int64.
+def held(length: int, rank: int, size: int, layout: str = "contiguous", chunk: int = 1) -> Tensor:
+    """Which of `length` tokens a rank holds, in the order in which it holds them, int64; `chunk` as in `stretch`.
 
     Raises:
         ValueError: a zigzag layout of a length that 2 * size does not divide, or a striped one that size does not.
     """
     if layout == "contiguous":
-        return torch.arange(*stretch(length, rank, size))
+        return torch.arange(*stretch(length, rank, size, chunk))
     parts = size if layout == "striped" else 2 * size
     if length % parts:
         raise ValueError(
@@ -69,7 +73,7 @@ def tokens_of(shard: SequenceShard, tokens: int) -> Tensor:
     """
     shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
-    own = held(length, shard.rank, shard.size, shard.layout or "contiguous")
+    own = held(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk)
     if len(own) != tokens:
         raise ValueError(
             f"rank {shard.rank} of {shard.size} holds {len(own)} of {length} tokens; got {tokens}, give SequenceShard "

@@ -54,6 +54,7 @@ class SequenceShard:
             needs; "zigzag": of 2 P chunks the r-th from both ends; "striped": every P-th token. None is the layout
             that the attention method is named after, or contiguous.
         length: tokens of the whole sequence; None where all ranks hold equally many.
+        chunk: contiguous stretches begin at multiples of it. Attention and "heads" want even ones, 1.
         documents: boundaries of the packed documents in the whole stream, as a tuple; None for a batch. Attention and
             positions need it; operators with a state read their own `cu_seqlens`.
         link: what a message costs; "zeco" chooses its number of blocks by it.
@@ -72,6 +73,7 @@ class SequenceShard:
     attention: str = "allgather"
     layout: str | None = None
     length: int | None = None
+    chunk: int = 1
     documents: tuple[int, ...] | None = None
     link: Link = Link()
     blocks: int | None = None
@@ -96,6 +98,11 @@ class SequenceShard:
             raise ValueError(
                 f"SequenceShard: attention {self.attention!r} is a ring over the {OWN_LAYOUT[self.attention]} layout; "
                 f"got layout {layout!r}, leave it out"
+            )
+        if self.chunk < 1 or (self.chunk > 1 and (layout != "contiguous" or self.method == "heads")):
+            raise ValueError(
+                f"SequenceShard: chunk must be at least 1, and 1 where stretches are even, as the {layout} layout and "
+                f"method {self.method!r} want them; got {self.chunk}"
             )
         object.__setattr__(self, "layout", layout)
         object.__setattr__(self, "size", dist.get_world_size(self.group))

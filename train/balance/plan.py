@@ -40,6 +40,7 @@ class RankStep(NamedTuple):
     cu_seqlens: the boundaries of its documents as zoo.ops.shard wants them: where a document begins at the left edge
         of a later rank an empty one comes first.
     valid_tokens: tokens with a successor in their document, here or on the next rank: what a shifted target can score.
+    stream: the boundaries of all documents in the ring's whole stream.
     """
 
     step: int
@@ -48,6 +49,7 @@ class RankStep(NamedTuple):
     pieces: tuple[Piece, ...]
     cu_seqlens: tuple[int, ...]
     valid_tokens: int
+    stream: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -122,14 +124,32 @@ class Plan:
         """Tokens of a group."""
         return sum(self.lengths[k] for k in group.sequences)
 
-    def for_rank(self, rank: int) -> list[RankStep]:
-        """The micro-steps of a rank, in the order in which it must run them."""
+    def for_rank(self, rank: int, *, idle: bool = False) -> list[RankStep]:
+        """The micro-steps of a rank, in the order in which it must run them.
+
+        Args:
+            rank: which.
+            idle: with an empty one of its own where a step has no work for the rank: as many on every rank, as cut
+                weights want it.
+        """
         found = []
         for position, step in enumerate(self.steps):
-            for group in step:
-                if rank in group.ranks:
-                    found.append(self._rank_step(position, group, group.ranks.index(rank)))
+            group = next((group for group in step if rank in group.ranks), None)
+            if group is not None:
+                found.append(self._rank_step(position, group, group.ranks.index(rank)))
+            elif idle:
+                found.append(RankStep(position, (rank,), 0, (), (0, 0), 0, (0,)))
         return found
+
+    @property
+    def most(self) -> int:
+        """Tokens of the largest stretch that any rank runs at once."""
+        streams = ((self.stream(group), len(group.ranks)) for step in self.steps for group in step)
+        return max(
+            edge(stream, i + 1, size, self.chunk) - edge(stream, i, size, self.chunk)
+            for stream, size in streams
+            for i in range(size)
+        )
 
     def _rank_step(self, position: int, group: Group, index: int) -> RankStep:
         cuts = [0, *itertools.accumulate(self.lengths[k] for k in group.sequences)]
@@ -145,7 +165,7 @@ class Plan:
         fresh = 0 < left < cuts[-1] and left in cuts
         lengths = [p.end - p.start for p in pieces] or [0]
         bounds = (*([0] if fresh else []), 0, *itertools.accumulate(lengths))
-        return RankStep(position, group.ranks, index, tuple(pieces), bounds, right - left - ended)
+        return RankStep(position, group.ranks, index, tuple(pieces), bounds, right - left - ended, tuple(cuts))
 
 
 def edge(length: int, index: int, size: int, chunk: int = 1) -> int:

@@ -56,10 +56,14 @@ class BalancedBatchSampler:
         """Batches of the epoch at the position."""
         return self.batches(self._epoch)
 
+    def documents(self, epoch: int, step: int) -> np.ndarray:
+        """The sequences of a batch, as positions in `lengths`: whatever the planner."""
+        order, cuts = self._epoch_order(epoch)
+        return order[cuts[step] : cuts[step + 1]]
+
     def plan(self, epoch: int, step: int) -> Plan:
         """The plan of a batch: a pure function of its arguments."""
-        order, cuts = self._epoch_order(epoch)
-        documents = order[cuts[step] : cuts[step + 1]]
+        documents = self.documents(epoch, step)
         plan = self.planner(self.lengths[documents]).named(documents.tolist())
         if not plan.lockstep:
             return plan  # its order is a schedule
@@ -76,7 +80,7 @@ class BalancedBatchSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what the order depends on."""
-        return {"epoch": self._epoch, "step": self._step, "settings": self._settings()}
+        return {"epoch": self._epoch, "step": self._step, "settings": self.settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position.
@@ -84,15 +88,18 @@ class BalancedBatchSampler:
         Raises:
             ValueError: it was saved with other lengths or settings, so that sequences would be dropped or repeated.
         """
-        if state["settings"] != self._settings():
+        if state["settings"] != self.settings():
             raise ValueError(
                 "BalancedBatchSampler: the position belongs to other lengths, global_tokens or seed; sequences would "
                 "be dropped or repeated: give what it was saved with, or start a new epoch"
             )
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
-    def _settings(self) -> str:
-        """The planner is left out: a refitted cost model or other ranks plan the same batches anew."""
+    def settings(self) -> str:
+        """A hash of what the order depends on.
+
+        The planner is left out: a refitted cost model or other ranks plan the same batches anew.
+        """
         said = (self.global_tokens, self.seed, len(self.lengths))
         return hashlib.sha256(repr(said).encode() + self.lengths.tobytes()).hexdigest()
 

@@ -34,7 +34,7 @@ class FitMemory(Callback):
             return
         self._started = True
         model: Any = pl_module.model
-        B, T = batch["tokens"].shape
+        B, T = (1, batch.most) if hasattr(batch, "most") else batch["tokens"].shape  # a plan's largest micro-batch
         precision = str(trainer.precision)
         choice = choose(
             model, B, T, self.config, device=pl_module.device,

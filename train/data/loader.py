@@ -6,7 +6,7 @@ loader itself; both hold the same numbers.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class Source(Protocol):
         """Batches of one epoch on each of `world` ranks."""
         ...
 
-    def batch(self, epoch: int, step: int, rank: int, world: int) -> Batch:
-        """One rank's part of one step."""
+    def batch(self, epoch: int, step: int, rank: int, world: int) -> Any:
+        """One rank's part of one step: a Batch, or a PlanBatch of several."""
         ...
 
 
@@ -42,6 +42,7 @@ class Loader:
         limit: an epoch ends after this many batches at the latest (Lightning's limit_train_batches).
         restart: every pass starts at the same place (validation).
         in_flight: how many of the batches handed out are still being worked on.
+        steps_of: the batches of each epoch, where they differ; `source.steps(world)` of all when omitted.
     """
 
     def __init__(
@@ -56,16 +57,22 @@ class Loader:
         limit: int | None = None,
         restart: bool = False,
         in_flight: Callable[[], int] = lambda: 0,
+        steps_of: Callable[[int], int] | None = None,
     ):
         self.source, self.rank, self.world, self.workers = source, rank, world, workers
         self.restart, self.in_flight = restart, in_flight
-        self._steps = source.steps(world)
-        self._limit = self._steps if limit is None else min(limit, self._steps)
+        steps = source.steps(world)
+        self._steps_of = steps_of or (lambda epoch: steps)
+        self._limit = limit
         self._epoch, self._batches = epoch, batches
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, whatever the position: Lightning subtracts what it has done itself."""
-        return self._steps
+        """Batches of the whole epoch, whatever the position in it: Lightning subtracts what it has done itself."""
+        return self._steps_of(0 if self.restart else self.position[0])
+
+    def _end(self, epoch: int) -> int:
+        steps = self._steps_of(epoch)
+        return steps if self._limit is None else min(self._limit, steps)
 
     @property
     def position(self) -> tuple[int, int]:
@@ -73,7 +80,7 @@ class Loader:
         return self._normal(self._batches)
 
     def _normal(self, batches: int) -> tuple[int, int]:
-        return (self._epoch, batches) if batches < self._limit else (self._epoch + 1, 0)
+        return (self._epoch, batches) if batches < self._end(self._epoch) else (self._epoch + 1, 0)
 
     def state_dict(self) -> dict[str, int]:
         """The position without the batches in flight."""
@@ -84,7 +91,7 @@ class Loader:
         """Go on from a position; takes effect with the next pass."""
         self._epoch, self._batches = state["epoch"], state["batches"]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         # A generator: the position is read when the first batch is asked for, so a loader that Lightning iterates
         # over more than once before a pass begins, or restores after that, still starts where it should.
         epoch, first = (0, 0) if self.restart else self.position
@@ -92,26 +99,27 @@ class Loader:
             self._epoch, self._batches = epoch, done
             yield batch
 
-    def _prepared(self, epoch: int, first: int) -> Iterator[Batch]:
+    def _prepared(self, epoch: int, first: int) -> Iterator[Any]:
         steps = _Steps(self.source, epoch, self.rank, self.world)
+        numbers = range(first, self._end(epoch))
         if self.workers == 0:
-            return (steps[step] for step in range(first, self._limit))
+            return (steps[step] for step in numbers)
         return iter(
             DataLoader(
                 steps,
                 batch_size=None,
-                sampler=range(first, self._limit),
+                sampler=numbers,
                 num_workers=self.workers,
                 generator=torch.Generator(),  # else every pass would draw from the global generator
             )
         )
 
 
-class _Steps(Dataset[Batch]):
+class _Steps(Dataset[Any]):
     """One epoch of one rank by step, for torch's worker processes."""
 
     def __init__(self, source: Source, epoch: int, rank: int, world: int):
         self.source, self.epoch, self.rank, self.world = source, epoch, rank, world
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Any:
         return self.source.batch(self.epoch, step, self.rank, self.world)

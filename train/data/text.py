@@ -139,7 +139,7 @@ class TextData(TextSettings):
 
     def make_sources(self) -> tuple[Source, Source]:
         """Tokenise, or take the tokens from the cache, and cut or pack them."""
-        train, val = self._corpora()
+        train, val = self.corpora()
         if len(train) < self.seq_len:
             raise UserError(
                 f"a corpus must hold at least one sequence; its training part has {len(train)} tokens and data.seq_len "
@@ -153,7 +153,8 @@ class TextData(TextSettings):
 
         return source(train, self.seed), source(val, None)
 
-    def _corpora(self) -> tuple[Corpus, Corpus]:
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """Training and held-out text as tokens."""
         folder = self._cache_key()
         if folder is not None and (cached := _load(folder)) is not None:
             return cached

@@ -2,16 +2,26 @@
 
 | file | its one idea |
 |---|---|
+| `ranks.py` | what all have: a lost rank and an operator that refuses are said in one sentence |
 | `base.py` | the grid of ranks, the shard around every step, what both strategies refuse |
 | `ddp.py` | `ContextParallelStrategy`: weights on every rank |
 | `fsdp.py` | `ContextParallelFSDPStrategy`: weights cut over all ranks |
+| `balanced.py` | `BalancedStrategy`, `BalancedFSDPStrategy`: plans of uneven documents, run micro-step by micro-step |
+| `nominal.py` | what a plan's micro-steps cost before anybody has measured them |
 | `batch.py` | which part of a batch a rank gets; whether its group holds the same one |
 | `kinds.py` | how a model's layers cross ranks, read off the operators that they call |
 | `presets.py` | names such as "zeco" and "zeco_fsdp" for `Trainer(strategy=...)` |
 """
 
+from zoo.train.strategies.balanced import BalancedFSDPStrategy, BalancedStrategy
 from zoo.train.strategies.ddp import ContextParallelStrategy
 from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
 from zoo.train.strategies.presets import register
 
-__all__ = ["ContextParallelFSDPStrategy", "ContextParallelStrategy", "register"]
+__all__ = [
+    "BalancedFSDPStrategy",
+    "BalancedStrategy",
+    "ContextParallelFSDPStrategy",
+    "ContextParallelStrategy",
+    "register",
+]

@@ -1,7 +1,6 @@
 """What both context-parallel strategies share: the ranks' grid, the cut of a batch, the shard around every step."""
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,8 +11,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.data import DataLoader
 
@@ -22,12 +19,13 @@ from zoo.layers.dropout import set_streams
 from zoo.ops import shard
 from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
+from zoo.ops.shard.place import OWN_LAYOUT
 from zoo.train.data.base import BATCH, Part
 from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
+from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
 
 PARTNER = "lightseq"  # attention beside layers with a state: contiguous stretches, and every rank works alike
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout|broken pipe", re.IGNORECASE)
 
 
 def near_the_root(ranks: int) -> int:
@@ -35,7 +33,7 @@ def near_the_root(ranks: int) -> int:
     return max(d for d in range(1, math.isqrt(ranks) + 1) if ranks % d == 0)
 
 
-class ContextParallel(ParallelStrategy):
+class ContextParallel(ManyRanks):
     """Time cut across the ranks of a group, samples across groups; the rest is the strategy beside it in the bases.
 
     Ranks form a grid (data, context) whose fastest axis is the context: neighbours share a sequence. Every rank of a
@@ -94,6 +92,12 @@ class ContextParallel(ParallelStrategy):
     def dp_size(self) -> int:
         """Groups of ranks with different data."""
         return self.world_size // self.cp_size
+
+    @property
+    def layout(self) -> str:
+        """Which tokens a rank holds, see SequenceShard; contiguous where nothing is cut."""
+        attention, layout = self._crossing["attention"], self._crossing["layout"]
+        return "contiguous" if self.cp_size == 1 else str(layout or OWN_LAYOUT.get(str(attention), "contiguous"))
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -192,10 +196,6 @@ class ContextParallel(ParallelStrategy):
         found: Mapping[str, Part] | None = getattr(data, "schema", None)
         return BATCH if found is None else found
 
-    def _stage(self) -> str:
-        trainer = None if self.lightning_module is None else self.lightning_module._trainer
-        return str(None if trainer is None else trainer.state.stage)
-
     # -- steps --------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,50 +237,9 @@ class ContextParallel(ParallelStrategy):
                     yield
                 return
             messages: list[Message] = []
-            try:
-                with shard.use(place), shard.observed(messages.append):
-                    yield
-            except UserError:
-                raise
-            except ValueError as error:  # an operator that cannot be cut so
-                raise UserError(str(error)) from error
-            self._refuse_silent(place, len(messages))
+            with user_errors(), shard.use(place), shard.observed(messages.append):
+                yield
+            own = torch.tensor([len(messages)], device=self.root_device)
+            if not any(int(x) for x in all_gather(place, own)):
+                raise silent(place.size)
             self._watched.add(stage)
-
-    def _refuse_silent(self, place: SequenceShard, messages: int) -> None:
-        """A model whose layers never ask for their past would train, and be wrong."""
-        own = torch.tensor([messages], device=self.root_device)
-        if not any(int(x) for x in all_gather(place, own)):
-            raise UserError(
-                f"a model that is cut across {place.size} ranks must hand its state on; this one sent nothing in its "
-                "first step: build its layers along time from zoo.ops, or use a strategy such as ddp"
-            )
-
-    # -- ranks that are gone ------------------------------------------------------------------------------------
-
-    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As Lightning's; a rank that is gone is said in one sentence."""
-        with self._clear_errors():
-            return super().backward(closure_loss, *args, **kwargs)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; a rank that is gone is said in one sentence."""
-        with self._clear_errors():
-            return super().optimizer_step(*args, **kwargs)
-
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's; a rank that is gone is said in one sentence."""
-        with self._clear_errors():
-            return super().reduce(*args, **kwargs)  # type: ignore[safe-super]
-
-    @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not _LOST.search(str(error)):
-                raise
-            raise UserError(
-                f"rank {self.global_rank} of {self.world_size} lost another rank, which ended or did not answer within "
-                f"strategy.timeout; see what that one said, then resume ({str(error).strip().splitlines()[0]})"
-            ) from error

@@ -23,54 +23,15 @@ from zoo.ops.shard import Link
 from zoo.train.data.base import Part
 from zoo.train.strategies.base import ContextParallel
 
-__all__ = ["ContextParallelFSDPStrategy", "whole_weights"]
+__all__ = ["ContextParallelFSDPStrategy", "CutWeights", "whole_weights"]
 
 METHODS = ("encode", "hidden", "head", "head_loss")  # of a model, called beside its `forward`
 
 
-class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
-    """FSDP2 over data x context: time as in `ContextParallelStrategy`, weights and optimiser cut over all ranks.
+class CutWeights(ModelParallelStrategy):
+    """FSDP2 over all ranks, with checkpoints that are whole and in one file. `_weights_mesh` is made by a subclass."""
 
-    A task calls `trainer.strategy.shard_weights(model)` in its `configure_model`, as `Task` does.
-    Gradients are averaged over all ranks, the convention of DDP. Checkpoints are whole and in one file, written by
-    rank 0, so that a run resumes under any strategy. The groups of cut weights live as long as the weights.
-
-    Args:
-        cp_size, method, attention, layout, link, blocks, inner, schema, timeout, process_group_backend: as there.
-
-    Raises:
-        UserError: as there.
-    """
-
-    def __init__(
-        self,
-        *,
-        cp_size: int | None = None,
-        method: str = "zeco",
-        attention: str | None = None,
-        layout: str | None = None,
-        link: Link | None = None,
-        blocks: int | None = None,
-        inner: int | None = None,
-        schema: Mapping[str, Part] | None = None,
-        timeout: float = 1800.0,
-        process_group_backend: str | None = None,
-    ):
-        self._configure(cp_size, method, attention, layout, link, blocks, inner, schema, timeout)
-        super().__init__(
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
-        )
-        self._weights_mesh: DeviceMesh | None = None
-
-    def setup_environment(self) -> None:
-        """The process group, the grid, and all of it in one row for the weights."""
-        with self._clear_errors():
-            self._setup_distributed()
-        self._device_mesh = self._make_grid(("data_parallel", "cp"))
-        # The flat mesh is kept: taking it from the grid by name is deprecated.
-        self._weights_mesh = self._device_mesh._flatten("dp_cp")
+    _weights_mesh: DeviceMesh | None = None
 
     def shard_weights(self, model: nn.Module) -> None:
         """Cut each block's weights over all ranks, then the rest; a second call changes nothing."""
@@ -116,6 +77,50 @@ class ContextParallelFSDPStrategy(ContextParallel, ModelParallelStrategy):
             }
             set_optimizer_state_dict(self.model, inner, named, options=options)
         return checkpoint
+
+
+class ContextParallelFSDPStrategy(ContextParallel, CutWeights):
+    """FSDP2 over data x context: time as in `ContextParallelStrategy`, weights and optimiser cut over all ranks.
+
+    A task calls `trainer.strategy.shard_weights(model)` in its `configure_model`, as `Task` does.
+    Gradients are averaged over all ranks, the convention of DDP. Checkpoints are whole and in one file, written by
+    rank 0, so that a run resumes under any strategy. The groups of cut weights live as long as the weights.
+
+    Args:
+        cp_size, method, attention, layout, link, blocks, inner, schema, timeout, process_group_backend: as there.
+
+    Raises:
+        UserError: as there.
+    """
+
+    def __init__(
+        self,
+        *,
+        cp_size: int | None = None,
+        method: str = "zeco",
+        attention: str | None = None,
+        layout: str | None = None,
+        link: Link | None = None,
+        blocks: int | None = None,
+        inner: int | None = None,
+        schema: Mapping[str, Part] | None = None,
+        timeout: float = 1800.0,
+        process_group_backend: str | None = None,
+    ):
+        self._configure(cp_size, method, attention, layout, link, blocks, inner, schema, timeout)
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+        )
+
+    def setup_environment(self) -> None:
+        """The process group, the grid, and all of it in one row for the weights."""
+        with self._clear_errors():
+            self._setup_distributed()
+        self._device_mesh = self._make_grid(("data_parallel", "cp"))
+        # The flat mesh is kept: taking it from the grid by name is deprecated.
+        self._weights_mesh = self._device_mesh._flatten("dp_cp")
 
     def _give_back(self) -> None:
         """The weights keep their groups."""

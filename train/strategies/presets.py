@@ -4,13 +4,20 @@ import yaml
 from lightning.pytorch.strategies import StrategyRegistry
 
 from zoo.configs import ROOT
+from zoo.train.strategies.balanced import BalancedFSDPStrategy, BalancedStrategy
 from zoo.train.strategies.ddp import ContextParallelStrategy
 from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
 
 __all__ = ["register"]
 
 _STRATEGIES = {
-    f"zoo.train.strategies.{cls.__name__}": cls for cls in (ContextParallelStrategy, ContextParallelFSDPStrategy)
+    f"zoo.train.strategies.{cls.__name__}": (cls, what)
+    for cls, what in (
+        (ContextParallelStrategy, "context parallelism over all ranks"),
+        (ContextParallelFSDPStrategy, "context parallelism over all ranks"),
+        (BalancedStrategy, "plans of uneven sequences"),
+        (BalancedFSDPStrategy, "plans of uneven sequences"),
+    )
 }
 
 
@@ -19,11 +26,11 @@ def register() -> list[str]:
     names = []
     for path in sorted((ROOT / "strategy").glob("*.yaml")):
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        strategy = _STRATEGIES.get(settings.pop("_target_", ""))
-        if strategy is None:
+        found = _STRATEGIES.get(settings.pop("_target_", ""))
+        if found is None:
             continue
+        strategy, what = found
         names.append(path.stem)
         if path.stem not in StrategyRegistry:
-            described = f"context parallelism over all ranks: {settings}"
-            StrategyRegistry.register(path.stem, strategy, description=described, **settings)
+            StrategyRegistry.register(path.stem, strategy, description=f"{what}: {settings}", **settings)
     return names

@@ -59,10 +59,10 @@ class Task(LightningModule):
         self.val_loss = MeanLoss()
         self.val_metrics = nn.ModuleDict()
         # Sums on the device, read only when metrics are logged. They are part of the run's state, not of the model.
-        self._update = torch.zeros(3)  # this update's [nll, scored targets, bytes] on this rank
+        self._update = torch.zeros(4)  # this update's [nll, scored targets, bytes, tokens] on this rank
         self._window = torch.zeros(5)  # since the last row: [nll, scored targets, bytes, gradient norm, good steps]
         self._skipped = torch.zeros(2, dtype=torch.int64)  # skipped steps: [in all, in a row until now]
-        self._tokens = 0  # tokens in since the speed was last read, on this rank
+        self._tokens = torch.zeros((), dtype=torch.int64)  # tokens in since the speed was last read, on all ranks
         self._since = 0.0  # when it was last read
         self._pause = 0.0  # seconds since then that were not training
 
@@ -97,11 +97,9 @@ class Task(LightningModule):
         """Add the batch's summed loss to this update."""
         batch = self.prepared(batch, batch_idx, training=True)
         nll, scored = self.batch_loss(batch)
-        n_bytes = batch.get("n_bytes")
-        self._update += torch.stack(
-            [nll.detach().float(), scored.float(), n_bytes.float() if n_bytes is not None else scored.new_zeros(())]
-        )
-        self._tokens += batch["tokens"].numel()
+        tokens = scored.new_full((), batch["tokens"].numel())
+        n_bytes = batch.get("n_bytes", scored.new_zeros(()))
+        self._update += torch.stack([x.float() for x in (nll.detach(), scored, n_bytes, tokens)])
         # Lightning divides by the number of micro-batches; `configure_gradient_clipping` knows the right divisor.
         return nll * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
 
@@ -116,6 +114,8 @@ class Task(LightningModule):
         totals: Tensor = self._update
         if self.trainer.world_size > 1:
             totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+        totals, tokens = totals[:3], totals[3]
+        self._tokens += tokens.long()
         grads = gradients(inner)
         # Data-parallel strategies average over ranks; the mean over tokens wants the sum.
         scale = self.trainer.world_size * LOSS_UNIT / totals[1].clamp(min=1.0)
@@ -224,8 +224,9 @@ class Task(LightningModule):
         """Tokens per second of training since the last call, over all ranks, pauses left out."""
         now = time.monotonic()
         seconds = max(now - self._since - self._pause, 1e-9)
-        speed = self._tokens * self.trainer.world_size / seconds
-        self._tokens, self._since, self._pause = 0, now, 0.0
+        speed = int(self._tokens) / seconds
+        self._since, self._pause = now, 0.0
+        self._tokens.zero_()
         return speed
 
     def pause(self, seconds: float) -> None:
@@ -238,10 +239,10 @@ class Task(LightningModule):
         """Put the sums on the device and start the clocks; dropout draws by the rank of the data."""
         kwargs = self.trainer.distributed_sampler_kwargs  # ranks that share a sample drop the same numbers
         set_streams(self.model, 0 if kwargs is None else int(kwargs["rank"]))
-        self._update, self._window, self._skipped = (
-            t.to(self.device) for t in (self._update, self._window, self._skipped)
+        self._update, self._window, self._skipped, self._tokens = (
+            t.to(self.device) for t in (self._update, self._window, self._skipped, torch.zeros_like(self._tokens))
         )
-        self._since, self._tokens, self._pause = time.monotonic(), 0, 0.0
+        self._since, self._pause = time.monotonic(), 0.0
         self.clock.start()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -74,6 +74,8 @@ def attention_across(
 def _crossing(shard: SequenceShard, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> Crossing:
     name, layout = shard.attention, shard.layout or "contiguous"
     positions(shard, q.shape[1])  # refuses what the rank does not hold
+    if shard.chunk > 1:
+        raise ValueError(f"attention across ranks needs even stretches; got cuts at chunks of {shard.chunk}, use 1")
     length = q.shape[1] * shard.size if shard.length is None else shard.length
     if shard.documents is not None:
         check.boundaries("attention across ranks", torch.tensor(shard.documents), q.shape[0], length)

@@ -1,0 +1,565 @@
+"""Plans of uneven sequences as Lightning strategies: a batch is one update's plan, run micro-step by micro-step.
+
+    Trainer(strategy="balanced", devices=4).fit(task, datamodule=TextDocuments(path="corpus"))
+
+Every micro-step is one call of the task inside its ring's shard, followed at once by its backward pass; ranks meet in
+rings, by messages between pairs, and once at the end, where the gradients are summed.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from zoo.errors import UserError
+from zoo.layers.dropout import set_streams
+from zoo.ops import shard
+from zoo.ops.shard import SequenceShard
+from zoo.ops.shard.exchange import Message
+from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Planner, Uniform
+from zoo.train.balance.plan import RankStep
+from zoo.train.data.planned import PlanBatch
+from zoo.train.strategies.fsdp import CutWeights
+from zoo.train.strategies.kinds import kinds, refuse_uncuttable
+from zoo.train.strategies.nominal import nominal
+from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
+
+__all__ = ["BalancedFSDPStrategy", "BalancedStrategy"]
+
+PLANNERS = ("auto", "packed", "flexible", "hybrid", "uniform")
+METHODS = ("allgather", "lasp", "lasp2", "zeco")  # for rings of any size: heads do not divide among these
+ATTENTION = ("lightseq", "allgather", "ring", "tokenring")
+BUCKET = 32 << 20  # bytes of gradients that are summed at once: a copy of this size is made
+ROOM = 2  # the default capacity of a rank, in shares of a batch
+
+Batch = dict[str, Tensor]
+
+
+class Local(list[tuple[RankStep, SequenceShard | None, Batch]]):
+    """A rank's micro-batches on its device, each with its place in a ring; None where it is alone.
+
+    most: tokens of the largest micro-batch of any rank.
+    """
+
+    most: int
+
+
+class Balanced(ManyRanks):
+    """Runs plans; the rest is the strategy beside it in the bases."""
+
+    lockstep: ClassVar[bool]
+
+    def _configure(
+        self,
+        planner: str,
+        capacity: int | None,
+        chunk: int,
+        method: str,
+        attention: str,
+        cost: CostModel | None,
+        a1: float | None,
+        a2: float | None,
+        b1: float | None,
+        timeout: float,
+    ) -> None:
+        """Check and keep what both constructors take."""
+        for name, value, known in (
+            ("planner", planner, PLANNERS), ("method", method, METHODS), ("attention", attention, ATTENTION),
+        ):  # fmt: skip
+            if value not in known:
+                raise UserError(f"strategy.{name} must be one of {', '.join(known)}; got {value!r}")
+        if planner == "hybrid" and self.lockstep:
+            raise UserError(
+                "strategy.planner=hybrid gives ranks unequal numbers of micro-steps, and cut weights are gathered by "
+                "all ranks in each; use flexible, or strategy=balanced"
+            )
+        for name, size in (("capacity", capacity), ("chunk", chunk)):
+            if size is not None and size < 1:
+                raise UserError(f"strategy.{name} must be at least 1 token; got {size}")
+        if timeout <= 0:
+            raise UserError(f"strategy.timeout must be above 0 seconds; got {timeout}")
+        self._planner, self._capacity, self._chunk = planner, capacity, chunk
+        self._method, self._attention = method, attention
+        self._cost = cost
+        self._coefficients: dict[str, Any] = {
+            name: x for name, x in (("a1", a1), ("a2", a2), ("b1", b1)) if x is not None
+        }
+        self._compared: set[str] = set()  # stages whose first batch was compared on all ranks
+        self._watched: set[str] = set()  # stages in which rings were seen to exchange something
+        self._messages = self._rings = 0  # of a stage that is not watched yet
+        self._gradients: list[Tensor | None] | None = None  # of the micro-steps before the last
+        self._holding = False  # further batches add to this update
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every rank has a part of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def dp_size(self) -> int:
+        """Batches that ranks see side by side: all ranks share one."""
+        return 1
+
+    # -- plans --------------------------------------------------------------------------------------------------
+
+    def planner_of(self, longest: int, global_tokens: int) -> Planner:
+        """The planner of data whose longest document and whose batches have so many tokens.
+
+        Raises:
+            UserError: the settings do not go together.
+        """
+        ranks, chunk = self.world_size, self._chunk
+        kind = self.planner
+        most = 1 << ranks.bit_length() - 1 if kind in ("flexible", "uniform") else ranks  # ranks of a ring
+        room = self._capacity or max(-(-ROOM * global_tokens // ranks), -(-longest // most))
+        if self._capacity is None:
+            room = -(-room // chunk) * chunk
+        if room < chunk:
+            raise UserError(f"strategy.capacity must have room for a chunk of {chunk} tokens; got {room}")
+        if kind == "packed":
+            return PackedStream(ranks, room, chunk=chunk)
+        cost = self.cost(room)
+        if kind == "hybrid":
+            return Hybrid(ranks, cost, chunk=chunk)
+        return (Uniform if kind == "uniform" else Flexible)(ranks, cost, chunk=chunk)
+
+    @property
+    def planner(self) -> str:
+        """The planner's name; "auto" is decided by the model."""
+        if self._planner != "auto":
+            return self._planner
+        assert self.lightning_module is not None
+        if "attention" not in kinds(self.lightning_module):
+            return "packed"
+        return "flexible" if self.lockstep else "hybrid"
+
+    def cost(self, capacity: int) -> CostModel:
+        """What planners assume of this model; `zoo.train.balance.refit` fits it to measured steps."""
+        assert self.lightning_module is not None
+        model = self.lightning_module
+        found = (
+            replace(self._cost, capacity=capacity) if self._cost else nominal(getattr(model, "model", model), capacity)
+        )
+        try:
+            return replace(found, **self._coefficients)
+        except ValueError as error:
+            raise UserError(f"strategy: {error}") from error
+
+    def setup(self, trainer: Trainer) -> None:
+        """Refuse a model whose time cannot be cut, or whose past is not all that it sees."""
+        module = self.lightning_module
+        assert module is not None
+        if not module.automatic_optimization:
+            raise UserError(
+                "balanced strategies run the backward passes of a batch themselves, so they need automatic optimisation"
+            )
+        if not getattr(getattr(module, "model", module), "causal", True):
+            raise UserError("balanced plans cut time for causal models, and this one sees both sides; use zeco or ddp")
+        refuse_uncuttable(module, "contiguous")
+        if self._chunk > 1 and "attention" in kinds(module):
+            raise UserError(
+                f"attention crosses ranks where every rank holds an even share of a ring's tokens; got "
+                f"strategy.chunk={self._chunk}, use 1"
+            )
+        set_streams(module, self.global_rank)
+        super().setup(trainer)
+
+    def _meet(self) -> None:
+        """The first message of all ranks, which opens the group that messages between pairs use."""
+        with self._clear_errors():
+            dist.all_reduce(torch.zeros(1, device=self.root_device))
+
+    def teardown(self) -> None:
+        """Forget the run."""
+        super().teardown()
+        self._compared.clear()
+        self._watched.clear()
+        self._gradients, self._holding = None, False
+
+    # -- batches ------------------------------------------------------------------------------------------------
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Compare a stage's first plan on all ranks; move the micro-batches, each with its place."""
+        if not isinstance(batch, PlanBatch):
+            raise UserError(
+                "a balanced strategy runs plans of whole documents, and these data make ordinary batches; use "
+                "data=documents (zoo.train.data.documents), or a strategy such as ddp or zeco"
+            )
+        stage = self._stage()
+        if stage not in self._compared:
+            self._refuse_different(batch)
+            self._compared.add(stage)
+        moved = Local()
+        moved.most = batch.most
+        for step, part in batch.micro_batches:
+            moved.append((step, self._place(step), super().batch_to_device(part, device, dataloader_idx)))
+        return moved
+
+    def _place(self, step: RankStep) -> SequenceShard | None:
+        if len(step.ring) == 1:
+            return None
+        return SequenceShard(
+            ranks=step.ring,
+            method=self._method,
+            attention=self._attention,
+            length=step.stream[-1],
+            chunk=self._chunk,
+            documents=step.stream,
+        )
+
+    def _refuse_different(self, batch: PlanBatch) -> None:
+        """Raise on every rank where they hold different plans or documents: rings would wait for ever."""
+        settings = hash_of(self._method, self._attention, self.trainer.accumulate_grad_batches)
+        own = torch.tensor([batch.digest ^ settings], device=self.root_device)
+        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
+        with self._clear_errors():
+            dist.all_gather(everyone, own)
+        found = [int(x) for x in everyone]
+        other = [rank for rank, digest in enumerate(found) if digest != found[0]]
+        if other:
+            raise UserError(
+                f"all {self.world_size} ranks must make the same plan of the same documents; ranks {other} made "
+                "another than rank 0: give all ranks the same documents, settings, seed and versions"
+            )
+
+    @property
+    def trainer(self) -> Trainer:
+        """The module's."""
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    # -- steps --------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int, *args: Any) -> Any:
+        """All micro-steps but for the last one's backward pass. The loss is the sum of all, the gradient the last's."""
+        with self._clear_errors(), self._draws() as draw:
+            self._begin(batch_idx)
+            weights = next(iter(self._parameters())).dtype
+            # of one dtype on all ranks, those without work included: callbacks may sum losses over them
+            total = torch.zeros((), dtype=torch.promote_types(weights, torch.float32), device=self.root_device)
+            outputs = None
+            for i, (step, place, part) in enumerate(batch):
+                last = i == len(batch) - 1
+                self._before_micro_step(last)
+                draw(step)
+                with self._inside(place):
+                    outputs = super().training_step(part, batch_idx, *args)
+                loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+                if not isinstance(loss, Tensor):
+                    raise UserError("under a balanced strategy every training_step returns its loss")
+                total = total + (loss if last else loss.detach()).to(total.dtype)
+                if not last:
+                    self._backward(loss / self.trainer.accumulate_grad_batches)
+            if outputs is None:  # no work in this update: nothing but the sum of the gradients is left
+                total.requires_grad_()
+            self._keep()
+        return {**outputs, "loss": total} if isinstance(outputs, Mapping) else total
+
+    def validation_step(self, batch: Any, *args: Any) -> Any:
+        """The task's, on each micro-batch; nothing is returned."""
+        self._evaluate(super().validation_step, batch, args)
+
+    def test_step(self, batch: Any, *args: Any) -> Any:
+        """The task's, on each micro-batch; nothing is returned."""
+        self._evaluate(super().test_step, batch, args)
+
+    def predict_step(self, batch: Any, *args: Any) -> Any:
+        """A list of what the task returns for this rank's micro-batches."""
+        return self._evaluate(super().predict_step, batch, args)
+
+    def _evaluate(self, run: Any, batch: Local, args: tuple[Any, ...]) -> list[Any]:
+        found = []
+        with self._clear_errors():
+            for _, place, part in batch:
+                with self._inside(place):
+                    found.append(run(part, *args))
+            self._refuse_silent()
+        return found
+
+    @contextmanager
+    def _inside(self, place: SequenceShard | None) -> Iterator[None]:
+        if self._stage() in self._watched:
+            with shard.use(place):
+                yield
+            return
+        messages: list[Message] = []
+        with user_errors(), shard.use(place), shard.observed(messages.append):
+            yield
+        self._messages += len(messages)
+        self._rings += place is not None
+
+    def _refuse_silent(self) -> None:
+        """After the last message of a batch: the first rings of a stage must have exchanged something."""
+        stage = self._stage()
+        if stage in self._watched:
+            return
+        own = torch.tensor([self._messages, self._rings], device=self.root_device)
+        dist.all_reduce(own)
+        messages, rings = own.tolist()
+        self._messages = self._rings = 0
+        if rings and not messages:
+            raise silent(self.world_size)
+        if rings:
+            self._watched.add(stage)
+
+    @contextmanager
+    def _draws(self) -> Iterator[Any]:
+        """Dropout draws by the batch and the micro-step, so that ranks with more of them leave no other generator."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        after = torch.get_rng_state()
+        try:
+            yield lambda step: torch.default_generator.manual_seed(hash_of(seed, step.step))
+        finally:
+            torch.set_rng_state(after)
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def _begin(self, batch_idx: int) -> None:
+        """Before the first micro-step."""
+        raise NotImplementedError
+
+    def _before_micro_step(self, last: bool) -> None:
+        raise NotImplementedError
+
+    def _keep(self) -> None:
+        """After the last micro-step's forward pass; Lightning clears gradients next, and those so far must stay."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """After the last backward pass of an update, when all ranks have sent all messages."""
+        raise NotImplementedError
+
+    def _backward(self, loss: Tensor) -> None:
+        """As Lightning's, without the end of the update."""
+        assert self.lightning_module is not None
+        module = self.lightning_module
+        loss = self.precision_plugin.pre_backward(loss, module)
+        self.precision_plugin.backward(loss, module, None)
+        self.precision_plugin.post_backward(loss, module)
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The last micro-step's, then the sum of all ranks' gradients where the update is complete.
+
+        Lightning's on_after_backward sees the rank's own gradients, on_before_optimizer_step those of all.
+        """
+        with self._clear_errors():
+            if self._gradients is not None:
+                for p, kept in zip(self._parameters(), self._gradients, strict=True):
+                    p.grad = kept
+                self._gradients = None
+            loss = super().backward(closure_loss, *args, **kwargs)
+            self._refuse_silent()
+            if not self._holding:
+                self._finish()
+        return loss
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Inside, further batches follow before the update."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        assert self.lightning_module is not None
+        return [p for p in self.lightning_module.parameters() if p.requires_grad]
+
+
+class BalancedStrategy(Balanced, DDPStrategy):
+    """Plans of uneven sequences with the weights on every rank.
+
+    A batch of whole documents (`zoo.train.data.documents`) is planned over all ranks: which of them share which
+    documents, in which order. Ranks may run unequal numbers of micro-steps, or none; any ranks may share a document.
+    torch's DistributedDataParallel is not used: gradients are averaged once, after the last micro-step of an update.
+    A task must therefore return (its summed loss) x ranks / (the targets of all ranks); `Task` does.
+
+    Args:
+        planner: "packed", all ranks share every step, for models without attention; "hybrid", rings of any size;
+            "flexible" and "uniform", groups of powers of two in step; "auto": packed without attention, else hybrid.
+        capacity: tokens that a rank runs at once; when omitted twice its share of a batch, or its share of the longest
+            document on all ranks.
+        chunk: cuts inside a ring are multiples of it; with attention it must be 1.
+        method: how states cross ranks: allgather, lasp, lasp2 or zeco, see zoo.ops.shard.SequenceShard.
+        attention: how softmax attention crosses ranks: lightseq, allgather, ring or tokenring.
+        cost: what micro-steps cost, such as `refit` fits to measured ones; its capacity is replaced. When omitted it is
+            nominal: the model's operations on a nominal device, see zoo.train.strategies.nominal.
+        a1, a2, b1: coefficients in place of its own, see CostModel.
+        timeout: seconds after which a rank that does not answer ends the others.
+        process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
+        start_method: how Lightning starts further processes, see DDPStrategy.
+
+    Raises:
+        UserError: a name that is not known, or settings that do not go together.
+    """
+
+    lockstep = False
+
+    def __init__(
+        self,
+        *,
+        planner: str = "auto",
+        capacity: int | None = None,
+        chunk: int = 1,
+        method: str = "allgather",
+        attention: str = "lightseq",
+        cost: CostModel | None = None,
+        a1: float | None = None,
+        a2: float | None = None,
+        b1: float | None = None,
+        timeout: float = 1800.0,
+        process_group_backend: str | None = None,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ):
+        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
+        super().__init__(
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+            start_method=start_method,
+        )
+
+    def setup_environment(self) -> None:
+        """The process group, used once."""
+        with self._clear_errors():
+            super().setup_environment()
+        self._meet()
+
+    def configure_ddp(self) -> None:
+        """Equal weights on all ranks; no wrapper, whose reduction would run among the messages of the last backward."""
+        assert self.model is not None
+        with torch.no_grad():
+            in_buckets([*self.model.parameters(), *self.model.buffers()], lambda flat: dist.broadcast(flat, 0))
+
+    def _begin(self, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # Lightning clears them, but only later
+            for p in self._parameters():
+                p.grad = None
+
+    def _before_micro_step(self, last: bool) -> None:
+        pass
+
+    def _keep(self) -> None:
+        self._gradients = [p.grad for p in self._parameters()]
+        for p in self._parameters():
+            p.grad = None
+
+    def _finish(self) -> None:
+        """Average over ranks, in buckets; what no rank has a gradient for keeps none."""
+        parameters = self._parameters()
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.root_device)
+        dist.all_reduce(has, op=dist.ReduceOp.MAX)
+        for p, somewhere in zip(parameters, has.tolist(), strict=True):
+            if somewhere and p.grad is None:
+                p.grad = torch.zeros_like(p)
+
+        def average(flat: Tensor) -> None:
+            dist.all_reduce(flat)
+            flat /= self.world_size
+
+        in_buckets([p.grad for p in parameters if p.grad is not None], average)
+
+
+class BalancedFSDPStrategy(Balanced, CutWeights):
+    """Plans of uneven sequences with the weights cut over all ranks: FSDP2, every rank runs every micro-step.
+
+    As `BalancedStrategy`, with plans in lockstep alone: a rank without work in a micro-step runs an empty one, since
+    all gather the weights. Gradients are summed once, in the last micro-step's backward pass of every batch.
+
+    Args:
+        planner: as there but for "hybrid"; "auto" is "flexible" with attention.
+        capacity, chunk, method, attention, cost, a1, a2, b1, timeout, process_group_backend: as there.
+
+    Raises:
+        UserError: as there.
+    """
+
+    lockstep = True
+
+    def __init__(
+        self,
+        *,
+        planner: str = "auto",
+        capacity: int | None = None,
+        chunk: int = 1,
+        method: str = "allgather",
+        attention: str = "lightseq",
+        cost: CostModel | None = None,
+        a1: float | None = None,
+        a2: float | None = None,
+        b1: float | None = None,
+        timeout: float = 1800.0,
+        process_group_backend: str | None = None,
+    ):
+        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+        )
+
+    def setup_environment(self) -> None:
+        """The process group, used once, and all ranks in one row for the weights."""
+        with self._clear_errors():
+            self._setup_distributed()
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
+        )
+        self._weights_mesh = self._device_mesh
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+        self._meet()
+
+    def _begin(self, batch_idx: int) -> None:
+        pass
+
+    def _before_micro_step(self, last: bool) -> None:
+        """Until the last one gradients stay with the gathered weights, where Lightning does not clear them."""
+        assert self.lightning_module is not None
+        for module in self.lightning_module.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last, recurse=False)
+                module.set_is_last_backward(last)
+
+    def _keep(self) -> None:
+        pass
+
+    def _finish(self) -> None:
+        pass
+
+
+def in_buckets(tensors: Sequence[Tensor], change: Callable[[Tensor], object]) -> None:
+    """Change tensors in place, about BUCKET bytes of one dtype at a time: one message for many small ones."""
+    waiting: dict[torch.dtype, list[Tensor]] = {}
+
+    def send(bucket: list[Tensor]) -> None:
+        flat = _flatten_dense_tensors(bucket)
+        change(flat)
+        for x, new in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+            x.copy_(new)
+        bucket.clear()
+
+    for x in tensors:
+        bucket = waiting.setdefault(x.dtype, [])
+        bucket.append(x)
+        if sum(y.nbytes for y in bucket) >= BUCKET:
+            send(bucket)
+    for bucket in waiting.values():
+        if bucket:
+            send(bucket)
+
+
+def hash_of(*words: Any) -> int:
+    """60 bits of a hash that all processes agree on."""
+    return int(hashlib.sha256(repr(words).encode()).hexdigest()[:15], 16)
