@@ -29,12 +29,8 @@ def nominal(model: nn.Module, capacity: int) -> CostModel:
     """
     weights = sum(p.numel() for p in model.parameters())
     weights -= sum(table.weight.numel() for table in model.modules() if isinstance(table, nn.Embedding))
-    linear, squared, passed, layers = (
-        6.0 * weights,
-        0.0,
-        0.0,
-        len(getattr(getattr(model, "model", model), "blocks", ())) or 1,
-    )
+    layers = len(getattr(getattr(model, "model", model), "blocks", ())) or 1
+    linear, squared, passed = 6.0 * weights, 0.0, 0.0
     names = kinds(model).get("attention", set())
     for module in model.modules():
         if type(module).__name__ in names:
