@@ -230,6 +230,18 @@ def test_compiled_decoding_without_a_compiler(tmp_path: Path, monkeypatch: pytes
         list(generate(build("gla"), [1], max_tokens=3, compile=True))
 
 
+@pytest.mark.parametrize("case", [case for case in MODELS if not case.startswith("para")])
+def test_torch_compile_takes_a_training_step_as_one_program(case: str) -> None:
+    """Newton's method asks the host how far it is, and is compiled in pieces."""
+    model, x, found = build(case).train(), tokens(2, 20), []
+    torch.compiler.reset()
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        model.zero_grad()
+        run(x)[0].square().mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
 @EVERY
 def test_activation_checkpointing_changes_no_gradient(case: str) -> None:
     grads = []
