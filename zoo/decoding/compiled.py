@@ -45,7 +45,7 @@ class CompiledStep:
             return logits, after
         try:
             return _program()(model, tokens, state)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+        except torch._dynamo.exc.TorchDynamoException as error:  # the backend's errors are of it
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(
                 f"compile needs a compiler that torch can use (a C++ one on a CPU, Triton on a GPU), and it failed: "
