@@ -27,7 +27,8 @@ from sharded_training import Losses
 from zoo.registry import create_model
 from zoo.train.optim import AdamW, Limits
 from zoo.train.quiet import quiet_lightning
-from zoo.train.strategies.balanced import Balanced, BalancedFSDPStrategy, BalancedStrategy, Local
+from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
+from zoo.train.strategies.balanced import Balanced, Local
 from zoo.train.strategies.fsdp import whole_weights
 from zoo.train.stream import EndlessData
 from zoo.train.tasks.language_modelling import LanguageModelling

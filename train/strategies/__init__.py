@@ -6,14 +6,17 @@
 | `base.py` | the grid of ranks, the shard around every step, what both strategies refuse |
 | `ddp.py` | `ContextParallelStrategy`: weights on every rank |
 | `fsdp.py` | `ContextParallelFSDPStrategy`: weights cut over all ranks |
-| `balanced.py` | `BalancedStrategy`, `BalancedFSDPStrategy`: plans of uneven documents, run micro-step by micro-step |
+| `balanced.py` | plans of uneven documents, run micro-step by micro-step |
+| `balanced_ddp.py` | `BalancedStrategy`: weights on every rank, gradients averaged once |
+| `balanced_fsdp.py` | `BalancedFSDPStrategy`: weights cut over all ranks, all in step |
 | `nominal.py` | what a plan's micro-steps cost before anybody has measured them |
 | `batch.py` | which part of a batch a rank gets; whether its group holds the same one |
 | `kinds.py` | how a model's layers cross ranks, read off the operators that they call |
 | `presets.py` | names such as "zeco" and "zeco_fsdp" for `Trainer(strategy=...)` |
 """
 
-from zoo.train.strategies.balanced import BalancedFSDPStrategy, BalancedStrategy
+from zoo.train.strategies.balanced_ddp import BalancedStrategy
+from zoo.train.strategies.balanced_fsdp import BalancedFSDPStrategy
 from zoo.train.strategies.ddp import ContextParallelStrategy
 from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
 from zoo.train.strategies.presets import register

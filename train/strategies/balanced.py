@@ -1,4 +1,4 @@
-"""Plans of uneven sequences as Lightning strategies: a batch is one update's plan, run micro-step by micro-step.
+"""What both balanced strategies share: a batch is one update's plan, run micro-step by micro-step.
 
     Trainer(strategy="balanced", devices=4).fit(task, datamodule=TextDocuments(path="corpus"))
 
@@ -7,20 +7,15 @@ rings, by messages between pairs, and once at the end, where the gradients are s
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
 from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
@@ -30,17 +25,15 @@ from zoo.ops.shard.exchange import Message
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Planner, Uniform
 from zoo.train.balance.plan import RankStep
 from zoo.train.data.planned import PlanBatch
-from zoo.train.strategies.fsdp import CutWeights
 from zoo.train.strategies.kinds import kinds, refuse_uncuttable
 from zoo.train.strategies.nominal import nominal
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
 
-__all__ = ["BalancedFSDPStrategy", "BalancedStrategy"]
+__all__ = ["Balanced", "Local"]
 
 PLANNERS = ("auto", "packed", "flexible", "hybrid", "uniform")
 METHODS = ("allgather", "lasp", "lasp2", "zeco")  # for rings of any size: heads do not divide among these
 ATTENTION = ("lightseq", "allgather", "ring", "tokenring")
-BUCKET = 32 << 20  # bytes of gradients that are summed at once: a copy of this size is made
 ROOM = 2  # the default capacity of a rank, in shares of a batch
 
 Batch = dict[str, Tensor]
@@ -376,188 +369,6 @@ class Balanced(ManyRanks):
     def _parameters(self) -> list[torch.nn.Parameter]:
         assert self.lightning_module is not None
         return [p for p in self.lightning_module.parameters() if p.requires_grad]
-
-
-class BalancedStrategy(Balanced, DDPStrategy):
-    """Plans of uneven sequences with the weights on every rank.
-
-    A batch of whole documents (`zoo.train.data.documents`) is planned over all ranks: which of them share which
-    documents, in which order. Ranks may run unequal numbers of micro-steps, or none; any ranks may share a document.
-    torch's DistributedDataParallel is not used: gradients are averaged once, after the last micro-step of an update.
-    A task must therefore return (its summed loss) x ranks / (the targets of all ranks); `Task` does.
-
-    Args:
-        planner: "packed", all ranks share every step, for models without attention; "hybrid", rings of any size;
-            "flexible" and "uniform", groups of powers of two in step; "auto": packed without attention, else hybrid.
-        capacity: tokens that a rank runs at once; when omitted twice its share of a batch, or its share of the longest
-            document on all ranks.
-        chunk: cuts inside a ring are multiples of it; with attention it must be 1.
-        method: how states cross ranks: allgather, lasp, lasp2 or zeco, see zoo.ops.shard.SequenceShard.
-        attention: how softmax attention crosses ranks: lightseq, allgather, ring or tokenring.
-        cost: what micro-steps cost, such as `refit` fits to measured ones; its capacity is replaced. When omitted it is
-            nominal: the model's operations on a nominal device, see zoo.train.strategies.nominal.
-        a1, a2, b1: coefficients in place of its own, see CostModel.
-        timeout: seconds after which a rank that does not answer ends the others.
-        process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
-        start_method: how Lightning starts further processes, see DDPStrategy.
-
-    Raises:
-        UserError: a name that is not known, or settings that do not go together.
-    """
-
-    lockstep = False
-
-    def __init__(
-        self,
-        *,
-        planner: str = "auto",
-        capacity: int | None = None,
-        chunk: int = 1,
-        method: str = "allgather",
-        attention: str = "lightseq",
-        cost: CostModel | None = None,
-        a1: float | None = None,
-        a2: float | None = None,
-        b1: float | None = None,
-        timeout: float = 1800.0,
-        process_group_backend: str | None = None,
-        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
-    ):
-        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
-        super().__init__(
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
-            start_method=start_method,
-        )
-
-    def setup_environment(self) -> None:
-        """The process group, used once."""
-        with self._clear_errors():
-            super().setup_environment()
-        self._meet()
-
-    def configure_ddp(self) -> None:
-        """Equal weights on all ranks; no wrapper, whose reduction would run among the messages of the last backward."""
-        assert self.model is not None
-        with torch.no_grad():
-            in_buckets([*self.model.parameters(), *self.model.buffers()], lambda flat: dist.broadcast(flat, 0))
-
-    def _begin(self, batch_idx: int) -> None:
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:  # Lightning clears them, but only later
-            for p in self._parameters():
-                p.grad = None
-
-    def _before_micro_step(self, last: bool) -> None:
-        pass
-
-    def _keep(self) -> None:
-        self._gradients = [p.grad for p in self._parameters()]
-        for p in self._parameters():
-            p.grad = None
-
-    def _finish(self) -> None:
-        """Average over ranks, in buckets; what no rank has a gradient for keeps none."""
-        parameters = self._parameters()
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.root_device)
-        dist.all_reduce(has, op=dist.ReduceOp.MAX)
-        for p, somewhere in zip(parameters, has.tolist(), strict=True):
-            if somewhere and p.grad is None:
-                p.grad = torch.zeros_like(p)
-
-        def average(flat: Tensor) -> None:
-            dist.all_reduce(flat)
-            flat /= self.world_size
-
-        in_buckets([p.grad for p in parameters if p.grad is not None], average)
-
-
-class BalancedFSDPStrategy(Balanced, CutWeights):
-    """Plans of uneven sequences with the weights cut over all ranks: FSDP2, every rank runs every micro-step.
-
-    As `BalancedStrategy`, with plans in lockstep alone: a rank without work in a micro-step runs an empty one, since
-    all gather the weights. Gradients are summed once, in the last micro-step's backward pass of every batch.
-
-    Args:
-        planner: as there but for "hybrid"; "auto" is "flexible" with attention.
-        capacity, chunk, method, attention, cost, a1, a2, b1, timeout, process_group_backend: as there.
-
-    Raises:
-        UserError: as there.
-    """
-
-    lockstep = True
-
-    def __init__(
-        self,
-        *,
-        planner: str = "auto",
-        capacity: int | None = None,
-        chunk: int = 1,
-        method: str = "allgather",
-        attention: str = "lightseq",
-        cost: CostModel | None = None,
-        a1: float | None = None,
-        a2: float | None = None,
-        b1: float | None = None,
-        timeout: float = 1800.0,
-        process_group_backend: str | None = None,
-    ):
-        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
-        super().__init__(
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
-        )
-
-    def setup_environment(self) -> None:
-        """The process group, used once, and all ranks in one row for the weights."""
-        with self._clear_errors():
-            self._setup_distributed()
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
-        )
-        self._weights_mesh = self._device_mesh
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
-        self._meet()
-
-    def _begin(self, batch_idx: int) -> None:
-        pass
-
-    def _before_micro_step(self, last: bool) -> None:
-        """Until the last one gradients stay with the gathered weights, where Lightning does not clear them."""
-        assert self.lightning_module is not None
-        for module in self.lightning_module.modules():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(last, recurse=False)
-                module.set_is_last_backward(last)
-
-    def _keep(self) -> None:
-        pass
-
-    def _finish(self) -> None:
-        pass
-
-
-def in_buckets(tensors: Sequence[Tensor], change: Callable[[Tensor], object]) -> None:
-    """Change tensors in place, about BUCKET bytes of one dtype at a time: one message for many small ones."""
-    waiting: dict[torch.dtype, list[Tensor]] = {}
-
-    def send(bucket: list[Tensor]) -> None:
-        flat = _flatten_dense_tensors(bucket)
-        change(flat)
-        for x, new in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-            x.copy_(new)
-        bucket.clear()
-
-    for x in tensors:
-        bucket = waiting.setdefault(x.dtype, [])
-        bucket.append(x)
-        if sum(y.nbytes for y in bucket) >= BUCKET:
-            send(bucket)
-    for bucket in waiting.values():
-        if bucket:
-            send(bucket)
 
 
 def hash_of(*words: Any) -> int:

@@ -31,7 +31,13 @@ METHODS = ("encode", "hidden", "head", "head_loss")  # of a model, called beside
 class CutWeights(ModelParallelStrategy):
     """FSDP2 over all ranks, with checkpoints that are whole and in one file. `_weights_mesh` is made by a subclass."""
 
-    _weights_mesh: DeviceMesh | None = None
+    def __init__(self, *, timeout: float, process_group_backend: str | None):
+        super().__init__(
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+        )
+        self._weights_mesh: DeviceMesh | None = None
 
     def shard_weights(self, model: nn.Module) -> None:
         """Cut each block's weights over all ranks, then the rest; a second call changes nothing."""
@@ -108,11 +114,7 @@ class ContextParallelFSDPStrategy(ContextParallel, CutWeights):
         process_group_backend: str | None = None,
     ):
         self._configure(cp_size, method, attention, layout, link, blocks, inner, schema, timeout)
-        super().__init__(
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout),
-        )
+        super().__init__(timeout=timeout, process_group_backend=process_group_backend)
 
     def setup_environment(self) -> None:
         """The process group, the grid, and all of it in one row for the weights."""

@@ -4,7 +4,8 @@ import yaml
 from lightning.pytorch.strategies import StrategyRegistry
 
 from zoo.configs import ROOT
-from zoo.train.strategies.balanced import BalancedFSDPStrategy, BalancedStrategy
+from zoo.train.strategies.balanced_ddp import BalancedStrategy
+from zoo.train.strategies.balanced_fsdp import BalancedFSDPStrategy
 from zoo.train.strategies.ddp import ContextParallelStrategy
 from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
 
