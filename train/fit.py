@@ -1,29 +1,33 @@
 """From a composed config to a trained model in a run's folder, and back to it after an interruption."""
 
-import inspect
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import nn
 
-from zoo import tokenizers
-from zoo.checkpoint import load, locate, run_of, save
-from zoo.config import compose
+from zoo.checkpoint import save
 from zoo.decoding import generate
-from zoo.errors import UsageError, UserError, remedy
-from zoo.registry import create_model, model_info, resolve
+from zoo.errors import UserError
+from zoo.registry import resolve
+from zoo.train.build import (
+    RUN_DIR,
+    build_data,
+    build_model,
+    cluster_environment,
+    launch_environment,
+    precision_of,
+    readable_refusals,
+    settings_of,
+    strategy_of,
+    trainer_config_of,
+)
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
@@ -45,11 +49,9 @@ from zoo.train.stream import EndlessData
 from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
 
-__all__ = ["evaluate", "resume", "run"]
+__all__ = ["resume", "run"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
-RUN_DIR = "ZOO_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
-LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", RUN_DIR)  # set for those processes
 
 
 def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks: Sequence[Callback] = ()) -> int:
@@ -88,53 +90,6 @@ def resume(run_dir: str | os.PathLike[str]) -> int:
     return _train(folder.read_config(), folder, checkpoint=folder.last)
 
 
-def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Measure a run or a checkpoint on the held-out part of its own data or of others.
-
-    Args:
-        path: the folder of a run, or a checkpoint as `zoo.load` takes it.
-            Text is cut into tokens as in its training, unless `data.tokenizer` says otherwise.
-        overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for batch limits and precision. One device
-            measures, however many trained, unless `strategy=...` and `trainer.devices=N` say otherwise; then every
-            process must call this function, as those do that Lightning starts.
-
-    Returns:
-        the metrics, by name: loss and what the data can be judged by; the same on all ranks.
-    """
-    found = locate(path)
-    model = load(found)
-    run_folder = run_of(found)
-    known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
-    config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
-    config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
-    seed_all(config["seed"])
-    data = _build_data(config)
-    kind = resolve(config["task"]["_target_"])
-    _check_fields(model, data, kind)
-    trainer_config = _trainer_config(config["trainer"])
-    optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
-    task = kind(model, optim, Limits(), data, **_settings(config["task"]))
-    with _launch_environment(), quiet_lightning():
-        with _readable_refusals():
-            trainer = Trainer(
-                accelerator=trainer_config.accelerator,
-                strategy=_strategy(config["strategy"]),
-                devices=trainer_config.devices,
-                num_nodes=trainer_config.num_nodes,
-                precision=_precision(trainer_config),  # type: ignore[arg-type]
-                limit_val_batches=trainer_config.limit_val_batches,
-                inference_mode=False,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                plugins=[*_environment()],
-            )
-        trainer.validate(task, datamodule=data, verbose=False)
-    return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
-
-
 # -- one sitting ------------------------------------------------------------------------------------------------
 
 
@@ -142,7 +97,7 @@ def _train(
     config: Mapping[str, Any], folder: RunFolder, checkpoint: Path | None, further: Sequence[Callback] = ()
 ) -> int:
     try:
-        with _launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
+        with launch_environment(folder), quiet_lightning(), Interrupts() as interrupts:
             return _fit(config, folder, checkpoint, interrupts, further)
     except Interrupted as stop:
         if not is_main_process():
@@ -174,18 +129,18 @@ def _fit(
     further: Sequence[Callback],
 ) -> int:
     seed_all(config["seed"])
-    options = _trainer_config(config["trainer"])
-    data = _build_data(config)
+    options = trainer_config_of(config["trainer"])
+    data = build_data(config)
     data.prepare_data()
     data.setup("fit")  # bad data are refused before there is a folder for the run
     kind = resolve(config["task"]["_target_"])
-    model = _build_model(config["model"], data, kind)
+    model = build_model(config["model"], data, kind)
     per_epoch = None
     if options.max_epochs is not None:
-        per_epoch = _batches_per_epoch(options, data, _strategy(config.get("strategy")))
+        per_epoch = _batches_per_epoch(options, data, strategy_of(config.get("strategy")))
     limits = options.limits(per_epoch)
-    optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
-    task = kind(model, optim, limits, data, **_settings(config["task"]))
+    optim = resolve(config["optim"]["_target_"])(**settings_of(config["optim"]))
+    task = kind(model, optim, limits, data, **settings_of(config["task"]))
     assert isinstance(task, Task)
 
     keeps = not options.fast_dev_run
@@ -210,7 +165,7 @@ def _fit(
     callbacks += _memory(config.get("memory"), model, folder)
     callbacks += further
     loggers = [table, *_loggers(config, folder)]
-    with _readable_refusals():
+    with readable_refusals():
         trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
 
     if not folder.config.is_file():
@@ -230,7 +185,7 @@ def _fit(
     if not trainer.is_global_zero or not keeps:
         return DONE
     if weights is not None:
-        model = _build_model(config["model"], data, kind)
+        model = build_model(config["model"], data, kind)
         model.load_state_dict(weights)
     return _finish(folder, model, data, draw, log.final, checkpoints.failed)
 
@@ -269,45 +224,9 @@ def _show_bar(folder: RunFolder, bar: Bar, step: int, row: dict[str, float]) -> 
 # -- parts ------------------------------------------------------------------------------------------------------
 
 
-def _build_data(config: Mapping[str, Any]) -> Any:
-    owner = resolve(config["data"]["_target_"])
-    settings = _settings(config["data"])
-    if "seed" in inspect.signature(owner).parameters:
-        settings.setdefault("seed", config["seed"])
-    return owner(**settings)
-
-
-def _build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.Module:
-    """The model, with the vocabulary (and the classes) of the data unless the user wants more."""
-    fields = {key: value for key, value in section.items() if key not in ("name", "size")}
-    for field, value in task.fields(data).items():
-        if field not in model_info(section["name"]).fields:
-            raise UserError(
-                f"{task.__name__} needs a model with the field {field}, and {section['name']} has none; "
-                "zoo list --tag encoder shows models that have it"
-            )
-        if fields.get(field) is None:
-            fields[field] = value
-    model = create_model(section["name"], section["size"], **fields)
-    _check_fields(model, data, task)
-    return model
-
-
-def _check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
-    """Refuse a model that has no room for the tokens or the classes of the data."""
-    for field, least in task.fields(data).items():
-        size = getattr(model.config, field, None)
-        if size is None or size < least:
-            what = {"vocab_size": "tokens", "n_classes": "classes"}.get(field, field)
-            raise UserError(
-                f"the model must hold what the data have: model.{field} is {size} and the data have {least} {what} for "
-                f"{task.__name__}; leave model.{field} out or choose other data"
-            )
-
-
 def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]:
     """What chooses how activations are kept, where anything is asked for; runs of before had no such settings."""
-    options = MemoryConfig(**_settings(section or {}))
+    options = MemoryConfig(**settings_of(section or {}))
     if not options.changes:
         return []
     if not hasattr(model, "use_memory"):
@@ -329,10 +248,10 @@ def _build_trainer(
     """Lightning's Trainer: one endless epoch, our callbacks, our limits."""
     return Trainer(
         accelerator=options.accelerator,
-        strategy=_strategy(config.get("strategy")),
+        strategy=strategy_of(config.get("strategy")),
         devices=options.devices,
         num_nodes=options.num_nodes,
-        precision=_precision(options),  # type: ignore[arg-type]
+        precision=precision_of(options),  # type: ignore[arg-type]
         fast_dev_run=options.fast_dev_run,
         max_epochs=-1,
         max_steps=limits.max_steps or -1,
@@ -352,7 +271,7 @@ def _build_trainer(
         sync_batchnorm=options.sync_batchnorm,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[io, *_environment()],
+        plugins=[io, *cluster_environment()],
         enable_checkpointing=not options.fast_dev_run,
         enable_progress_bar=False,
         enable_model_summary=options.enable_model_summary,
@@ -360,56 +279,15 @@ def _build_trainer(
     )
 
 
-@contextmanager
-def _readable_refusals() -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
-
-
-def _environment() -> list[ClusterEnvironment]:
-    """SLURM without Lightning's requeueing: it writes checkpoints of its own, which it prefers to ours ever after."""
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []  # what Lightning finds on its own
-    return [SLURMEnvironment(auto_requeue=False)]
-
-
-def _trainer_config(section: Mapping[str, Any]) -> TrainerConfig:
-    owner = resolve(section["_target_"]) if "_target_" in section else TrainerConfig
-    options = owner(**_settings(section))
-    assert isinstance(options, TrainerConfig)
-    return options
-
-
-def _precision(options: TrainerConfig) -> str:
-    if options.precision is not None:
-        return options.precision
-    on_cuda = torch.cuda.is_available() and options.accelerator in ("auto", "gpu", "cuda")
-    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _strategy(section: Any) -> Any:
-    if isinstance(section, Mapping):
-        return resolve(section["_target_"])(**_settings(section)) if "_target_" in section else "auto"
-    return section or "auto"
-
-
 def _loggers(config: Mapping[str, Any], folder: RunFolder) -> list[Logger]:
     """The chosen logger beside metrics.csv, writing into the run's folder unless told otherwise."""
     section = config.get("logger")
     if not isinstance(section, Mapping) or "_target_" not in section:
         return []
-    settings = _settings(section)
+    settings = settings_of(section)
     if settings.get("save_dir") in (None, "."):
         settings["save_dir"] = str(folder.path)
     return [resolve(section["_target_"])(**settings)]
-
-
-def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in section.items() if key != "_target_"}
 
 
 def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
@@ -428,81 +306,3 @@ def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
     # ranks with data of their own: fewer where several share a sequence
     ranks = int(getattr(probe.strategy, "dp_size", probe.world_size))
     return data.sources[0].steps(ranks) if isinstance(data, DataModule) else len(data.train_dataloader()) // ranks
-
-
-def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The run's own config with these overrides, or the defaults with them; on one device unless they say otherwise."""
-    config = _overridden(known, overrides)
-    for name in ("devices", "num_nodes"):
-        if not any(override.startswith(f"trainer.{name}=") for override in overrides):
-            config["trainer"] = {**config["trainer"], name: 1}
-    return config
-
-
-def _overridden(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
-    if known is None:
-        return compose(list(overrides))
-    if any(override.startswith("data=") for override in overrides):
-        composed = compose(list(overrides))
-        return {**known, **{group: composed[group] for group in ("data", "trainer", "strategy")}}
-    ranks = [override for override in overrides if override.startswith(("strategy=", "strategy."))]
-    config = {**known, "data": dict(known["data"]), "trainer": dict(known["trainer"])}
-    config["strategy"] = compose(ranks)["strategy"]  # not the run's: it may have had other devices
-    for override in overrides:
-        key, _, text = override.partition("=")
-        group, _, name = key.partition(".")
-        if override in ranks:
-            continue
-        if group not in ("data", "trainer") or name not in config[group]:
-            known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g]]
-            raise UsageError(
-                f"no setting {key!r} for an evaluation{remedy(key, known_keys, 'data=NAME takes other data')}"
-            )
-        config[group][name] = yaml.safe_load(text)
-    return config
-
-
-def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
-    """The overrides, with the task that a model without a run was made for."""
-    if any(override.startswith("task=") for override in overrides):
-        return list(overrides)
-    classes = getattr(model.config, "n_classes", None) is not None
-    return [f"task={'classification' if classes else model_info(str(model.name)).task}", *overrides]
-
-
-def _with_own_tokenizer(
-    data: dict[str, Any], found: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """The settings of text to measure, with the tokenizer that the model in `found` was trained with."""
-    if "tokenizer" not in data or any(override.startswith("data.tokenizer=") for override in overrides):
-        return data
-    if any((found / name).is_file() for name in tokenizers.FILES):
-        return {**data, "tokenizer": str(found), "vocab_size": None}
-    own = (trained_on or {}).get("tokenizer")
-    if own is None or not any(override.startswith("data=") for override in overrides):
-        return data
-    if own == "sentencepiece":
-        raise UserError(
-            f"other data need the run's own tokenizer, which {found} does not hold; zoo resume finishes the run and "
-            "saves it"
-        )
-    return {**data, "tokenizer": own, "vocab_size": None}
-
-
-@contextmanager
-def _launch_environment(folder: RunFolder | None = None) -> Iterator[None]:
-    """Lightning starts further processes with the same command; they must find a run's folder, not make one.
-
-    What it sets for them is taken back, so that the next run of this process starts like the first.
-    """
-    before = {name: os.environ.get(name) for name in LAUNCH}
-    if folder is not None:
-        os.environ[RUN_DIR] = str(folder.path.resolve())
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

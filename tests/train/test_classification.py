@@ -14,6 +14,7 @@ from zoo.train import fit
 from zoo.train.data import digits
 from zoo.train.data.digits import Digits
 from zoo.train.data.pydocs import PyDocs
+from zoo.train.evaluate import evaluate
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.classification import Classification
 from zoo.train.tasks.language_modelling import LanguageModelling
@@ -57,11 +58,11 @@ def settings(*more: str) -> dict[str, Any]:
 def test_a_small_encoder_learns_to_read(tmp_path: Path) -> None:
     config = settings("trainer.max_steps=80", "trainer.val_every=80", "optim.lr=1e-2", "optim.warmup_steps=10")
     assert fit.run(config, tmp_path / "run") == 0
-    found = fit.evaluate(tmp_path / "run", [])
+    found = evaluate(tmp_path / "run", [])
     assert found["accuracy"] > 0.3  # 0.1 by chance; the full size and length are on the card
     model = zoo.load(tmp_path / "run")
     assert (model.config.vocab_size, model.config.n_classes) == (17, 10)
-    alone = fit.evaluate(tmp_path / "run" / "checkpoint", ["data=digits"])
+    alone = evaluate(tmp_path / "run" / "checkpoint", ["data=digits"])
     assert alone == pytest.approx(found)
 
 

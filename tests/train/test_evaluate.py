@@ -10,7 +10,7 @@ from zoo import tokenizers
 from zoo.checkpoint import describe
 from zoo.config import compose, to_yaml
 from zoo.errors import UserError
-from zoo.train.fit import evaluate
+from zoo.train.evaluate import evaluate
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.language_modelling import LanguageModelling
 

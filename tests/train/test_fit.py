@@ -21,6 +21,7 @@ from zoo.errors import UserError
 from zoo.train import fit
 from zoo.train.callbacks.progress import describe, duration
 from zoo.train.clock import Clock
+from zoo.train.evaluate import evaluate
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -98,12 +99,12 @@ def test_best_is_the_lowest_validation_loss(tmp_path: Path) -> None:
 def test_evaluate_gives_the_numbers_of_the_last_validation(tmp_path: Path) -> None:
     assert fit.run(config(data__val_batches=2), tmp_path / "run") == 0
     last = rows(tmp_path / "run")[-1]
-    found = fit.evaluate(tmp_path / "run")
+    found = evaluate(tmp_path / "run")
     for name in ("loss", "bits_per_byte", "perplexity"):
         assert found[name] == pytest.approx(float(last[f"val_{name}"]), rel=1e-5)
-    assert fit.evaluate(tmp_path / "run", ["data.val_batches=5"])["loss"] != found["loss"]
+    assert evaluate(tmp_path / "run", ["data.val_batches=5"])["loss"] != found["loss"]
     with pytest.raises(UserError, match=r"no setting 'data\.sed'"):
-        fit.evaluate(tmp_path / "run", ["data.sed=1"])
+        evaluate(tmp_path / "run", ["data.sed=1"])
 
 
 def test_accuracy_is_the_metric_of_a_synthetic_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

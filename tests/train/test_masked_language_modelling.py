@@ -16,6 +16,7 @@ from zoo.errors import UserError
 from zoo.train import fit
 from zoo.train.data.mqar import MQAR
 from zoo.train.data.pydocs import PyDocs
+from zoo.train.evaluate import evaluate
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.language_modelling import LanguageModelling
 from zoo.train.tasks.masked_language_modelling import MaskedLanguageModelling, mask_symbol
@@ -145,7 +146,7 @@ def test_train_stop_resume_evaluate(tmp_path: Path, more: tuple[str, ...]) -> No
     last = rows(whole)[-1]
     assert 0 < float(last["val_loss"]) < 6
     assert 0 <= float(last["val_accuracy"]) <= 1
-    found = fit.evaluate(whole, [])
+    found = evaluate(whole, [])
     assert found["loss"] == pytest.approx(float(last["val_loss"]), rel=1e-5)
     assert found["accuracy"] == pytest.approx(float(last["val_accuracy"]))
     model = zoo.load(whole)
@@ -154,7 +155,7 @@ def test_train_stop_resume_evaluate(tmp_path: Path, more: tuple[str, ...]) -> No
 
 def test_a_checkpoint_without_a_run_is_measured_by_its_models_task(tmp_path: Path) -> None:
     folder = zoo.save(make().model, tmp_path / "m")
-    found = fit.evaluate(folder, ["data.seq_len=32", "trainer.limit_val_batches=1", "data.tokenizer=bytes"])
+    found = evaluate(folder, ["data.seq_len=32", "trainer.limit_val_batches=1", "data.tokenizer=bytes"])
     assert set(found) == {"loss", "accuracy"}
 
 

@@ -8,6 +8,7 @@ import pytest
 from zoo.config import compose
 from zoo.registry import list_models
 from zoo.train import fit
+from zoo.train.evaluate import evaluate
 
 
 @pytest.mark.parametrize("experiment", ["parity", "s5"])
@@ -27,7 +28,7 @@ def test_a_run_gives_the_accuracy_at_every_length(tmp_path: Path, capsys: pytest
         last = list(csv.DictReader(file))[-1]
     assert "last right@50" in capsys.readouterr().out
     for length in (8, 50):
-        alone = fit.evaluate(tmp_path / "run", ["data=parity", f"data.seq_len={length}", "data.val_samples=40"])
+        alone = evaluate(tmp_path / "run", ["data=parity", f"data.seq_len={length}", "data.val_samples=40"])
         for metric in ("accuracy", "sequence_accuracy", "last_accuracy"):
             assert float(last[f"val_{metric}_at_{length}"]) == pytest.approx(alone[metric], rel=1e-5)
     both = 8 * float(last["val_accuracy_at_8"]) + 50 * float(last["val_accuracy_at_50"])

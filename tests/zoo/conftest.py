@@ -55,9 +55,15 @@ SIZES = {"tiny": {}, "big": {"d_model": 16, "dims": (3,)}}
 
 @pytest.fixture(autouse=True)
 def toy() -> Iterator[Callable[[ToyConfig], nn.Module]]:
-    registry.register("toy", config=ToyConfig, sizes=SIZES, tags=("toy", "recurrent"), paper="A toy")(build_toy)
-    yield build_toy
-    for name, entry in list(registry._registered.items()):
+    """The registry as it is without other tests' models, and one of these tests' own; put back afterwards."""
+    before = dict(registry._registered)
+    for name, entry in before.items():
         if not entry.build.__module__.startswith("zoo.models."):
             del registry._registered[name]
+    registry._info_of_registered.cache_clear()
+    registry.register("toy", config=ToyConfig, sizes=SIZES, tags=("toy", "recurrent"), paper="A toy")(build_toy)
+    yield build_toy
+    own = {n: e for n, e in registry._registered.items() if e.build.__module__.startswith("zoo.models.")}
+    registry._registered.clear()
+    registry._registered.update(before | own)
     registry._info_of_registered.cache_clear()

@@ -288,8 +288,10 @@ def fit(monkeypatch):
     fake = types.ModuleType("zoo.train.fit")
     fake.run = lambda config, folder: calls.append(("run", config, folder)) or 0
     fake.resume = lambda folder: calls.append(("resume", folder)) or 130
-    fake.evaluate = lambda path, settings: calls.append(("evaluate", path, settings)) or {"bits_per_byte": 1.23456789}
+    measures = types.ModuleType("zoo.train.evaluate")
+    measures.evaluate = lambda path, words: calls.append(("evaluate", path, words)) or {"bits_per_byte": 1.23456789}
     monkeypatch.setitem(sys.modules, "zoo.train.fit", fake)
+    monkeypatch.setitem(sys.modules, "zoo.train.evaluate", measures)
     monkeypatch.setattr(zoo.train, "fit", fake, raising=False)
     monkeypatch.setattr("zoo.cli.runs.compose", compose_toy)
     monkeypatch.setattr(sweep_module, "compose", compose_toy)

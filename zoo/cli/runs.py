@@ -46,10 +46,10 @@ def _prepare_process() -> None:
 
 def eval_command(path: str, settings: list[str]) -> int:
     """Measure a model; prints one line per metric."""
-    from zoo.train import fit
+    from zoo.train.evaluate import evaluate
     from zoo.train.run_folder import is_main_process
 
-    found = fit.evaluate(path, settings)
+    found = evaluate(path, settings)
     if is_main_process():
         for name, value in found.items():
             print(f"{name} {value:.6g}")

@@ -1,0 +1,123 @@
+"""What a composed config names, made: data, model, strategy, the trainer's settings, the processes' surroundings."""
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from zoo.errors import UserError
+from zoo.registry import create_model, model_info, resolve
+from zoo.train.run_folder import RunFolder
+from zoo.train.tasks.task import Task
+from zoo.train.trainer import TrainerConfig
+
+RUN_DIR = "ZOO_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
+LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", RUN_DIR)  # set for those processes
+
+
+def build_data(config: Mapping[str, Any]) -> Any:
+    """The data module of a composed config, with the run's seed where it takes one and the user gave none."""
+    owner = resolve(config["data"]["_target_"])
+    settings = settings_of(config["data"])
+    if "seed" in inspect.signature(owner).parameters:
+        settings.setdefault("seed", config["seed"])
+    return owner(**settings)
+
+
+def build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.Module:
+    """The model, with the vocabulary (and the classes) of the data unless the user wants more."""
+    fields = {key: value for key, value in section.items() if key not in ("name", "size")}
+    for field, value in task.fields(data).items():
+        if field not in model_info(section["name"]).fields:
+            raise UserError(
+                f"{task.__name__} needs a model with the field {field}, and {section['name']} has none; "
+                "zoo list --tag encoder shows models that have it"
+            )
+        if fields.get(field) is None:
+            fields[field] = value
+    model = create_model(section["name"], section["size"], **fields)
+    check_fields(model, data, task)
+    return model
+
+
+def check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
+    """Refuse a model that has no room for the tokens or the classes of the data."""
+    for field, least in task.fields(data).items():
+        size = getattr(model.config, field, None)
+        if size is None or size < least:
+            what = {"vocab_size": "tokens", "n_classes": "classes"}.get(field, field)
+            raise UserError(
+                f"the model must hold what the data have: model.{field} is {size} and the data have {least} {what} for "
+                f"{task.__name__}; leave model.{field} out or choose other data"
+            )
+
+
+@contextmanager
+def readable_refusals() -> Iterator[None]:
+    """Around the making of a Trainer: what Lightning refuses becomes a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
+
+
+def cluster_environment() -> list[ClusterEnvironment]:
+    """SLURM without Lightning's requeueing: it writes checkpoints of its own, which it prefers to ours ever after."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []  # what Lightning finds on its own
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
+def trainer_config_of(section: Mapping[str, Any]) -> TrainerConfig:
+    """The checked settings of the config's `trainer`."""
+    owner = resolve(section["_target_"]) if "_target_" in section else TrainerConfig
+    options = owner(**settings_of(section))
+    assert isinstance(options, TrainerConfig)
+    return options
+
+
+def precision_of(options: TrainerConfig) -> str:
+    """As asked for; else bfloat16 where a CUDA device has it, and float32."""
+    if options.precision is not None:
+        return options.precision
+    on_cuda = torch.cuda.is_available() and options.accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def strategy_of(section: Any) -> Any:
+    """Lightning's `strategy`: an instance of what the config names, or "auto"."""
+    if isinstance(section, Mapping):
+        return resolve(section["_target_"])(**settings_of(section)) if "_target_" in section else "auto"
+    return section or "auto"
+
+
+def settings_of(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a section holds beside its `_target_`."""
+    return {key: value for key, value in section.items() if key != "_target_"}
+
+
+@contextmanager
+def launch_environment(folder: RunFolder | None = None) -> Iterator[None]:
+    """Lightning starts further processes with the same command; they must find a run's folder, not make one.
+
+    What it sets for them is taken back, so that the next run of this process starts like the first.
+    """
+    before = {name: os.environ.get(name) for name in LAUNCH}
+    if folder is not None:
+        os.environ[RUN_DIR] = str(folder.path.resolve())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

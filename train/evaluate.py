@@ -1,0 +1,139 @@
+"""A trained model measured on data: its own held-out part, or others."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Trainer
+from torch import nn
+
+from zoo import tokenizers
+from zoo.checkpoint import load, locate, run_of
+from zoo.config import compose
+from zoo.errors import UsageError, UserError, remedy
+from zoo.registry import model_info, resolve
+from zoo.train.build import (
+    build_data,
+    check_fields,
+    cluster_environment,
+    launch_environment,
+    precision_of,
+    readable_refusals,
+    settings_of,
+    strategy_of,
+    trainer_config_of,
+)
+from zoo.train.optim import Limits
+from zoo.train.quiet import quiet_lightning
+from zoo.train.rng import seed_all
+from zoo.train.run_folder import RunFolder
+
+__all__ = ["evaluate"]
+
+
+def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Measure a run or a checkpoint on the held-out part of its own data or of others.
+
+    Args:
+        path: the folder of a run, or a checkpoint as `zoo.load` takes it.
+            Text is cut into tokens as in its training, unless `data.tokenizer` says otherwise.
+        overrides: `data=...` and `data.KEY=VALUE`; `trainer.KEY=VALUE` for batch limits and precision. One device
+            measures, however many trained, unless `strategy=...` and `trainer.devices=N` say otherwise; then every
+            process must call this function, as those do that Lightning starts.
+
+    Returns:
+        the metrics, by name: loss and what the data can be judged by; the same on all ranks.
+    """
+    found = locate(path)
+    model = load(found)
+    run_folder = run_of(found)
+    known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
+    config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
+    config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
+    seed_all(config["seed"])
+    data = build_data(config)
+    kind = resolve(config["task"]["_target_"])
+    check_fields(model, data, kind)
+    trainer_config = trainer_config_of(config["trainer"])
+    optim = resolve(config["optim"]["_target_"])(**settings_of(config["optim"]))
+    task = kind(model, optim, Limits(), data, **settings_of(config["task"]))
+    with launch_environment(), quiet_lightning():
+        with readable_refusals():
+            trainer = Trainer(
+                accelerator=trainer_config.accelerator,
+                strategy=strategy_of(config["strategy"]),
+                devices=trainer_config.devices,
+                num_nodes=trainer_config.num_nodes,
+                precision=precision_of(trainer_config),  # type: ignore[arg-type]
+                limit_val_batches=trainer_config.limit_val_batches,
+                inference_mode=False,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                plugins=[*cluster_environment()],
+            )
+        trainer.validate(task, datamodule=data, verbose=False)
+    return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The run's own config with these overrides, or the defaults with them; on one device unless they say otherwise."""
+    config = _overridden(known, overrides)
+    for name in ("devices", "num_nodes"):
+        if not any(override.startswith(f"trainer.{name}=") for override in overrides):
+            config["trainer"] = {**config["trainer"], name: 1}
+    return config
+
+
+def _overridden(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
+    if known is None:
+        return compose(list(overrides))
+    if any(override.startswith("data=") for override in overrides):
+        composed = compose(list(overrides))
+        return {**known, **{group: composed[group] for group in ("data", "trainer", "strategy")}}
+    ranks = [override for override in overrides if override.startswith(("strategy=", "strategy."))]
+    config = {**known, "data": dict(known["data"]), "trainer": dict(known["trainer"])}
+    config["strategy"] = compose(ranks)["strategy"]  # not the run's: it may have had other devices
+    for override in overrides:
+        key, _, text = override.partition("=")
+        group, _, name = key.partition(".")
+        if override in ranks:
+            continue
+        if group not in ("data", "trainer") or name not in config[group]:
+            known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g]]
+            raise UsageError(
+                f"no setting {key!r} for an evaluation{remedy(key, known_keys, 'data=NAME takes other data')}"
+            )
+        config[group][name] = yaml.safe_load(text)
+    return config
+
+
+def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
+    """The overrides, with the task that a model without a run was made for."""
+    if any(override.startswith("task=") for override in overrides):
+        return list(overrides)
+    classes = getattr(model.config, "n_classes", None) is not None
+    return [f"task={'classification' if classes else model_info(str(model.name)).task}", *overrides]
+
+
+def _with_own_tokenizer(
+    data: dict[str, Any], found: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The settings of text to measure, with the tokenizer that the model in `found` was trained with."""
+    if "tokenizer" not in data or any(override.startswith("data.tokenizer=") for override in overrides):
+        return data
+    if any((found / name).is_file() for name in tokenizers.FILES):
+        return {**data, "tokenizer": str(found), "vocab_size": None}
+    own = (trained_on or {}).get("tokenizer")
+    if own is None or not any(override.startswith("data=") for override in overrides):
+        return data
+    if own == "sentencepiece":
+        raise UserError(
+            f"other data need the run's own tokenizer, which {found} does not hold; zoo resume finishes the run and "
+            "saves it"
+        )
+    return {**data, "tokenizer": own, "vocab_size": None}
