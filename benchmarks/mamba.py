@@ -36,7 +36,7 @@ from torch.nn import functional as F
 import zoo
 from zoo.decoding.compiled import CompiledStep, Step, step
 from zoo.ops import selective_scan
-from zoo.train.memory.heap import keep_freed_arrays
+from zoo.train.memory.malloc import keep_freed_arrays
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 PARTS = ("forward", "decode", "scan", "length", "memory", "backward")

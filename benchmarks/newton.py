@@ -22,15 +22,15 @@ import torch
 from torch import nn
 
 from zoo.ops import newton_corrections, para_gru, para_lstm
-from zoo.ops.para_gru.cell import ParaGRUCell
-from zoo.ops.para_lstm.cell import ParaLSTMCell
+from zoo.ops.recurrent.para_gru.cell import ParaGRUCell
+from zoo.ops.recurrent.para_lstm.cell import ParaLSTMCell
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 CELLS: dict[str, tuple[Any, Any, tuple[int, ...], Any]] = {
     "para_gru": (para_gru, ParaGRUCell(), (3,), nn.GRU),
     "para_lstm": (para_lstm, ParaLSTMCell(), (3, 2), nn.LSTM),
 }
-newton_module = importlib.import_module("zoo.ops.newton_scan")
+newton_module = importlib.import_module("zoo.ops.scans.newton_scan")
 
 
 def sides(name: str, B: int, D: int, T: int, seed: int) -> tuple[dict[str, Callable[[], Any]], list[float]]:

@@ -13,7 +13,7 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
-from zoo.ops.dropout import check_rate
+from zoo.ops.token_wise.dropout import check_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.state import fits, is_decoding
-from zoo.ops import causal_conv1d, check, depthwise_conv1d, shard
-from zoo.ops.algebra import Tail
-from zoo.ops.causal_conv1d.shifted import causal_conv1d_step
-from zoo.ops.packing import last_document
+from zoo.ops import causal_conv1d, depthwise_conv1d, shard
+from zoo.ops.convolutions.causal_conv1d.shifted import causal_conv1d_step
+from zoo.ops.core import check
+from zoo.ops.core.algebra import Tail
+from zoo.ops.core.packing import last_document
 
 
 class _Taps(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.ops import dropout
-from zoo.ops.dropout import addresses, check_rate
+from zoo.ops.token_wise.dropout import addresses, check_rate
 
 
 class Draw(NamedTuple):

@@ -15,7 +15,7 @@ from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
 from zoo.ops import linear_cross_entropy, shard
-from zoo.ops.dropout import check_rate
+from zoo.ops.token_wise.dropout import check_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from zoo.layers.offload import offload, to_host
-from zoo.ops import once, shard
+from zoo.ops import shard
+from zoo.ops.core import recompute
 
 RECOMPUTE = ("none", "block", "mixer_saved")
 
@@ -106,14 +107,14 @@ class MemoryPlan:
             with self._inputs_to_host(x):
                 again: tuple[Tensor, Any] = checkpoint(whole, x, state, use_reentrant=False, context_fn=contexts())
             return again
-        keeping = once.HERE
+        keeping = recompute.HERE
         if self.alpha is not None:
             engine = offload(x.device)
-            keeping = once.Keeping(engine.pack, engine.unpack)
+            keeping = recompute.Keeping(engine.pack, engine.unpack)
         # tiles are checkpoints of their own: around them another one would run them a third time
         apart = self.alpha is not None or (block.token_wise and self.tiles(x.shape[0] * x.shape[1], x.shape[2]) > 1)
         with self._inputs_to_host(x):
-            kept = once.contexts(keeping)
+            kept = recompute.contexts(keeping)
             mixed: tuple[Tensor, Any] = checkpoint(
                 mix if apart else whole, x, state, use_reentrant=False, context_fn=kept
             )

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from zoo.layers.state import is_decoding
 from zoo.ops import gated_rms_norm, rms_norm
-from zoo.ops.rms_norm import Order
-from zoo.ops.rms_norm.fused import rms_norm_fused
+from zoo.ops.token_wise.rms_norm import Order
+from zoo.ops.token_wise.rms_norm.fused import rms_norm_fused
 
 
 class RMSNorm(nn.Module):

@@ -14,35 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from zoo.layers.mixers.attention import Attention
-from zoo.layers.mixers.delta_net import DeltaNet, GatedDeltaNet
-from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention
-from zoo.layers.mixers.hydra import Hydra
-from zoo.layers.mixers.mamba import Mamba, Mamba2
-from zoo.layers.mixers.para_rnn import ParaGRU, ParaLSTM
-from zoo.layers.mixers.rnn import GRU, LSTM, SLSTM, Elman
-from zoo.layers.mixers.s4 import S4
-from zoo.layers.mixers.s5 import S5
+from zoo.layers.mixer_registry import MIXERS, MixerMaker
 
-MixerMaker = Callable[..., nn.Module]  # (d_model, **options) -> mixer
-
-MIXERS: dict[str, MixerMaker] = {
-    "attention": Attention,
-    "deltanet": DeltaNet,
-    "elman": Elman,
-    "gated_deltanet": GatedDeltaNet,
-    "gla": GatedLinearAttention,
-    "gru": GRU,
-    "hydra": Hydra,
-    "lstm": LSTM,
-    "mamba": Mamba,
-    "mamba2": Mamba2,
-    "para_gru": ParaGRU,
-    "para_lstm": ParaLSTM,
-    "s4": S4,
-    "s5": S5,
-    "slstm": SLSTM,
-}
 _ITEM = re.compile(r"\s*(?P<name>[a-z_][a-z0-9_]*)\s*(?:\((?P<options>[^()]*)\))?\s*(?:\*\s*(?P<count>\d+))?\s*")
 
 
@@ -52,20 +25,6 @@ class Item:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-def register_mixer(name: str) -> Callable[[MixerMaker], MixerMaker]:
-    """Make a mixer class usable in patterns: `@register_mixer("leaky") class Leaky(nn.Module): ...`.
-
-    The class is called as `maker(d_model, **options)` with the options written in the pattern.
-    """
-
-    def add(maker: MixerMaker) -> MixerMaker:
-        if MIXERS.setdefault(name, maker) is not maker:
-            raise ValueError(f"a mixer's name is used once; {name!r} is already {MIXERS[name]!r}, choose another")
-        return maker
-
-    return add
 
 
 def parse_pattern(pattern: str) -> list[Item]:

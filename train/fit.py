@@ -37,6 +37,7 @@ from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
 from zoo.train.checkpoint_io import AtomicCheckpointIO
 from zoo.train.data.base import DataModule
+from zoo.train.endless_epoch import EndlessData
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.loggers import CsvLog
 from zoo.train.memory.choose import MemoryConfig
@@ -45,7 +46,6 @@ from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
 from zoo.train.run_folder import RunFolder, is_main_process
 from zoo.train.strategies.fsdp import whole_weights
-from zoo.train.stream import EndlessData
 from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
 

@@ -34,6 +34,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> bool:
+    """Write a text file in full or not at all; False where it already holds this text."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return True
+
+
 def keep_in_cache(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """As `write_atomically`, for a file that only saves time: where it cannot be written, say so and go on."""
     try:

@@ -1,6 +1,7 @@
 """One index of models: name -> config, builder, sizes, task, tags, paper. Imports no torch until a model is built.
 
-The models of this package are described by a generated file, zoo/models/index.json; `python -m zoo.registry` writes it.
+Each model of this package is described by a generated file, zoo/models/index/NAME.json; `python -m zoo.registry` writes
+them, and with them the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
 Third parties register by importing a module that calls `register`, or by an entry point of the group zoo.models.
 """
 
@@ -8,7 +9,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import os
 import pkgutil
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zoo._types import fit, spell
 from zoo.errors import UsageError, UserError, remedy
+from zoo.files import write_text
 
 if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_SIZE = "tiny"
 ENTRY_POINT_GROUP = "zoo.models"
-INDEX = Path(__file__).parent / "models" / "index.json"
+INDEX = Path(__file__).parent / "models" / "index"  # a file for each model
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 
@@ -228,9 +229,7 @@ def resolve(target: str) -> Any:
 
 @functools.cache
 def _index() -> Mapping[str, ModelInfo]:
-    if not INDEX.exists():
-        return MappingProxyType({})
-    entries = json.loads(INDEX.read_text(encoding="utf-8"))
+    entries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(INDEX.glob("*.json"))}
     return MappingProxyType({name: ModelInfo(name, **e | {"tags": tuple(e["tags"])}) for name, e in entries.items()})
 
 
@@ -295,27 +294,28 @@ def _info_of_registered(name: str) -> ModelInfo:
     )
 
 
-def build_index() -> str:
-    """The text of zoo/models/index.json, from importing every model of this package."""
+def build_index() -> dict[str, str]:
+    """{name: the text of its file in zoo/models/index}, from importing every model of this package."""
     for module in pkgutil.iter_modules([str(INDEX.parent)]):
-        if not module.name.startswith("_"):
+        if not module.name.startswith("_") and not module.ispkg:
             importlib.import_module(f"zoo.models.{module.name}")
     ours = sorted(name for name, entry in _registered.items() if entry.build.__module__.startswith("zoo.models."))
     entries = {name: dataclasses.asdict(_info_of_registered(name)) for name in ours}
     for entry in entries.values():
         del entry["name"]
-    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+    return {name: json.dumps(entry, indent=1, ensure_ascii=False) + "\n" for name, entry in entries.items()}
 
 
-def write_index() -> Path:
-    """Write zoo/models/index.json anew."""
-    text = build_index()
-    temporary = INDEX.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, INDEX)
-    return INDEX
+def write_index() -> list[Path]:
+    """Write the files of zoo/models/index that are not up to date, and remove those of models that are gone."""
+    texts = build_index()
+    changed = [path for path in INDEX.glob("*.json") if path.stem not in texts]
+    for path in changed:
+        path.unlink()
+    return changed + [path for name, text in texts.items() if write_text(path := INDEX / f"{name}.json", text)]
 
 
 if __name__ == "__main__":
     # The models register with `zoo.registry`, which is another module object than the `__main__` running here.
-    print(importlib.import_module("zoo.registry").write_index())
+    for _path in importlib.import_module("zoo.registry").write_index() + importlib.import_module("zoo._stubs").write():
+        print(_path)

@@ -5,9 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
 from zoo.ops import attention, rotary, shard
+
+__all__ = ["Attention"]
 
 
 class AttentionState(NamedTuple):
@@ -21,6 +24,7 @@ class AttentionState(NamedTuple):
     length: Tensor
 
 
+@register_mixer("attention")
 class Attention(nn.Module):
     """Causal softmax attention, (B, T, D) -> (B, T, D).
 

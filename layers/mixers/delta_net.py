@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm, RMSNorm, l2_norm
 from zoo.layers.state import state_bytes
 from zoo.ops import delta_rule
+
+__all__ = ["DeltaNet", "GatedDeltaNet"]
 
 FEATURES = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
 NORMS = {"l2": l2_norm, "sum": lambda x: x / (x.sum(dim=-1, keepdim=True) + 1e-6), "none": lambda x: x}
@@ -77,6 +80,7 @@ class _DeltaMixer(nn.Module):
         return state_bytes(self.init_state(batch))
 
 
+@register_mixer("deltanet")
 class DeltaNet(_DeltaMixer):
     """DeltaNet's mixer, (B, T, D) -> (B, T, D): S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T.
 
@@ -150,6 +154,7 @@ class DeltaNet(_DeltaMixer):
         return self.o_proj(o.flatten(2)), DeltaNetState(memory, tails)
 
 
+@register_mixer("gated_deltanet")
 class GatedDeltaNet(_DeltaMixer):
     """Gated DeltaNet's mixer: the memory decays by exp(g_t) before the delta rule writes.
 

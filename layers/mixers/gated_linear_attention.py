@@ -7,9 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import state_bytes
 from zoo.ops import gated_linear_attention
+
+__all__ = ["GatedLinearAttention"]
 
 
 class GatedLinearAttentionState(NamedTuple):
@@ -19,6 +22,7 @@ class GatedLinearAttentionState(NamedTuple):
     convs: tuple[Tensor, ...]
 
 
+@register_mixer("gla")
 class GatedLinearAttention(nn.Module):
     """GLA's mixer, (B, T, D) -> (B, T, D): S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(K).
 

@@ -7,12 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import DepthwiseConvolution
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.mixers.mamba import step_sizes
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import refuse_state
 from zoo.ops import quasiseparable
 
+__all__ = ["Hydra"]
 
+
+@register_mixer("hydra")
 class Hydra(nn.Module):
     """Hydra's mixer, (B, T, D) -> (B, T, D): y = W_o (RMSNorm(QS(silu(conv(x B C)))) * silu(z)), over both sides.
 

@@ -8,11 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.segments import in_segments
 from zoo.layers.state import fits, is_decoding, state_bytes
+from zoo.layers.time_segments import in_segments
 from zoo.ops import selective_scan, ssd, swiglu
-from zoo.ops.selective_scan.chunked import selective_scan_step
+from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_step
+
+__all__ = ["Mamba", "Mamba2"]
 
 
 class MambaState(NamedTuple):
@@ -41,6 +44,7 @@ def _initialise_projections(modules: tuple[nn.Module, ...], out_proj: nn.Linear,
         out_proj.weight /= math.sqrt(n_layers)
 
 
+@register_mixer("mamba")
 class Mamba(nn.Module):
     """Mamba's mixer, (B, T, D) -> (B, T, D): y = W_o (S6(silu(conv(x))) * silu(z)), with x, z = W_i input.
 
@@ -158,6 +162,7 @@ class Mamba(nn.Module):
         return f"d_inner={self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}, selective={self.selective}"
 
 
+@register_mixer("mamba2")
 class Mamba2(nn.Module):
     """Mamba-2's mixer, (B, T, D) -> (B, T, D): one decay per head, y = W_o RMSNorm(SSD(silu(conv(x B C))) * silu(z)).
 

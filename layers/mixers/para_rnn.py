@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
 from zoo.layers.state import state_bytes
 from zoo.ops import para_gru, para_lstm
+
+__all__ = ["ParaGRU", "ParaLSTM"]
 
 
 class ParaState(NamedTuple):
@@ -118,6 +121,7 @@ class _ParaRNN(nn.Module):
         return state_bytes(self.init_state(batch))
 
 
+@register_mixer("para_gru")
 class ParaGRU(_ParaRNN):
     __doc__ = f"""A GRU with a diagonal recurrent matrix, trained in parallel over time by Newton's method.
 
@@ -129,6 +133,7 @@ class ParaGRU(_ParaRNN):
         return para_gru(u, self.a, h, **options)
 
 
+@register_mixer("para_lstm")
 class ParaLSTM(_ParaRNN):
     __doc__ = f"""An LSTM with diagonal recurrent matrices, one gate to forget and to write, and peepholes, in parallel.
 

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import HeadNorm
 from zoo.layers.state import state_bytes
 from zoo.ops import elman, gru, lstm, slstm
+
+__all__ = ["GRU", "LSTM", "SLSTM", "Elman"]
 
 
 class RNNState(NamedTuple):
@@ -82,6 +85,7 @@ class _Recurrent(nn.Module):
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}"
 
 
+@register_mixer("lstm")
 class LSTM(_Recurrent):
     """Long short-term memory as a mixer, (B, T, D) -> (B, T, D): y = W_o norm(LSTM(W_i x)); see `zoo.ops.lstm`.
 
@@ -105,6 +109,7 @@ class LSTM(_Recurrent):
         return lstm(x, self.R.to(x.dtype), self.b.to(x.dtype), state, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
+@register_mixer("gru")
 class GRU(_Recurrent):
     """Gated recurrent unit as a mixer, (B, T, D) -> (B, T, D): y = W_o norm(GRU(W_i x)); arguments as of `LSTM`.
 
@@ -117,6 +122,7 @@ class GRU(_Recurrent):
         return gru(x, self.R.to(x.dtype), self.b.to(x.dtype), state, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
+@register_mixer("elman")
 class Elman(_Recurrent):
     """Elman's network as a mixer, (B, T, D) -> (B, T, D): y = W_o norm(Elman(W_i x)); arguments as of `LSTM`.
 
@@ -129,6 +135,7 @@ class Elman(_Recurrent):
         return elman(x, self.R.to(x.dtype), self.b.to(x.dtype), state, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
+@register_mixer("slstm")
 class SLSTM(nn.Module):
     """xLSTM's sLSTM as a mixer, (B, T, D) -> (B, T, D): y = norm(sLSTM(i, f from silu(conv(x)); z, o from x)).
 

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers import hippo
+from zoo.layers.channel_dropout import ChannelDropout
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.state import state_bytes
-from zoo.layers.tied_dropout import TiedDropout
-from zoo.ops import dispatch, s4, s4d, shard
-from zoo.ops.pairs import as_complex, as_pairs
+from zoo.ops import s4, s4d, shard
+from zoo.ops.core import dispatch
+from zoo.ops.core.pairs import as_complex, as_pairs
+
+__all__ = ["S4"]
 
 MODES = ("diag", "dplr")
 RULES = ("zoh", "bilinear")
@@ -24,6 +28,7 @@ class S4State(NamedTuple):
     x: Tensor
 
 
+@register_mixer("s4")
 class S4(nn.Module):
     """The S4 block's layer, (B, T, D) -> (B, T, D): y = GLU(W dropout(gelu(SSM(x)))), one system per channel.
 
@@ -87,7 +92,7 @@ class S4(nn.Module):
         self.C = nn.Parameter(torch.empty(1 + bidirectional, d_model, pairs, 2))
         self.log_dt = nn.Parameter(torch.empty(d_model))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.dropout = TiedDropout(dropout)
+        self.dropout = ChannelDropout(dropout)
         self.out_proj = nn.Linear(d_model, 2 * d_model)
         self.initialise()
 

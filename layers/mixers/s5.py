@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers import hippo
+from zoo.layers.channel_dropout import ChannelDropout
+from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.state import state_bytes
-from zoo.layers.tied_dropout import TiedDropout
-from zoo.ops import complex_affine_scan, dispatch
-from zoo.ops.pairs import as_complex, as_pairs
+from zoo.ops import complex_affine_scan
+from zoo.ops.core import dispatch
+from zoo.ops.core.pairs import as_complex, as_pairs
+
+__all__ = ["S5"]
 
 GATES = ("full_glu", "half_glu1", "half_glu2", "none")
 
@@ -23,6 +27,7 @@ class S5State(NamedTuple):
     x: Tensor
 
 
+@register_mixer("s5")
 class S5(nn.Module):
     """S5's layer, (B, T, D) -> (B, T, D): y = gate(dropout(gelu(SSM(x)))), all channels through one system.
 
@@ -70,7 +75,7 @@ class S5(nn.Module):
         self.C = nn.Parameter(torch.empty(d_model, P, 2))
         self.log_dt = nn.Parameter(torch.empty(P))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.dropout = TiedDropout(dropout)
+        self.dropout = ChannelDropout(dropout)
         self.out1 = nn.Linear(d_model, d_model) if gate == "full_glu" else None
         self.out2 = nn.Linear(d_model, d_model) if gate != "none" else None
         self.initialise()

@@ -32,17 +32,17 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
-from zoo.ops.shard.both import incoming_states
-from zoo.ops.shard.ends import across
+from zoo.ops.shard.all_reduce import total, whole
+from zoo.ops.shard.bidirectional import incoming_states
+from zoo.ops.shard.edge_ranks import across
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
 from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
-from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
-from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
+from zoo.ops.shard.prefix_scan import Crossing, crossing, incoming_state, largest
 from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
+from zoo.ops.shard.sequence_shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.serial import serial
-from zoo.ops.shard.total import total, whole
 
 __all__ = [
     "ATTENTION",

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 # torch 2.13 renamed reduce_scatter_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zoo.ops.algebra import Tail
+from zoo.ops.core.algebra import Tail
 from zoo.ops.shard import exchange
-from zoo.ops.shard.place import SequenceShard
 from zoo.ops.shard.scope import Scope, from_the_right, scope
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 
 def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
-from zoo.ops.shard.place import SequenceShard
-from zoo.ops.shard.scan import largest
+from zoo.ops.shard.prefix_scan import largest
 from zoo.ops.shard.scope import Scope, scope, use
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 P = ParamSpec("P")
 R = TypeVar("R")

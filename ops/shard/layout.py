@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 
 def stretch(length: int, rank: int, size: int, chunk: int = 1) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zoo.ops.shard.place import SequenceShard
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 
 class Scope(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
-from zoo.ops.shard.place import SequenceShard
 from zoo.ops.shard.scope import Scope, scope, use
+from zoo.ops.shard.sequence_shard import SequenceShard
 
 
 def serial(

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import zoo
-from zoo.layers import Dropout, SequenceConfig, TiedDropout
+from zoo.layers import ChannelDropout, Dropout, SequenceConfig
 from zoo.layers.block import Block
 from zoo.layers.dropout import set_streams
 from zoo.layers.memory import MemoryPlan
@@ -16,7 +16,7 @@ from zoo.layers.memory import MemoryPlan
 SMALL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "hidden_size": 24, "vocab_size": 11, "init_std": 0.3}
 
 
-@pytest.mark.parametrize("layer", [Dropout, TiedDropout])
+@pytest.mark.parametrize("layer", [Dropout, ChannelDropout])
 def test_evaluation_and_zero_are_the_identity(layer: type[Dropout]) -> None:
     x = torch.randn(2, 5, 8)
     before = torch.get_rng_state()
@@ -26,7 +26,7 @@ def test_evaluation_and_zero_are_the_identity(layer: type[Dropout]) -> None:
     assert not torch.equal(layer(0.5)(x), x)
 
 
-@pytest.mark.parametrize("layer", [Dropout, TiedDropout])
+@pytest.mark.parametrize("layer", [Dropout, ChannelDropout])
 @pytest.mark.parametrize("p", [1.0, -0.1])
 def test_a_rate_out_of_range_is_refused(layer: type[Dropout], p: float) -> None:
     with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\); got {p}"):

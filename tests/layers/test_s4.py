@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import zoo
-from zoo.layers import S4, Mamba, SequenceConfig, SequenceModel, TiedDropout, hippo
-from zoo.ops.pairs import as_complex
+from zoo.layers import S4, ChannelDropout, Mamba, SequenceConfig, SequenceModel, hippo
+from zoo.ops.core.pairs import as_complex
 from zoo.train.optim import AdamW
 
 W4, W8 = (0.55650, 4.60329), (0.42749, 1.95779, 5.35421, 19.85741)
@@ -106,7 +106,7 @@ def test_a_causal_model_takes_no_layer_that_sees_the_future() -> None:
 
 def test_dropout_is_tied_over_time_and_drawn_for_each_sequence() -> None:
     torch.manual_seed(0)
-    dropout, x = TiedDropout(0.5), torch.ones(3, 7, 50)
+    dropout, x = ChannelDropout(0.5), torch.ones(3, 7, 50)
     y = dropout(x)
     assert (y == y[:, :1]).all()
     assert not torch.equal(y[0], y[1])

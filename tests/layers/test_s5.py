@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from zoo.layers import S5
-from zoo.ops.pairs import as_complex
+from zoo.ops.core.pairs import as_complex
 
 
 def make(**options: object) -> S5:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sharded_cases import LAYOUTS, Errors, model, operator, recomputation_sends_nothing, refusals, without
 
 from zoo.ops import shard
-from zoo.ops.operators import OPERATORS
+from zoo.ops.core.table import OPERATORS
 
 RANKS = 4
 HANGS_AFTER = 540  # seconds; then every process says where it stands

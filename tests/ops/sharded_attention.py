@@ -14,8 +14,8 @@ from torch import Tensor
 
 import zoo
 from zoo.ops import attention, shard
-from zoo.ops.attention.parallel import local
-from zoo.ops.proof import relative_error
+from zoo.ops.attention.attention.parallel import local
+from zoo.ops.core.spec import relative_error
 
 Check = Callable[[shard.SequenceShard], Errors]
 EVEN, UNEVEN, SHORT = 24, 29, 3  # a multiple of 2 P for every P; of none; less than ranks

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import zoo
 from zoo.ops import fft_convolution, quasiseparable, shard
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import Inputs, OperatorSpec, Sizes, relative_error
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, relative_error
+from zoo.ops.core.table import OPERATORS
 from zoo.ops.shard.exchange import all_gather
 
 LENGTH = 41  # no multiple of 2, 3 or 4: stretches are uneven

@@ -9,7 +9,7 @@ from sharded_cases import Errors, like, summed
 
 import zoo
 from zoo.ops import shard
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
 
 Check = Callable[[shard.SequenceShard], Errors]
 LENGTH = 23  # stretches are uneven

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from zoo.ops import shard
-from zoo.ops.algebra import Diagonal
+from zoo.ops.core.algebra import Diagonal
 
 RANKS, COLUMNS = 4, 64
 LATENCY, WHOLE = 0.008, 0.128  # seconds of a message, and of all bytes of the state

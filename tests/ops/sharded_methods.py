@@ -12,9 +12,9 @@ from sharded_cases import LAYOUTS, LENGTH, SMALL, Errors, Slice, like, model, op
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.delta_rule import across, chunked
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import OperatorSpec, Sizes, relative_error
+from zoo.ops.core.spec import OperatorSpec, Sizes, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.linear_attention.delta_rule import across, chunked
 
 Check = Callable[[shard.SequenceShard], Errors]
 WAYS: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ def nonlinear(name: str, spec: OperatorSpec) -> dict[str, Check]:
 
 
 def bytes_of_states(place: shard.SequenceShard, name: str, method: str) -> Errors:
-    """What a rank receives forward and backward, less what the table of ops/shard/scan.py says."""
+    """What a rank receives forward and backward, less what the table of ops/shard/prefix_scan.py says."""
     spec = OPERATORS[name]
     inputs = {key: x.requires_grad_() for key, x in spec.inputs(2, 4 * place.size).items()}
     here = Slice(place, 4 * place.size, None)

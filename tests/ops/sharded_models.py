@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.ops import shard
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
 from zoo.registry import list_models, model_info
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds
 

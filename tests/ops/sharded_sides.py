@@ -11,8 +11,8 @@ from sharded_cases import Errors, operator
 from torch import Tensor
 
 from zoo.ops import shard, ssd
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
 from zoo.ops.shard import exchange
 
 halo = importlib.import_module("zoo.ops.shard.halo")  # the package has a function of this name

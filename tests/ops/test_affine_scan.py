@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from zoo.ops import affine_scan, affine_scan_summary
-from zoo.ops.affine_scan.two_level import affine_scan_two_level
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
 
 SPEC = OPERATORS["affine_scan"]
 

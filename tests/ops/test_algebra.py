@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zoo.ops import algebra
-from zoo.ops.algebra import Block2x2, ComplexElementwise, Diagonal, Elementwise, LogSumExp, Matrix, Tail
+from zoo.ops.core import algebra
+from zoo.ops.core.algebra import Block2x2, ComplexElementwise, Diagonal, Elementwise, LogSumExp, Matrix, Tail
 
 Make = Callable[[torch.Generator], Any]
 

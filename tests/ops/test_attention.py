@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.ops import attention, dispatch
-from zoo.ops.algebra import LogSumExp, fold
-from zoo.ops.attention import blockwise, sdpa
-from zoo.ops.proof import TOLERANCE, relative_error
+from zoo.ops import attention
+from zoo.ops.attention.attention import blockwise, sdpa
+from zoo.ops.core import dispatch
+from zoo.ops.core.algebra import LogSumExp, fold
+from zoo.ops.core.spec import TOLERANCE, relative_error
 
 if dispatch.HAS_TRITON:
-    from zoo.ops.attention import kernels
+    from zoo.ops.attention.attention import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.kernels

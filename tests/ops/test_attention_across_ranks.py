@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from zoo.ops.algebra import LogSumExp, fold
-from zoo.ops.attention import attention
-from zoo.ops.attention.parallel import local
-from zoo.ops.attention.parallel.lightseq import LightSeq
-from zoo.ops.attention.parallel.view import Block, View, view
+from zoo.ops.attention.attention import attention
+from zoo.ops.attention.attention.parallel import local
+from zoo.ops.attention.attention.parallel.lightseq import LightSeq
+from zoo.ops.attention.attention.parallel.view import Block, View, view
+from zoo.ops.core.algebra import LogSumExp, fold
 
 
 def work(layout: str, length: int = 32, ranks: int = 4) -> list[list[int]]:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from zoo.ops import affine_scan, block_affine_scan
-from zoo.ops.block_affine_scan.two_level import block_affine_scan_two_level
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import convert, parity, red, relative_error
+from zoo.ops.core.spec import convert, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.scans.block_affine_scan.two_level import block_affine_scan_two_level
 
 SPEC = OPERATORS["block_affine_scan"]
 

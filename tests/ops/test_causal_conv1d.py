@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from zoo.ops import causal_conv1d
-from zoo.ops.causal_conv1d import shifted
-from zoo.ops.proof import relative_error
+from zoo.ops.convolutions.causal_conv1d import shifted
+from zoo.ops.core.spec import relative_error
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])

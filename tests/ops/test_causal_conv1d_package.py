@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.cli import doctor
-from zoo.ops import causal_conv1d, dispatch
-from zoo.ops.causal_conv1d import external
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops import causal_conv1d
+from zoo.ops.convolutions.causal_conv1d import external
+from zoo.ops.core import dispatch
+from zoo.ops.core.spec import convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
 
 SPEC = OPERATORS["causal_conv1d"]
 SIZES = {"D": 16, "W": 4}

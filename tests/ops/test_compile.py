@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not there: one case a kernel; `python -m zoo.ops.compile` checks them all."""
+"""Kernels compile for GPUs that are not there: one case each here, all by `python -m zoo.ops.core.compile_kernels`."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from zoo.ops import dispatch
+from zoo.ops.core import dispatch
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,7 +21,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_fits(target: str) -> None:
-    done = run("-m", "zoo.ops.compile", "--first", "--targets", target)
+    done = run("-m", "zoo.ops.core.compile_kernels", "--first", "--targets", target)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     for kernel in (
         "causal_conv1d_fwd_kernel", "delta_rule", "gla_", "attention_", " affine_", "block_affine_", "selective_",
@@ -33,7 +33,7 @@ def test_every_kernel_fits(target: str) -> None:
 
 def test_a_kernel_that_spills_more_than_accepted_is_red() -> None:
     code = (
-        "import dataclasses; from zoo.ops.compile import all_cases, compile_case; "
+        "import dataclasses; from zoo.ops.core.compile_kernels import all_cases, compile_case; "
         "case = next(all_cases('causal_conv1d_fwd')); "
         "report = compile_case(dataclasses.replace(case, spills=-1), 'sm_90'); "
         "assert 'spills' in report.problem and report.registers > 0, report"
@@ -44,7 +44,7 @@ def test_a_kernel_that_spills_more_than_accepted_is_red() -> None:
 
 def test_an_interpreted_kernel_is_refused() -> None:
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "zoo.ops.compile"]
+    command = [sys.executable, "-m", "zoo.ops.core.compile_kernels"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "unset TRITON_INTERPRET" in done.stderr

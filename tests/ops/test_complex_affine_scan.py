@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.ops import complex_affine_scan, complex_affine_scan_summary
-from zoo.ops.operators import OPERATORS
-from zoo.ops.pairs import as_complex, as_pairs
-from zoo.ops.proof import relative_error
+from zoo.ops.core.pairs import as_complex, as_pairs
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference", pytest.param("triton", marks=pytest.mark.kernels)])
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.ops import delta_rule
-from zoo.ops.delta_rule.chunked import delta_rule_chunked
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.spec import outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.linear_attention.delta_rule.chunked import delta_rule_chunked
 
 KV = [(8, 16), (16, 8), (64, 64), (100, 128), (128, 100)]
 

@@ -4,8 +4,8 @@ import pytest
 from torch.nn import functional as F
 
 from zoo.ops import depthwise_conv1d
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
 
 SPEC = OPERATORS["depthwise_conv1d"]
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.ops import dispatch, dropout
-from zoo.ops.dropout.philox import keep_mask, philox_words
-from zoo.ops.dropout.reference import philox
-from zoo.ops.proof import OperatorSpec, parity, randn, red
+from zoo.ops import dropout
+from zoo.ops.core import dispatch
+from zoo.ops.core.spec import OperatorSpec, parity, randn, red
+from zoo.ops.token_wise.dropout.philox import keep_mask, philox_words
+from zoo.ops.token_wise.dropout.reference import philox
 from zoo.train.data import _philox
 
 # Random123's known answers, kat_vectors: counter, key, words

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.ops import documents, fft_convolution
-from zoo.ops.fft_convolution.fourier import fast_length
-from zoo.ops.proof import relative_error
+from zoo.ops import fft_convolution
+from zoo.ops.convolutions.fft_convolution.fourier import fast_length
+from zoo.ops.core import documents
+from zoo.ops.core.spec import relative_error
 
 
 def randn(*shape: int) -> torch.Tensor:

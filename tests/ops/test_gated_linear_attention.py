@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from zoo.ops import gated_linear_attention
-from zoo.ops.gated_linear_attention import chunked
-from zoo.ops.gated_linear_attention.chunked import gated_linear_attention_chunked
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.spec import outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.linear_attention.gated_linear_attention import chunked
+from zoo.ops.linear_attention.gated_linear_attention.chunked import gated_linear_attention_chunked
 
 SPEC = OPERATORS["gated_linear_attention"]
 SIZES = {"H": 2, "K": 16, "V": 24}

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.ops import linear_cross_entropy
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
 
-MODULE = importlib.import_module("zoo.ops.linear_cross_entropy")
-CHUNKED = importlib.import_module("zoo.ops.linear_cross_entropy.chunked")
+MODULE = importlib.import_module("zoo.ops.token_wise.linear_cross_entropy")
+CHUNKED = importlib.import_module("zoo.ops.token_wise.linear_cross_entropy.chunked")
 FORMS = ["torch", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
@@ -248,7 +248,7 @@ def test_a_chunk_of_logits_becomes_its_gradient(dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.kernels
 def test_a_kernel_answers_nan_to_a_target_that_is_no_token() -> None:
-    kernels = importlib.import_module("zoo.ops.linear_cross_entropy.kernels")
+    kernels = importlib.import_module("zoo.ops.token_wise.linear_cross_entropy.kernels")
     losses, _ = kernels.linear_cross_entropy_fwd(torch.zeros(3, 5), torch.tensor([5, -1, -7]))
     assert losses.isnan().tolist() == [True, False, True]
 

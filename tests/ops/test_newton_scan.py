@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from zoo.ops import dispatch, newton_corrections, newton_residual, newton_scan, para_gru, para_lstm
-from zoo.ops.newton_scan import Cell
-from zoo.ops.newton_scan.cell import Planes
-from zoo.ops.para_gru.cell import ParaGRUCell
-from zoo.ops.para_lstm.cell import ParaLSTMCell
+from zoo.ops import newton_corrections, newton_residual, newton_scan, para_gru, para_lstm
+from zoo.ops.core import dispatch
+from zoo.ops.recurrent.para_gru.cell import ParaGRUCell
+from zoo.ops.recurrent.para_lstm.cell import ParaLSTMCell
+from zoo.ops.scans.newton_scan import Cell
+from zoo.ops.scans.newton_scan.cell import Planes
 
-newton_module = importlib.import_module("zoo.ops.newton_scan")  # the name in zoo.ops is the function
+newton_module = importlib.import_module("zoo.ops.scans.newton_scan")  # the name in zoo.ops is the function
 CELLS = [pytest.param(ParaGRUCell(), 3, id="para_gru"), pytest.param(ParaLSTMCell(), 5, id="para_lstm")]
 
 

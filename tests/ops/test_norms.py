@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.ops import gated_rms_norm, rms_norm, rotary, swiglu
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
 
 FORMS = ["torch", "reference", pytest.param("triton", marks=pytest.mark.kernels)]
 
@@ -65,7 +65,7 @@ def test_statistics_are_float32(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.kernels
 def test_the_weight_gradient_of_many_programs_is_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs share 10 blocks of rows, the last of them ragged."""
-    monkeypatch.setattr(importlib.import_module("zoo.ops.rms_norm.kernels"), "PROGRAMS", 3)
+    monkeypatch.setattr(importlib.import_module("zoo.ops.token_wise.rms_norm.kernels"), "PROGRAMS", 3)
     x, weight = randn(2, 600, 8, dtype=torch.float32), torch.ones(8, requires_grad=True)
     once, again = (torch.autograd.grad(rms_norm(x, weight, backend="triton").sum(), weight)[0] for _ in range(2))
     assert torch.equal(once, again)

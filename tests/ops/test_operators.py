@@ -1,4 +1,4 @@
-"""Every operator's proofs, from its one entry in zoo.ops.operators."""
+"""Every operator's proofs, from its one entry in zoo.ops.core.table."""
 
 import itertools
 from typing import Any
@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.ops import algebra
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core import algebra
+from zoo.ops.core.spec import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [

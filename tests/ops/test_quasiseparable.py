@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from zoo.ops import quasiseparable
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import relative_error
-from zoo.ops.quasiseparable.reference import quasiseparable_matrix
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.state_spaces.quasiseparable.reference import quasiseparable_matrix
 
 SPEC = OPERATORS["quasiseparable"]
 SIZES = {"H": 2, "P": 3, "G": 1, "N": 4}

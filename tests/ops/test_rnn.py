@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from zoo.ops import elman, gru, lstm, slstm
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import convert, outputs_and_gradients, parity, red, relative_error
-from zoo.ops.rnn_sequential import kernels
-from zoo.ops.slstm.reference import slstm_reference
+from zoo.ops.core.spec import convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.recurrent.rnn_sequential import kernels
+from zoo.ops.recurrent.slstm.reference import slstm_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CELLS = ("lstm", "gru", "elman", "slstm")

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from zoo.ops import s4, s4d
-from zoo.ops.operators import OPERATORS
-from zoo.ops.pairs import as_complex, as_pairs
-from zoo.ops.proof import relative_error
-from zoo.ops.s4 import dplr
-from zoo.ops.s4.dplr import Dplr, cauchy_kernel
-from zoo.ops.s4.reference import s4_reference, s4d_reference
-from zoo.ops.s4.vandermonde import vandermonde, vandermonde_transposed
+from zoo.ops.core.pairs import as_complex, as_pairs
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.state_spaces.s4 import dplr
+from zoo.ops.state_spaces.s4.dplr import Dplr, cauchy_kernel
+from zoo.ops.state_spaces.s4.reference import s4_reference, s4d_reference
+from zoo.ops.state_spaces.s4.vandermonde import vandermonde, vandermonde_transposed
 
 
 def lin(N: int, H: int = 1) -> Tensor:
@@ -144,7 +144,7 @@ def test_large_phases_keep_their_digits(form: str) -> None:
     w = torch.randn(1, 1, 7, 2)
     exact = vandermonde(z.double(), w.double(), 10_000)
     if form == "triton":
-        from zoo.ops.s4 import kernels
+        from zoo.ops.state_spaces.s4 import kernels
 
         ours = kernels.vandermonde_fwd(z, w, 10_000)
     else:
@@ -156,7 +156,7 @@ def test_large_phases_keep_their_digits(form: str) -> None:
 @pytest.mark.parametrize(("n", "N", "L"), [(1, 4, 5), (2, 17, 70), (1, 33, 2100), (3, 1, 64)])
 def test_the_kernel_against_float64(n: int, N: int, L: int) -> None:
     """Values and gradients, over more than one tile and block of modes."""
-    from zoo.ops.s4 import kernels
+    from zoo.ops.state_spaces.s4 import kernels
 
     torch.manual_seed(0)
     z = torch.stack([-0.02 * torch.rand(2, N), 4 * torch.randn(2, N)], dim=-1).requires_grad_()

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.ops import selective_scan
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import outputs_and_gradients, relative_error
-from zoo.ops.selective_scan.chunked import selective_scan_chunked
+from zoo.ops.core.spec import outputs_and_gradients, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_chunked
 
 SPEC = OPERATORS["selective_scan"]
 SIZES = {"E": 10, "N": 16}

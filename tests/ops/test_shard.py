@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.ops import shard
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
+from zoo.ops.core.table import OPERATORS
 
 spec = importlib.util.spec_from_file_location("sharded_latency", Path(__file__).with_name("sharded_latency.py"))
 assert spec is not None

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from zoo.ops import decay, gated_linear_attention, ssd
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import outputs_and_gradients, parity, red, relative_error
-from zoo.ops.ssd.chunked import ssd_chunked
+from zoo.ops import gated_linear_attention, ssd
+from zoo.ops.core import decay
+from zoo.ops.core.spec import outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.state_spaces.ssd.chunked import ssd_chunked
 
 SPEC = OPERATORS["ssd"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

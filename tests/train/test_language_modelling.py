@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 import zoo
 from zoo.errors import UserError
 from zoo.train.callbacks.limits import StopAtLimits
+from zoo.train.endless_epoch import EndlessData
 from zoo.train.interrupt import Interrupts
 from zoo.train.loggers import CsvLog, read_csv
 from zoo.train.optim import AdamW, Limits
 from zoo.train.quiet import quiet_lightning
-from zoo.train.stream import EndlessData
 from zoo.train.tasks.language_modelling import LanguageModelling
 
 PLAIN = AdamW(lr=0.01, warmup_steps=0, min_lr_ratio=1.0, weight_decay=0.1)
@@ -162,7 +162,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_logits_of_a_batch_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    chunked = importlib.import_module("zoo.ops.linear_cross_entropy.chunked")
+    chunked = importlib.import_module("zoo.ops.token_wise.linear_cross_entropy.chunked")
     monkeypatch.setattr(chunked, "CPU_TOKENS", (8, 8))
     model = zoo.create_model("deltanet", d_model=16, n_layers=1, n_heads=1, hidden_size=16, vocab_size=2000)
     task = LanguageModelling(model, PLAIN, Limits(max_steps=1), TinyData())

@@ -12,20 +12,20 @@ from torch import Tensor
 
 from zoo import cli
 from zoo.bench import flops, gate, operators, report, steps
+from zoo.bench.implementations import choose_sides
 from zoo.bench.measure import Clock, matmul_peak, peak_bytes
 from zoo.bench.models import run_model
 from zoo.bench.operators import OperatorBench, operator_sizes
 from zoo.bench.record import CaseResult, Phase, Record, SideResult, read, write
 from zoo.bench.run import run_operators
 from zoo.bench.shapes import SETS, parse_request
-from zoo.bench.sides import choose_sides
 from zoo.bench.steps import ModelRequest, Products, StepBench
 from zoo.config import compose
 from zoo.errors import UserError
-from zoo.ops import dispatch
-from zoo.ops.causal_conv1d import causal_conv1d
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import TOLERANCE, convert
+from zoo.ops.convolutions.causal_conv1d import causal_conv1d
+from zoo.ops.core import dispatch
+from zoo.ops.core.spec import TOLERANCE, convert
+from zoo.ops.core.table import OPERATORS
 from zoo.registry import INDEX
 
 CPU = torch.device("cpu")
@@ -204,14 +204,14 @@ def test_long_shapes_are_proved_by_the_torch_form_that_the_loop_proved(monkeypat
 
 
 def test_the_loop_sits_out_where_it_is_too_dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zoo.bench.sides.LOOP_BYTES", 0)
+    monkeypatch.setattr("zoo.bench.implementations.LOOP_BYTES", 0)
     bench = OperatorBench(requested("op=delta_rule", "T=40", "B=1", "H=1", "K=8", "V=8"))
     case = bench.prepare(bench.request.cases[0])
     assert [side.name for side in case.sides] == ["torch", "sdpa"]
     assert case.sides[1].computes == "attention"
     assert any("the loop is left out" in note for note in case.notes)
     assert not case.sides[1].is_red
-    monkeypatch.setattr("zoo.bench.sides.DEAR", 0)
+    monkeypatch.setattr("zoo.bench.implementations.DEAR", 0)
     sides, notes = choose_sides(OPERATORS["delta_rule"], bench.request.cases[0], CPU, ())
     assert [side.name for side in sides] == ["torch"]
     assert any("SDPA is left out" in note for note in notes)
@@ -356,7 +356,7 @@ def test_ctrl_c_ends_quietly(capsys: pytest.CaptureFixture[str], monkeypatch: py
 DATA = ["data=pydocs", "data.batch_size=2", "data.seq_len=48"]
 
 
-INDEXED = json.loads(INDEX.read_text())  # not what other tests registered
+INDEXED = {path.stem: json.loads(path.read_text()) for path in INDEX.glob("*.json")}  # not what other tests registered
 
 
 @pytest.mark.parametrize("name", [name for name, info in INDEXED.items() if info["task"] == "language_modelling"])

@@ -10,7 +10,7 @@ import zoo
 from zoo import checkpoint
 from zoo.convert import table
 from zoo.convert.fields import Fields
-from zoo.convert.mamba import MAMBA
+from zoo.convert.formats.mamba import MAMBA
 from zoo.decoding import generate
 from zoo.errors import UserError
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.train.memory.choose import MemoryConfig, choose
 from zoo.train.memory.estimate import PRECISIONS, size_text
-from zoo.train.memory.live import LiveBytes
+from zoo.train.memory.live_bytes import LiveBytes
 
 __all__ = ["FitMemory"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zoo import tokenizers
 from zoo.errors import UserError
-from zoo.train.balance.dealt import Dealt
 from zoo.train.balance.sampler import BalancedBatchSampler, Planner
+from zoo.train.balance.whole_documents import Dealt
 from zoo.train.data.base import DataModule, Metric, at_least
 from zoo.train.data.loader import Loader, Source
 from zoo.train.data.planned import AtMost, Documents, FromCorpus, InMemory, Plans, Rows

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
-from zoo.train.balance.dealt import Dealt
 from zoo.train.balance.plan import Piece, RankStep
 from zoo.train.balance.sampler import BalancedBatchSampler
+from zoo.train.balance.whole_documents import Dealt
 from zoo.train.data.corpus import IGNORE, Corpus
 from zoo.train.data.loader import Batch, Source
 

@@ -12,8 +12,8 @@ from torch import nn
 from zoo.errors import UserError
 from zoo.layers.memory import RECOMPUTE, MemoryPlan
 from zoo.layers.offload import HOST_FRACTION, free_host_memory
-from zoo.train.memory.alpha import measure, offload_fraction
 from zoo.train.memory.estimate import Estimate, estimate, size_text
+from zoo.train.memory.offload_fraction import measure, offload_fraction
 
 __all__ = ["Choice", "MemoryConfig", "choose", "device_budget", "parse_size"]
 

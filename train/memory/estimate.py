@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.offload import offload
-from zoo.ops.linear_cross_entropy.chunked import chunk_tokens
-from zoo.train.memory.live import LiveBytes, flash_on_meta
+from zoo.ops.token_wise.linear_cross_entropy.chunked import chunk_tokens
+from zoo.train.memory.live_bytes import LiveBytes, flash_on_meta
 
 __all__ = ["PRECISIONS", "Estimate", "Precision", "estimate", "size_text"]
 

@@ -19,7 +19,7 @@ from zoo.layers.dropout import set_streams
 from zoo.ops import shard
 from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
-from zoo.ops.shard.place import OWN_LAYOUT
+from zoo.ops.shard.sequence_shard import OWN_LAYOUT
 from zoo.train.data.base import BATCH, Part
 from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable

@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo import ops
 from zoo.errors import UserError
-from zoo.ops.operators import OPERATORS
+from zoo.ops.core.table import OPERATORS
 
 __all__ = ["CONTIGUOUS", "kinds", "refuse_uncuttable"]
 

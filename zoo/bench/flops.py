@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.ops import dispatch
-from zoo.ops.proof import Inputs, OperatorSpec
+from zoo.ops.core import dispatch
+from zoo.ops.core.spec import Inputs, OperatorSpec
 
 __all__ = ["attention_flops", "forms", "forward_flops", "operator_flops", "training_flops"]
 

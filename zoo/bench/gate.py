@@ -14,7 +14,16 @@ from torch import Tensor
 
 from zoo.bench.flops import forms
 from zoo.bench.shapes import Sizes
-from zoo.ops.proof import TOLERANCE, Inputs, OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.core.spec import (
+    TOLERANCE,
+    Inputs,
+    OperatorSpec,
+    convert,
+    outputs_and_gradients,
+    parity,
+    red,
+    relative_error,
+)
 
 __all__ = ["Exact", "exact_numbers", "loop_bytes", "timed_inputs"]
 

@@ -16,7 +16,7 @@ from zoo.bench.record import BARE, LIGHTNING, STEP, CaseResult, Phase, Record, S
 from zoo.bench.steps import DEPTH, WARM_UP, ModelRequest, StepBench
 from zoo.decoding import generate
 from zoo.errors import UserError
-from zoo.ops.proof import TOLERANCE
+from zoo.ops.core.spec import TOLERANCE
 from zoo.registry import model_info
 from zoo.train import fit
 from zoo.train.tasks.task import LOSS_UNIT

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from zoo.bench.flops import attention_flops, operator_flops
 from zoo.bench.gate import Exact, exact_numbers, timed_inputs
+from zoo.bench.implementations import Side, choose_sides
 from zoo.bench.measure import Clock, dtype_of, matmul_peak, peak_bytes
 from zoo.bench.record import CaseResult, Phase, SideResult
 from zoo.bench.shapes import Case, Request, Sizes
-from zoo.bench.sides import Side, choose_sides
 from zoo.errors import UsageError
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import Inputs
+from zoo.ops.core.spec import Inputs
+from zoo.ops.core.table import OPERATORS
 
 __all__ = ["OperatorBench", "device_of", "operator_sizes"]
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import torch
 
-from zoo.bench.base import compare, repository
+from zoo.bench.compare_commits import compare, repository
 from zoo.bench.measure import MEMORY_BY
 from zoo.bench.models import about_model, check_request
 from zoo.bench.operators import OperatorBench, device_of
 from zoo.bench.record import Record, about_this_run, load
 from zoo.bench.shapes import Case, Request
 from zoo.bench.steps import ModelRequest
-from zoo.ops import dispatch
+from zoo.ops.core import dispatch
 
 __all__ = ["compare_models", "compare_operators", "run_operators"]
 

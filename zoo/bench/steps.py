@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo.bench.flops import training_flops
 from zoo.bench.measure import dtype_of, peak_bytes, synchronize
 from zoo.bench.record import BARE, STEP, CaseResult, Phase, SideResult
-from zoo.ops.proof import TOLERANCE, relative_error
+from zoo.ops.core.spec import TOLERANCE, relative_error
 from zoo.registry import create_model, resolve
+from zoo.train.endless_epoch import Endless
 from zoo.train.optim import set_lr
 from zoo.train.rng import seed_all
-from zoo.train.stream import Endless
 
 __all__ = ["DEPTH", "WARM_UP", "ModelRequest", "Products", "StepBench"]
 

@@ -53,7 +53,7 @@ def main(tree: Path, bench: Path) -> None:
     os.dup2(2, 1)  # whatever else is printed must not look like an answer
     try:
         adopt(tree, bench)
-        serve = importlib.import_module("zoo.bench.serve")
+        serve = importlib.import_module("zoo.bench.measure_requests")
     except (ImportError, AttributeError) as error:
         print(json.dumps({"error": f"its code is too old for this benchmark ({error})"}), file=answers, flush=True)
         return

@@ -12,10 +12,10 @@ from rich.table import Table
 
 import zoo
 from zoo.errors import UsageError
-from zoo.ops import dispatch
-from zoo.ops.causal_conv1d import external
-from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import OperatorSpec, parity, red
+from zoo.ops.convolutions.causal_conv1d import external
+from zoo.ops.core import dispatch
+from zoo.ops.core.spec import OperatorSpec, parity, red
+from zoo.ops.core.table import OPERATORS
 
 PACKAGES = (
     "torch", "triton", "lightning", "hydra-core", "torchmetrics", "safetensors", "sentencepiece", "tokenizers",

@@ -38,7 +38,7 @@ def _prepare_process() -> None:
     """What a program that trains may set for its whole process, and a library may not."""
     import torch
 
-    from zoo.train.memory.heap import keep_freed_arrays
+    from zoo.train.memory.malloc import keep_freed_arrays
 
     if not torch.cuda.is_available():
         keep_freed_arrays()

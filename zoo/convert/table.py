@@ -1,16 +1,14 @@
-"""The table of foreign formats. A new one is a file beside this one and a row here."""
+"""The table of foreign formats, found: each file of `formats/` names its own in `FORMATS`."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.convert.flash_linear_attention import DELTA_NET, GATED_DELTANET, GLA, TRANSFORMER
+from zoo import _discover
+from zoo.convert import formats
 from zoo.convert.format import Format
-from zoo.convert.hydra import HYDRA
-from zoo.convert.llama import LLAMA
-from zoo.convert.mamba import MAMBA
 from zoo.errors import UserError, remedy
 
-FORMATS: tuple[Format, ...] = (LLAMA, GLA, DELTA_NET, GATED_DELTANET, TRANSFORMER, MAMBA, HYDRA)
+FORMATS: tuple[Format, ...] = tuple(format for module in _discover.load_modules(formats) for format in module.FORMATS)
 
 
 def recognise(values: Mapping[str, Any], source: str) -> Format:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zoo
-from zoo.ops.proof import relative_error
+from zoo.ops.core.spec import relative_error
 from zoo.train.balance import CostModel, Flexible, Group, Hybrid, PackedStream, Plan, Ring, Uniform
 from zoo.train.balance.execute import IGNORED, Batch, ProcessGroups, agree, run_plan
 

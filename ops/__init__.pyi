@@ -1,0 +1,45 @@
+# Written by `python -m zoo.registry`.
+from zoo.ops.attention.attention import attention as attention
+from zoo.ops.convolutions.causal_conv1d import causal_conv1d as causal_conv1d
+from zoo.ops.convolutions.causal_conv1d import causal_conv1d_summary as causal_conv1d_summary
+from zoo.ops.convolutions.depthwise_conv1d import depthwise_conv1d as depthwise_conv1d
+from zoo.ops.convolutions.fft_convolution import fft_convolution as fft_convolution
+from zoo.ops.core.recompute import runs_once as runs_once
+from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule
+from zoo.ops.linear_attention.delta_rule import delta_rule_summary as delta_rule_summary
+from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention as gated_linear_attention
+from zoo.ops.linear_attention.gated_linear_attention import (
+    gated_linear_attention_summary as gated_linear_attention_summary,
+)
+from zoo.ops.recurrent.elman import elman as elman
+from zoo.ops.recurrent.gru import gru as gru
+from zoo.ops.recurrent.lstm import lstm as lstm
+from zoo.ops.recurrent.para_gru import para_gru as para_gru
+from zoo.ops.recurrent.para_lstm import para_lstm as para_lstm
+from zoo.ops.recurrent.slstm import slstm as slstm
+from zoo.ops.scans.affine_scan import affine_scan as affine_scan
+from zoo.ops.scans.affine_scan import affine_scan_summary as affine_scan_summary
+from zoo.ops.scans.block_affine_scan import block_affine_scan as block_affine_scan
+from zoo.ops.scans.block_affine_scan import block_affine_scan_summary as block_affine_scan_summary
+from zoo.ops.scans.complex_affine_scan import complex_affine_scan as complex_affine_scan
+from zoo.ops.scans.complex_affine_scan import complex_affine_scan_summary as complex_affine_scan_summary
+from zoo.ops.scans.newton_scan import newton_corrections as newton_corrections
+from zoo.ops.scans.newton_scan import newton_residual as newton_residual
+from zoo.ops.scans.newton_scan import newton_scan as newton_scan
+from zoo.ops.scans.newton_scan.cell import Cell as Cell
+from zoo.ops.scans.newton_scan.cell import Linearised as Linearised
+from zoo.ops.state_spaces.quasiseparable import quasiseparable as quasiseparable
+from zoo.ops.state_spaces.s4 import s4 as s4
+from zoo.ops.state_spaces.s4 import s4_summary as s4_summary
+from zoo.ops.state_spaces.s4 import s4d as s4d
+from zoo.ops.state_spaces.s4 import s4d_summary as s4d_summary
+from zoo.ops.state_spaces.selective_scan import selective_scan as selective_scan
+from zoo.ops.state_spaces.selective_scan import selective_scan_summary as selective_scan_summary
+from zoo.ops.state_spaces.ssd import ssd as ssd
+from zoo.ops.state_spaces.ssd import ssd_summary as ssd_summary
+from zoo.ops.token_wise.dropout import dropout as dropout
+from zoo.ops.token_wise.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from zoo.ops.token_wise.rms_norm import gated_rms_norm as gated_rms_norm
+from zoo.ops.token_wise.rms_norm import rms_norm as rms_norm
+from zoo.ops.token_wise.rotary import rotary as rotary
+from zoo.ops.token_wise.swiglu import swiglu as swiglu

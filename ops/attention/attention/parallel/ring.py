@@ -1,0 +1,60 @@
+"""Keys and values go round; queries stay (Ring Attention, and by the layout zigzag and striped).
+
+Step s of P: seat r has what seat r - s holds. The next step's keys travel while this one's are attended to. Backward
+they go round again, and behind them the gradients of whoever they belong to: those of the first step stay at home, so
+that they take P - 1 hops, the last of which brings them back.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from zoo.ops.attention.attention.parallel.crossing import Crossing, add_gradients, add_part, sums_like
+from zoo.ops.attention.attention.parallel.local import Sum
+from zoo.ops.shard import exchange
+
+
+class Ring(Crossing):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        total = Sum(q, v)
+        n = len(self.ranks)
+        for step in range(n):
+            source = (self.seat - step) % n
+            coming = self._turn(source, k, v) if step + 1 < n else None
+            add_part(total, self.view.block(self.seat, source), q, k, v, self.scale)
+            if coming is not None:
+                k, v = coming.wait()[self._previous]
+        return total.o, total.lse
+
+    def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = inputs
+        (dq,) = sums_like(q)
+        home = sums_like(k, v)
+        n = len(self.ranks)
+        behind = None  # gradients under way, one hop behind their keys
+        for step in range(n):
+            source = (self.seat - step) % n
+            coming = self._turn(source, k, v) if step + 1 < n else None
+            dk, dv = sums_like(k, v) if step else home
+            add_gradients((dq, dk, dv), self.view.block(self.seat, source), q, k, v, do, D, m, self.scale)
+            if behind is not None:
+                for x, part in zip((dk, dv), behind.wait()[self._previous], strict=True):
+                    x.add_(part)
+            if step:
+                behind = self._turn(source, dk, dv)
+            if coming is not None:
+                k, v = coming.wait()[self._previous]
+        if behind is not None:
+            for x, part in zip(home, behind.wait()[self._previous], strict=True):
+                x.add_(part)
+        return dq, *home  # type: ignore[return-value]
+
+    @property
+    def _previous(self) -> int:
+        return self.ranks[self.seat - 1]
+
+    def _turn(self, source: int, *tensors: Tensor) -> exchange.Meeting:
+        """Hand on what belongs to seat `source`; what belongs to the seat before it comes."""
+        n = len(self.ranks)
+        coming = [self.like(x, (source - 1) % n) for x in tensors]
+        return exchange.meet(self.shard, {self.ranks[(self.seat + 1) % n]: tensors}, {self._previous: coming})

@@ -1,0 +1,61 @@
+"""What attention must prove."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from zoo.ops.attention.attention import attention
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, randn
+
+
+def _attention_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    H, K, V = sizes["H"], sizes["K"], sizes["V"]
+    Hk = sizes.get("Hk", H)
+    return {
+        "q": randn(generator, B, T, H, K),
+        "k": randn(generator, B, T, Hk, K),
+        "v": randn(generator, B, T, Hk, V),
+    }
+
+
+def _attention(name: str, masks: dict[str, bool | int], *sizes: Sizes) -> OperatorSpec:
+    """With the log-sum-exp, so that its gradient is proved too: the torch form is our own; SDPA has its own tests."""
+    return OperatorSpec(
+        name=name,
+        function=partial(attention, return_lse=True, **masks),
+        make=_attention_inputs,
+        state=None,
+        sizes=sizes,
+        time=("q", "k", "v"),
+        extremes=_ATTENTION_EXTREMES,
+        cp_kind="attention",
+    )
+
+
+_ATTENTION_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
+    # of signs: whole numbers, so that the scores are exact and keys tie; a rounded score of 1e4 would be off by 1e-3
+    "scores of thousands": lambda i: i | {"q": 4096 * i["q"].sign(), "k": i["k"].sign()},
+    "no scores": lambda i: i | {"q": i["q"] * 0},
+    "every other key the same": lambda i: (
+        i | {"k": torch.where((torch.arange(i["k"].shape[1]) % 2 == 0)[:, None, None], i["k"][:, :1], i["k"])}
+    ),
+}
+
+
+SPECS = (
+    _attention(
+        "attention",
+        {},
+        {"H": 4, "Hk": 2, "K": 16, "V": 32},
+        {"H": 2, "Hk": 2, "K": 64, "V": 64},
+        {"H": 1, "Hk": 1, "K": 256, "V": 256},
+    ),
+    _attention(
+        "attention_window",
+        {"window": 20},
+        {"H": 4, "Hk": 2, "K": 16, "V": 16},
+        {"H": 1, "Hk": 1, "K": 100, "V": 8},
+    ),
+    _attention("attention_both_ways", {"causal": False}, {"H": 2, "Hk": 1, "K": 16, "V": 16}),
+)

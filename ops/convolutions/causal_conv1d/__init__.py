@@ -1,0 +1,123 @@
+"""Causal depthwise convolution with a carried tail: the short convolution in front of most mixers."""
+
+import torch
+from torch import Tensor
+
+from zoo.ops import shard
+from zoo.ops.convolutions.causal_conv1d import external
+from zoo.ops.convolutions.causal_conv1d.reference import causal_conv1d_reference
+from zoo.ops.convolutions.causal_conv1d.shifted import causal_conv1d_shifted, causal_conv1d_step
+from zoo.ops.core import check, dispatch
+from zoo.ops.core.algebra import Tail
+from zoo.ops.core.chunks import chunk_table
+from zoo.ops.core.packing import each_document, last_document
+
+__all__ = ["causal_conv1d", "causal_conv1d_summary"]
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.convolutions.causal_conv1d import kernels
+
+ACTIVATIONS = (None, "silu")
+
+
+@dispatch.keeps_its_precision
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Convolve each channel with its own W causal taps: y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1) + w}).
+
+    Args:
+        x: input, (B, T, D), any float dtype.
+        weight: taps, (D, W), W >= 1; the last tap is the present token.
+        bias: (D,), or None.
+        state: the W - 1 inputs before the first token, oldest first, (B, W - 1, D); zeros when omitted. With packed
+            documents (n, W - 1, D).
+        activation: None or "silu", applied to the sum.
+        cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; taps never cross a border.
+        backend: "auto" (on CUDA the package causal-conv1d where it is installed and takes the call, else Triton;
+            elsewhere torch), "triton", "torch" or "reference".
+
+    Returns:
+        y: (B, T, D), in the dtype of x.
+        tail: the last W - 1 inputs, (B, W - 1, D) or (n, W - 1, D), in the dtype of x; feed it back as `state`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, an unknown activation, or the backend cannot run here.
+
+    Cost: 2 B T D W operations; bound by memory traffic. Kernels accumulate in float32.
+    Source: the depthwise short convolution of Mamba (arXiv 2312.00752), DeltaNet (arXiv 2406.06484) and others.
+    """
+    name = "causal_conv1d"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation must be None or 'silu'; got {activation!r}")
+    sizes = check.shapes(name, {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")})
+    B, T, D, W = (sizes[dim] for dim in "BTDW")
+    check.same_dtype(name, x=x, weight=weight, bias=bias)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
+    n = B if cuts is None else len(cuts) - 1
+    with_state = state is not None or shard.current() is not None
+    if state is None:
+        state = x.new_zeros(n, W - 1, D)
+    check.shapes(name, {"state": (state, "N W-1 D"), "x": (x, "B T D")}, **{"N": n, "W-1": W - 1, "D": D})
+    state = state.to(x.dtype)
+    if shard.current() is not None:
+        (last,) = last_document(cuts, x)
+        state = shard.halo(Tail.of(last, W - 1), state, n > B)
+
+    if backend == "auto" and external.serves(x, W, packed=cuts is not None, with_state=with_state):
+        y = external.causal_conv1d_external(x, weight, bias, state if with_state else None, activation, cuts)
+        return y, _tail(x, state, cuts)
+    chosen = dispatch.resolve(name, backend, x)
+    if chosen == "reference" and T:
+        return each_document(
+            lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), cuts, (x,), state
+        )
+    if chosen == "torch" and T == 1 and cuts is None:
+        return causal_conv1d_step(x, weight, bias, state, activation)
+    if chosen == "torch" or T == 0:
+        return causal_conv1d_shifted(x, weight, bias, state, activation, cuts)
+    table = chunk_table(B, T, kernels.BLOCK_T, cuts, x.device)
+    y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu")
+    return y, _tail(x, state, cuts)
+
+
+def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = None) -> Tail:
+    """What a stretch of time leaves to the taps after it: its last W - 1 inputs.
+
+    Args:
+        x: input, (B, T, D).
+        width: W, the number of taps.
+        cu_seqlens: boundaries of packed documents, B = 1: only the last one hands inputs on, and before a document that
+            begins inside the stretch there are zeros.
+
+    Returns:
+        Up to W - 1 rows, (B, min(T, W - 1), D); `apply` gives the final tail.
+    """
+    name = "causal_conv1d_summary"
+    sizes = check.shapes(name, {"x": (x, "B T D")})
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
+    (last,) = last_document(cuts, x)
+    element = Tail.of(last, width - 1)
+    if cuts is None or len(cuts) == 2:
+        return element
+    return element.reset_to(element.apply(x.new_zeros(1, width - 1, sizes["D"])))
+
+
+def _tail(x: Tensor, state: Tensor, cuts: tuple[int, ...] | None) -> Tensor:
+    """The last W - 1 rows of [state, document] for every document."""
+    return each_document(lambda x, s: (x, _last(s, x)), cuts, (x,), state)[1]
+
+
+def _last(state: Tensor, x: Tensor) -> Tensor:
+    """The last rows of [state, x], as many as the state has."""
+    halo, length = state.shape[1], x.shape[1]
+    recent = x[:, max(0, length - halo) :]
+    # not a view, which would keep the whole stretch as long as the state lives
+    return recent.clone() if length >= halo else torch.cat([state[:, length:], recent], dim=1)

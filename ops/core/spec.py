@@ -1,0 +1,148 @@
+"""What every operator must prove, stated once: parity, gradients, any cut in time, packing.
+
+One `OperatorSpec` in an operator's `spec.py`, listed in `zoo.ops.core.table`, gives it all of that, in the tests and in
+`zoo doctor`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zoo.ops.core.algebra import Affine, Tail
+
+Sizes = Mapping[str, int]
+Inputs = dict[str, Tensor]
+
+# Relative error ||ours - exact|| / ||exact|| against the float64 reference, by dtype of the inputs.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+FLOOR = 1e-6  # a gradient whose exact norm per element is below this is compared absolutely
+
+
+def randn(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers in float64, as all inputs of a proof are made."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def at_some(x: Tensor, value: float, share: float = 0.1) -> Tensor:
+    """x with `value` at a random share of its places."""
+    chosen = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < share
+    return torch.where(chosen, torch.full_like(x, value), x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorSpec:
+    """One operator, as the harness sees it.
+
+    Args:
+        name: the public name in zoo.ops; a second entry for another use of one function adds a word.
+        function: the public function, called by keyword with the inputs, `cu_seqlens` and `backend`.
+        make: (batch, length, sizes, generator) -> float64 CPU inputs with time in dimension 1, without the state.
+        state: (documents, sizes, generator) -> a float64 initial state; None for operators that carry none.
+        sizes: the sizes to prove, besides batch and length.
+        time: names of the inputs that have time in dimension 1; the others are parameters.
+        extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
+        cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
+        summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
+            the state of the first document into the final one of the last; every affine and halo operator has one that
+            is not iterated and sees one side only.
+        both_sides: outputs need both ends of a sequence, and there is no state; across ranks something comes from both.
+        iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
+        packed: the function takes `cu_seqlens`.
+        forms: the backends it has besides the reference.
+        wide_output: outputs are float32 at least, whatever the inputs' dtype.
+        library: () -> the name of an optional package whose kernels "auto" prefers on CUDA, when it works here, or "".
+    """
+
+    name: str
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    make: Callable[[int, int, Sizes, torch.Generator], Inputs]
+    state: Callable[[int, Sizes, torch.Generator], Tensor] | None
+    sizes: tuple[Sizes, ...]
+    time: tuple[str, ...]
+    extremes: Mapping[str, Callable[[Inputs], Inputs]]
+    cp_kind: str
+    summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
+    both_sides: bool = False
+    iterated: bool = False
+    packed: bool = True
+    forms: tuple[str, ...] = ("torch", "triton")
+    wide_output: bool = False
+    library: Callable[[], str] = str  # none
+
+    def inputs(
+        self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
+    ) -> Inputs:
+        """Random float64 CPU inputs with an initial state, the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = sizes or self.sizes[0]
+        made = self.make(batch, length, sizes, generator)
+        if self.state is not None:
+            made["state"] = self.state(documents or batch, sizes, generator)
+        return made
+
+    def run(self, inputs: Inputs, *, backend: str = "auto", cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Call the operator; always a tuple of outputs."""
+        if self.packed:
+            out = self.function(**inputs, cu_seqlens=cu_seqlens, backend=backend)
+        else:
+            out = self.function(**inputs, backend=backend)
+        return out if isinstance(out, tuple) else (out,)
+
+
+def convert(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+    """The inputs in another dtype and place. Values are rounded to `dtype`; states stay in float32 at least."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def rounded(name: str, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x.to(device)
+        return x.to(dtype).to(device, wide if name == "state" else dtype)
+
+    return {name: rounded(name, x) for name, x in inputs.items()}
+
+
+def outputs_and_gradients(
+    spec: OperatorSpec, inputs: Inputs, *, backend: str, cu_seqlens: Tensor | None = None, seed: int = 1
+) -> dict[str, Tensor]:
+    """Outputs and the gradients of all floating inputs, for fixed random cotangents on every output."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+    outputs = spec.run({**inputs, **leaves}, backend=backend, cu_seqlens=cu_seqlens)
+    generator = torch.Generator().manual_seed(seed)
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    found |= {
+        f"d {name}": torch.zeros_like(x) if g is None else g
+        for (name, x), g in zip(leaves.items(), gradients, strict=True)
+    }
+    return found
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    """||ours - exact|| / ||exact||; NaN and infinity count as infinite. Tiny exact values are compared absolutely."""
+    if exact.numel() == 0:
+        return 0.0
+    ours, exact = ours.to(exact.device).double(), exact.double()
+    floor = FLOOR * exact.numel() ** 0.5
+    error = ((ours - exact).norm() / exact.norm().clamp_min(floor)).item()
+    return error if error == error else float("inf")
+
+
+def parity(
+    spec: OperatorSpec, inputs: Inputs, *, backend: str, dtype: torch.dtype, device: torch.device | str = "cpu",
+    cu_seqlens: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Relative errors of a backend's outputs and gradients against the float64 reference on the same rounded inputs."""
+    given = convert(inputs, dtype, device)
+    moved = None if cu_seqlens is None else cu_seqlens.to(device)
+    ours = outputs_and_gradients(spec, given, backend=backend, cu_seqlens=moved)
+    exact_inputs = convert({name: x.cpu() for name, x in given.items()}, torch.float64)
+    exact = outputs_and_gradients(spec, exact_inputs, backend="reference", cu_seqlens=cu_seqlens)
+    return {name: relative_error(ours[name], exact[name]) for name in exact}
+
+
+def red(errors: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
+    """The entries over the tolerance of `dtype`."""
+    return {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}

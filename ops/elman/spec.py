@@ -1,6 +1,0 @@
-"""What Elman's network must prove."""
-
-from zoo.ops.elman import elman
-from zoo.ops.rnn_sequential.spec import rnn_spec
-
-SPECS = (rnn_spec(elman, ({"H": 1, "D": 16},), {"no recurrence": lambda i: i | {"R": i["R"] * 0}}),)

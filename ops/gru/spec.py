@@ -1,6 +1,0 @@
-"""What the GRU must prove."""
-
-from zoo.ops.gru import gru
-from zoo.ops.rnn_sequential.spec import rnn_spec
-
-SPECS = (rnn_spec(gru, ({"H": 1, "D": 5},), {"gates shut or open": lambda i: i | {"x": i["x"] * 100}}),)

@@ -1,0 +1,1 @@
+"""Nonlinear recurrent cells, walked step by step or solved by Newton's method."""

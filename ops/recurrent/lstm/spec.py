@@ -1,0 +1,6 @@
+"""What the LSTM must prove."""
+
+from zoo.ops.recurrent.lstm import lstm
+from zoo.ops.recurrent.rnn_sequential.cell_spec import rnn_spec
+
+SPECS = (rnn_spec(lstm, ({"H": 1, "D": 5},), {"gates shut or open": lambda i: i | {"x": i["x"] * 100}}),)

@@ -1,0 +1,31 @@
+"""What ParaGRU must prove."""
+
+import torch
+
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, randn
+from zoo.ops.recurrent.para_gru import para_gru
+
+
+def _inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    return {
+        "u": randn(generator, B, T, 3, sizes["D"]),
+        "a": torch.clamp(0.7 * randn(generator, 3, sizes["D"]), -0.9, 0.9),
+    }
+
+
+SPECS = (
+    OperatorSpec(
+        name="para_gru",
+        function=para_gru,
+        make=_inputs,
+        state=lambda n, sizes, generator: randn(generator, n, sizes["D"]),
+        sizes=({"D": 5},),
+        time=("u",),
+        extremes={
+            "a-0": lambda i: i | {"a": i["a"] * 0},
+            "gates shut or open": lambda i: i | {"u": 40 * torch.sign(i["u"])},
+        },
+        cp_kind="affine",
+        iterated=True,
+    ),
+)

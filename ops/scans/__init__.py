@@ -1,0 +1,1 @@
+"""Scans of affine maps, and the scan by which nonlinear recurrences are solved."""

@@ -1,0 +1,160 @@
+"""Elementwise affine recurrences: what selective state spaces, moving averages and Newton steps have in common."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from zoo.ops import shard
+from zoo.ops.core import check, dispatch
+from zoo.ops.core.algebra import Elementwise
+from zoo.ops.core.chunks import chunk_table
+from zoo.ops.core.packing import each_document, last_document
+from zoo.ops.core.recompute import runs_once
+from zoo.ops.scans.affine_scan.reference import affine_scan_reference
+from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
+
+__all__ = ["affine_scan", "affine_scan_summary"]
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.scans.affine_scan import kernels
+
+
+@runs_once
+@dispatch.keeps_its_precision
+@shard.over_heads(split={"b": 2, "a": 2}, shared=("resets",))
+def affine_scan(
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Run the elementwise recurrence h_t = a_t * h_{t-1} + b_t along time.
+
+    Args:
+        a: transitions, (B, T, ...), any real numbers, not logarithms; sizes of 1 are broadcast to those of b.
+        b: inputs, (B, T, ...), any float dtype, the same as a.
+        state: h before the first step, (B, ...); zeros when omitted. With packed documents (n, ...).
+        resets: (B, T) bool, or None: where true, a new episode begins and the state before the step is dropped.
+        cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
+        backend: "auto" (Triton on CUDA; torch elsewhere, for float64 and for a single step), "triton", "torch" or
+            "reference".
+
+    Returns:
+        h: all states, (B, T, ...), in the dtype of b.
+        last: the state after the last step, (B, ...) or (n, ...), float32 (float64 for float64 inputs); feed it back as
+            `state` to continue.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
+
+    Cost: 2 operations a number, or 4 where chunks of time run side by side; bound by memory traffic. Accumulates in
+    float32 at least. The backward is one more scan and keeps a and h only.
+    Source: Blelloch, "Prefix sums and their applications", 1990, section 1.4; resets: arXiv 2303.03982, section 3.
+    """
+    name = "affine_scan"
+    a, b = _checked(name, a, b)
+    B, T, *shape = b.shape
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
+    n = B if cuts is None else len(cuts) - 1
+    dtype = dispatch.state_dtype(b)
+    if state is None:
+        state = torch.zeros(n, *shape, dtype=dtype, device=b.device)
+    _, _, *dims = _dims(b)
+    check.shapes(
+        name, {"state": (state, " ".join(["N", *dims])), "b": (b, " ".join(_dims(b)))},
+        N=n, **dict(zip(dims, shape, strict=True)),
+    )  # fmt: skip
+    state = state.to(dtype)
+    if resets is not None:
+        a = a.masked_fill(_episodes(name, resets, b), 0)
+    if backend == "triton" and dtype == torch.float64:
+        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
+    chosen = dispatch.resolve(name, backend, b)
+
+    def run(state: Tensor) -> tuple[Tensor, Tensor]:
+        if T == 1 and cuts is None and backend not in ("triton", "reference"):
+            last = torch.addcmul(b[:, 0].to(dtype), a[:, 0].to(dtype), state)
+            return last.unsqueeze(1).to(b.dtype), last
+        return _run(chosen, a, b, state, cuts)
+
+    return shard.across(
+        Elementwise, lambda: _element(*last_document(cuts, a, b), chosen=chosen), run, state, n > B, inputs=(a, b)
+    )
+
+
+@dispatch.keeps_its_precision
+def affine_scan_summary(
+    a: Tensor, b: Tensor, *, resets: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Elementwise:
+    """What a stretch of time does to any state: h -> a * h + b.
+
+    Args:
+        a, b, resets: as for `affine_scan`.
+        cu_seqlens: boundaries of packed documents, B = 1: the state enters the first and leaves the last document, so
+            that a border between them forgets everything.
+
+    Returns:
+        a and b, (B, ...) each, float32 (float64 for float64 inputs); `apply` gives the final state.
+
+    Cost: two scans over the last document. Differentiable.
+    """
+    name = "affine_scan_summary"
+    a, b = _checked(name, a, b)
+    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, b.shape[0], b.shape[1])
+    if resets is not None:
+        a = a.masked_fill(_episodes(name, resets, b), 0)
+    element = _element(*last_document(cuts, a, b), chosen=dispatch.resolve(name, "auto", b))
+    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+
+
+def _dims(b: Tensor) -> list[str]:
+    """Names for the dimensions of b."""
+    after = getattr(b, "ndim", 3) - 2
+    return ["B", "T", *(["D"] if after == 1 else [f"D{i + 1}" for i in range(after)])]
+
+
+def _checked(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a in the shape of b, both refused where they do not fit."""
+    both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim
+    if both and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
+        a = a.expand(b.shape)
+    dims = " ".join(_dims(b))
+    check.shapes(name, {"b": (b, dims), "a": (a, dims)})
+    check.same_dtype(name, a=a, b=b)
+    return a, b
+
+
+def _episodes(name: str, resets: Tensor, b: Tensor) -> Tensor:
+    """The resets, shaped to mask the transitions."""
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != b.shape[:2]:
+        found = f"{tuple(resets.shape)} {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
+        raise ValueError(f"{name}: resets must be a bool tensor (B, T) = {tuple(b.shape[:2])}; got {found}")
+    return resets.view(*resets.shape, *(1 for _ in b.shape[2:]))
+
+
+def _run(
+    chosen: str, a: Tensor, b: Tensor, state: Tensor, cuts: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The chosen form, on channels in one dimension."""
+    B, T, *shape = b.shape
+    if chosen == "reference" and T:
+        return each_document(affine_scan_reference, cuts, (a, b), state)
+    D = math.prod(shape)
+    a_, b_, state_ = a.reshape(B, T, D), b.reshape(B, T, D), state.reshape(-1, D)
+    if chosen == "triton" and b.numel() and b.dtype != torch.float64:
+        h, last = kernels.affine_fwd(a_, b_, state_, *chunk_table(B, T, kernels.CHUNK, cuts, b.device))
+    else:
+        h, last = affine_scan_two_level(a_, b_, state_, cuts)
+    return h.view(b.shape), last.view(state.shape)
+
+
+def _element(a: Tensor, b: Tensor, *, chosen: str) -> Elementwise:
+    """The product of the transitions, and the state that comes of none before: both are last states of scans."""
+    dtype = dispatch.state_dtype(b)
+    zeros = torch.zeros(b.shape[0], *b.shape[2:], dtype=dtype, device=b.device)
+    product = _run(chosen, a, torch.zeros_like(b), zeros + 1, None)[1]
+    return Elementwise(product, _run(chosen, a, b, zeros, None)[1])

@@ -1,0 +1,1 @@
+"""State-space operators: selective scans, state-space duality, time-invariant systems."""

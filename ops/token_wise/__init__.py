@@ -1,0 +1,1 @@
+"""Operators that see one token at a time: norms, gates, rotations, dropout, the loss."""

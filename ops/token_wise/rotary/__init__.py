@@ -1,0 +1,62 @@
+"""Rotary position embedding: pairs of channels turned by the angle of their position."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoo.ops.core import check, dispatch
+from zoo.ops.token_wise.rotary.fused import rotary_fused
+from zoo.ops.token_wise.rotary.reference import rotary_reference
+
+__all__ = ["rotary"]
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.token_wise.rotary import kernels
+
+Layout = Literal["half", "interleaved"]
+LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
+
+
+@dispatch.keeps_its_precision
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", backend: str = "auto") -> Tensor:
+    """Turn every pair (a, b) of x by its angle: (a cos - b sin, a sin + b cos).
+
+    Args:
+        x: queries or keys, (B, T, H, K), K even, any float dtype.
+        cos: cosines of the angles, (B, T, K / 2), or (1, T, K / 2) where all rows stand at the same positions; float32,
+            or the dtype of x. Positions are the global ones of each document: the caller makes the tables.
+        sin: sines, as cos.
+        layout: "half" pairs x[m] with x[m + K/2] (LLaMA, GPT-NeoX); "interleaved" pairs x[2m] with x[2m + 1] (GPT-J).
+        backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
+
+    Returns:
+        y: as x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, K is odd, an unknown layout, or the backend cannot run here.
+
+    Cost: bound by memory traffic; the backward pass is the rotation by the negative angle and keeps only the tables.
+    Source: arXiv 2104.09864.
+    """
+    name = "rotary"
+    if layout not in LAYOUTS:
+        raise ValueError(f"{name}: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    sizes = check.shapes(name, {"x": (x, "B T H K")})
+    B, K = sizes["B"], sizes["K"]
+    if K % 2:
+        raise ValueError(
+            f"{name}: x must be (B, T, H, K) with an even K, for its channels are pairs; got {tuple(x.shape)}"
+        )
+    rows = 1 if isinstance(cos, Tensor) and cos.ndim == 3 and cos.shape[0] == 1 else B
+    tables = {"cos": (cos, "rows T K/2"), "sin": (sin, "rows T K/2"), "x": (x, "B T H K")}
+    check.shapes(name, tables, **{"rows": rows, "K/2": K // 2, "T": sizes["T"]})
+    check.same_dtype(name, cos=cos, sin=sin)
+    if cos.dtype != torch.float32:
+        check.same_dtype(name, x=x, cos=cos)
+    chosen = dispatch.resolve(name, backend, x)
+    if chosen == "reference":
+        return rotary_reference(x, cos, sin, layout == "interleaved")
+    if chosen == "torch":
+        return rotary_fused(x, cos, sin, layout == "interleaved")
+    return kernels.rotary_fwd(x, cos, sin, layout == "interleaved")

@@ -1,0 +1,44 @@
+"""The elementwise half of the SwiGLU feed-forward."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.ops.core import check, dispatch
+from zoo.ops.token_wise.swiglu.reference import swiglu_reference
+
+__all__ = ["swiglu"]
+
+if dispatch.HAS_TRITON:
+    from zoo.ops.token_wise.swiglu import kernels
+
+
+@dispatch.keeps_its_precision
+def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """Gate one projection by another: y = silu(gate) * up.
+
+    Args:
+        gate: (B, T, F), any float dtype.
+        up: as gate.
+        backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
+
+    Returns:
+        y: as gate.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run here.
+
+    Cost: bound by memory traffic. The kernels keep gate and up and make the silu again in the backward pass; the torch
+    form keeps the silu as well.
+    Source: arXiv 2002.05202.
+    """
+    name = "swiglu"
+    check.shapes(name, {"gate": (gate, "B T F"), "up": (up, "B T F")})
+    check.same_dtype(name, gate=gate, up=up)
+    chosen = dispatch.resolve(name, backend, gate)
+    if chosen == "reference":
+        return swiglu_reference(gate, up)
+    if chosen == "torch":
+        # Keeping silu(gate), too, is faster than making it again by 1.2 to 1.35 times: CPU, one thread, forward and
+        # backward, (8, 256, 256) and (1, 2048, 2816), float32.
+        return F.silu(gate) * up
+    return kernels.swiglu_fwd(gate, up)

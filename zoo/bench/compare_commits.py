@@ -1,0 +1,183 @@
+"""This tree beside another commit of the repository, in turns, so that noise hits both."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import zoo
+from zoo.bench.record import CaseResult, case_from, git
+from zoo.errors import UserError
+
+__all__ = ["compare", "repository"]
+
+BENCH = Path(__file__).parent
+
+
+def repository() -> Path:
+    """The checkout that this zoo runs from.
+
+    Raises:
+        UserError: it was installed from a package.
+    """
+    root = Path(zoo.__file__).resolve().parent.parent
+    if not (root / ".git").exists() or not (root / "ops").is_dir():
+        raise UserError(
+            f"--base compares commits and zoo runs from {root}, which is no git checkout of it; clone zoo's "
+            "repository and pip install -e it"
+        )
+    return root
+
+
+def compare(
+    message: Mapping[str, Any], repeats: int, revision: str, root: Path, say: Callable[[str], None]
+) -> tuple[list[CaseResult], str]:
+    """Measure the same in a temporary checkout of `revision` and in `root` as it is.
+
+    Args:
+        message: what `zoo.bench.measure_requests` takes to begin with.
+        repeats: rounds; the two trees take turns and turn about in going first.
+        revision: anything that git understands as a commit.
+        root: the checkout.
+        say: hears what is going on.
+
+    Returns:
+        the cases, with the sides of the base first, and the base's full hash.
+    """
+    with _stop_on_terminate(), checkout(revision, root) as (tree, commit), contextlib.ExitStack() as stack:
+        base_name = commit[:10]
+        trees = {base_name: tree, "here": root}
+        workers = {name: stack.enter_context(worker(name, where)) for name, where in trees.items()}
+        for name, one in workers.items():
+            say(f"{name}: checking against float64, warming up")
+            one.ask(message)
+        for number in range(repeats):
+            say(f"round {number + 1} of {repeats}")
+            for one in list(workers.values())[:: 1 if number % 2 == 0 else -1]:
+                one.ask({"do": "round"})
+        found = {name: [case_from(c) for c in one.ask({"do": "results"})["cases"]] for name, one in workers.items()}
+    return [_merge({name: cases[i] for name, cases in found.items()}) for i in range(len(found["here"]))], commit
+
+
+def _merge(found: Mapping[str, CaseResult]) -> CaseResult:
+    """One case of both trees: their sides next to each other."""
+    merged = dataclasses.replace(found["here"], sides=[], notes=list(found["here"].notes))
+    names = dict.fromkeys(side.name for case in found.values() for side in case.sides)
+    for name in names:
+        for tree, case in found.items():
+            for side in case.sides:
+                if side.name == name:
+                    merged.sides.append(dataclasses.replace(side, name=f"{name} @ {tree}"))
+    return merged
+
+
+@contextlib.contextmanager
+def checkout(revision: str, root: Path) -> Iterator[tuple[Path, str]]:
+    """A temporary worktree of a commit, and the commit's hash; removed whatever happens."""
+    commit = git(root, "rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    if commit is None or revision.startswith("-"):
+        raise UserError(f"--base takes a commit and {root} has no {revision!r}; git log --oneline lists them")
+    folder = Path(tempfile.mkdtemp(prefix="zoo-base-"))
+    tree = folder / "tree"
+    try:
+        if git(root, "worktree", "add", "--detach", "--quiet", str(tree), commit) is None:
+            raise UserError(f"git could not check {revision} out to {tree}; see whether the disk has room")
+        yield tree, commit
+    finally:
+        with _uninterrupted():
+            git(root, "worktree", "remove", "--force", str(tree))
+            shutil.rmtree(folder, ignore_errors=True)
+            git(root, "worktree", "prune")
+
+
+class _Worker:
+    """The other end of a process that runs `zoo.bench.worker`."""
+
+    def __init__(self, name: str, process: "subprocess.Popen[str]") -> None:
+        self.name, self.process = name, process
+
+    def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            UserError: it could not be done, or the process has died.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # its last words say why
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise UserError(f"{self.name}: the measuring process ended with code {self.process.wait()}; see above")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise UserError(f"{self.name}: {answer['error']}")
+        return answer
+
+
+@contextlib.contextmanager
+def worker(name: str, tree: Path) -> Iterator[_Worker]:
+    """A measuring process for a tree; ended whatever happens."""
+    words = [sys.executable, "-P", str(BENCH / "worker.py"), str(tree), str(BENCH)]
+    process = subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, cwd=tree
+    )  # in a session of its own: a Ctrl-C is for us to pass on
+    try:
+        yield _Worker(name, process)
+    finally:
+        with _uninterrupted():
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C does not stop the clearing up after the first."""
+    with _handlers((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _stop_on_terminate() -> Iterator[None]:
+    """SIGTERM ends the comparison like Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    with _handlers((signal.SIGTERM,), stop):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(signals: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set them
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in signals}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old if old is not None else signal.SIG_DFL)
