@@ -1,11 +1,14 @@
 """Settings for every test: warnings are errors, fresh memory is NaN, kernels run in the interpreter without a GPU."""
 
 import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # what several test files share
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any zoo.ops import: triton reads it when a kernel is defined
 

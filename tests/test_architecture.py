@@ -1,6 +1,7 @@
 """The floors of the house: imports point one way, and none hides in a function."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -36,6 +37,7 @@ FLOORS = {
     },
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
+OPERATOR = re.compile(r"zoo\.ops\.(?!core\b|shard\b)\w+\.\w+")  # zoo.ops.FAMILY.NAME
 NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")
 
 
@@ -127,3 +129,18 @@ def test_light_modules_import_no_torch_and_nothing_has_a_bare_name() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if OPERATOR.fullmatch(name)))
+def test_every_operators_folder_has_its_proofs(name: str) -> None:
+    """A spec.py, or a reason in NO_SPEC; and what it offers is named in __all__."""
+    names = {
+        target.id
+        for node in MODULES[name].body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    has_spec = f"{name}.spec" in MODULES
+    assert has_spec != ("NO_SPEC" in names), f"{name} owes a spec.py, or a reason in NO_SPEC"
+    assert has_spec == ("__all__" in names), f"{name} names its public functions in __all__"

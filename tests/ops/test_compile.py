@@ -9,7 +9,7 @@ import pytest
 from zoo.ops.core import dispatch
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed"),
 ]
 

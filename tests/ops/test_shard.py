@@ -24,7 +24,7 @@ sharded_latency = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sharded_latency)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("suite", ["operators", "attention", "models", "between pairs"])
 def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
@@ -50,7 +50,7 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: s
     assert not unseen
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_all_scan_takes_the_time_of_its_model(tmp_path: Path) -> None:
     """On an emulated link: (P - 2 + b)(latency + t / b), least near the number of blocks that the link chooses."""
     done = subprocess.run(

@@ -277,7 +277,7 @@ def launch(run: Path, settings: dict[str, Any] | None, signals: str = "") -> sub
     )
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
     two = config(trainer__max_steps=3, trainer__devices=2, data__batch_size=2, data__pad=True)
     one = config(trainer__max_steps=3, trainer__devices=1, data__batch_size=4, data__pad=True)
@@ -292,7 +292,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path: Path) -> None:
                 assert float(ours[name]) == pytest.approx(float(want[name]), rel=1e-5), name
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_two_processes_stop_and_resume_together(tmp_path: Path) -> None:
     settings = config(trainer__max_steps=14, trainer__devices=2, trainer__val_every=50, model__dropout=0.3)
     settings["trainer"]["accumulate_grad_batches"] = 2

@@ -307,7 +307,7 @@ def test_a_run_of_before_the_group_goes_on() -> None:
     assert fit._memory(None, build("cpu"), None) == []  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_two_processes(tmp_path: Path) -> None:
     """DDP averages gradients as without tiles; under a sequence shard mixer_saved sends every message once."""
     done = subprocess.run(
