@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install train test lint types clean
+.PHONY: install train test test-all test-part wheel lint types clean
 
 install: $(VENV)/.installed
 
@@ -20,8 +20,24 @@ train: install
 	$(BIN)/zoo train model=deltanet
 
 # Two workers, each with one thread: processes that both use all cores slow each other down several times.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The default tier, at most 10 minutes on two quiet cores: every operator's proofs, each mixer and each model once.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# Every pair and every long run, too; then what measures time, alone.
+test-all: install
+	$(PYTEST) -m "not timing"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m timing
+
+# make test-part PART=1/4: one part of what `make test` leaves out.
+test-part: install
+	$(PYTEST) -m everything --part $(PART)
+
+# The wheel in an environment of its own.
+wheel: install
+	.ci/wheel
 
 lint: install
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: s
     assert not unseen
 
 
-@pytest.mark.everything
+@pytest.mark.timing
 def test_all_scan_takes_the_time_of_its_model(tmp_path: Path) -> None:
     """On an emulated link: (P - 2 + b)(latency + t / b), least near the number of blocks that the link chooses."""
     done = subprocess.run(

@@ -70,6 +70,7 @@ def test_light_verbs_import_neither_torch_nor_hydra():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.timing
 def test_light_verbs_cost_little_more_than_an_interpreter():
     def seconds(*words):
         times = []

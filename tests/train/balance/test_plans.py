@@ -251,6 +251,7 @@ def test_plans_beat_static_ones_as_published() -> None:
     assert ours.mean() / bounds.mean() < 1.12
 
 
+@pytest.mark.timing
 def test_plans_for_512_sequences_take_under_a_second() -> None:
     s = CORPORA["wikipedia"].sample(512, np.random.default_rng(3), 192 * 1024)
     partitions(64)
