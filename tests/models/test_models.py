@@ -158,6 +158,7 @@ def test_compiled_decoding_is_one_program(case: str, monkeypatch: pytest.MonkeyP
     assert len(graphs) == 1
 
 
+@pytest.mark.everything
 def test_compiled_decoding_by_torchs_own_compiler() -> None:
     model = make_model("mamba")
     plain = list(generate(model, [1, 2, 3], max_tokens=12, temperature=0.7, seed=3))

@@ -24,13 +24,21 @@ sharded_latency = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sharded_latency)
 
 
-@pytest.mark.everything
-@pytest.mark.parametrize("suite", ["operators", "attention", "models", "between pairs"])
-def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
+@pytest.mark.parametrize(
+    ("suite", "part"),
+    [
+        pytest.param("operators", ", batch", id="operators-batch"),
+        *(
+            pytest.param(suite, "", id=suite, marks=pytest.mark.everything)
+            for suite in ("operators", "attention", "models", "between pairs")
+        ),
+    ],
+)
+def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str, part: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), suite],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), suite, part],
+        capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "errors.json").read_text())  # {ranks: {check: {what: error}}}

@@ -79,6 +79,7 @@ def test_kernels_sum_over_many_heads_and_cut_large_ones(dtype: torch.dtype, N: i
     assert not red(parity(SPEC, given, backend="triton", dtype=dtype, device=DEVICE), dtype)
 
 
+@pytest.mark.everything
 @pytest.mark.kernels
 def test_kernels_without_a_skip_and_through_one_output_alone() -> None:
     given = {name: x.float().to(DEVICE) for name, x in SPEC.inputs(2, 70).items() if name != "D"}

@@ -169,6 +169,7 @@ def test_max_time_ends_the_run_and_the_schedule(tmp_path: Path) -> None:
     assert found[-1]["val_loss"]
 
 
+@pytest.mark.everything
 def test_max_time_counts_all_sittings(broken: tuple[Path, list[tuple[int, str]]]) -> None:
     run, (code, said) = broken[0] / "timed", broken[1][0]
     assert code == 130, said

@@ -120,6 +120,7 @@ def test_checkpoints_carry_no_trace_of_the_ranks(found: tuple[dict[str, Any], Pa
         assert shape(one[key]) == shape(fsdp[key])
 
 
+@pytest.mark.everything
 def test_every_preset_is_a_file_and_a_name() -> None:
     for name in (*PRESETS, *(f"{name}_fsdp" for name in PRESETS)):
         settings = yaml.safe_load((ROOT / "strategy" / f"{name}.yaml").read_text())
