@@ -22,10 +22,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo._deprecation import current_name
 from zoo._types import fit, is_opaque, spell
-from zoo.configs import GROUPS, ROOT, choices
+from zoo.configs import GROUPS, RENAMED, ROOT, choices
 from zoo.errors import UsageError, remedy
-from zoo.registry import check_fields, check_size, list_models, model_info, resolve
+from zoo.registry import check_fields, check_size, current_model, list_models, model_info, resolve
 
 TARGET = "_target_"
 MISSING = "???"  # Hydra's mark for a value that the user must give
@@ -60,6 +61,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
+    parsed = _parse([_in_current_words(override, known) for override in parsed])
     _check_choices(parsed, known)
     chosen = {o.key_or_group for o in parsed}
     words = [(o, _without_file(o, known, chosen) or [_unlocked(o)]) for o in parsed]
@@ -229,6 +231,16 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
         names = sorted({*known[group], *(list_models() if group == "model" else ())})
         end = remedy(choice, names, f"{group} can be {', '.join(names) or 'nothing yet'}")
         raise UsageError(f"no {group} {choice!r}{end}")
+
+
+def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> str:
+    """The override as it was written, with a choice that has another name today under that name."""
+    line, group, choice = override.input_line or "", override.key_or_group, override.value()
+    if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
+        return line
+    today = current_name(group, choice, RENAMED.get(group, {}))
+    today = current_model(today) if group == "model" else today
+    return line if today == choice else f"{line.partition('=')[0]}={today}"
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

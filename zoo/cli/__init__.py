@@ -6,12 +6,14 @@ Exit codes: 0 done, 1 failed, 2 the words of the command are off, 130 interrupte
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import zoo
+from zoo._deprecation import RenamedWarning
 from zoo.errors import UsageError, UserError, remedy
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -281,6 +283,7 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; see the module for the exit codes."""
+    warnings.simplefilter("default", RenamedWarning)  # Python hides deprecations outside of scripts
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(words)
