@@ -1,9 +1,12 @@
 # make train: install into .venv and train a DeltaNet on real text.  make test: install and run the tests.
+# make lint, make types, make docs: what a change must pass besides.  EXTRAS= chooses what is installed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Without parity (flash-linear-attention) the tests that compare with it skip, each with a sentence.
+EXTRAS ?= test,parity,lint,docs
 
-.PHONY: install train test test-all test-part wheel lint types clean
+.PHONY: install train test test-all test-part wheel lint types docs clean
 
 install: $(VENV)/.installed
 
@@ -13,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 train: install
@@ -42,6 +45,7 @@ wheel: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 # mypy reads the package as a user gets it: built as a wheel and installed, folders mapped to zoo.ops, zoo.layers, ...
 types: install
@@ -49,6 +53,10 @@ types: install
 	$(BIN)/python -m build --wheel --outdir build/types . > build/types/build.log 2>&1 || (cat build/types/build.log; exit 1)
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/*.whl
 	cd build/types && MYPYPATH=site ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p zoo
+
+# The site, with the API read from the docstrings; a link that leads nowhere is an error.
+docs: install
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
