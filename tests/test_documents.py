@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zoo.config import compose
+from zoo.ops.core.table import OPERATORS
 from zoo.registry import INDEX, list_models, model_info
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,15 @@ def test_the_readmes_python_runs(
     assert space["S"].shape == (2, 4, 32, 64)
 
 
+def test_the_readme_names_the_operators_without_kernels() -> None:
+    (sentence,) = re.findall(r"Triton kernels too, except (.*?)\.", README, re.DOTALL)
+    without = {name.partition(",")[0] for name, spec in OPERATORS.items() if "triton" not in spec.forms}
+    excepted, _, with_kernels = sentence.partition("(")
+    assert set(re.findall(r"`(\w+)`", excepted)) == without
+    assert all("triton" in OPERATORS[name].forms for name in re.findall(r"`(\w+)`", with_kernels))
+    assert all("torch" in spec.forms for spec in OPERATORS.values())
+
+
 @pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in commands(README)])
 def test_the_readmes_commands_compose(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,7 +72,7 @@ def test_every_model_has_a_card_with_commands_that_compose(name: str) -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert os.path.exists(path.parent / target), f"{path.name} links to {target}"
