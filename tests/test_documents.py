@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from zoo.config import compose
+from zoo.ops import newton_scan
 from zoo.ops.core.table import OPERATORS
+from zoo.ops.scans.newton_scan import WIDE
 from zoo.registry import INDEX, list_models, model_info
 
 ROOT = Path(__file__).parents[1]
@@ -76,3 +78,24 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert os.path.exists(path.parent / target), f"{path.name} links to {target}"
+
+
+FOLDERS = ("ops", "layers", "zoo", "train", "configs", "tests", "benchmarks", "examples")
+NAMED_FILE = re.compile(r"`([\w./*]+\.(?:py|yaml))`")
+OF_A_RUN = {"config.yaml"}
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_files_that_documents_name_are_there(page: str) -> None:
+    """`NAME` stands for any name, and the page on models makes its own files; `s4/convolved.py` may lie anywhere."""
+    names = set(NAMED_FILE.findall((ROOT / page).read_text(encoding="utf-8"))) - OF_A_RUN
+    for name in sorted(names):
+        if "NAME" not in name and "retention" not in name:
+            there = any(ROOT.glob(name)) or any(any((ROOT / folder).rglob(name)) for folder in FOLDERS)
+            assert there, f"{page} names {name}, which is not there"
+
+
+def test_the_docstring_says_from_which_width_newton_walks() -> None:
+    assert f"wide ({WIDE} numbers of state)" in (newton_scan.__doc__ or "")
