@@ -15,8 +15,22 @@ from zoo.ops import delta_rule
 
 __all__ = ["DeltaNet", "GatedDeltaNet"]
 
-FEATURES = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
-NORMS = {"l2": l2_norm, "sum": lambda x: x / (x.sum(dim=-1, keepdim=True) + 1e-6), "none": lambda x: x}
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def _sum_norm(x: Tensor) -> Tensor:
+    return x / (x.sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# Functions with names of a module: what a layer holds must be picklable, and a lambda is not.
+FEATURES = {"silu": F.silu, "relu": F.relu, "elu": _elu_plus_one, "identity": _identity}
+NORMS = {"l2": l2_norm, "sum": _sum_norm, "none": _identity}
 
 
 class DeltaNetState(NamedTuple):

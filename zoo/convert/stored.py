@@ -34,6 +34,10 @@ class Stored(Protocol):
         """Every name and shape, without reading the tensors."""
         ...
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Every name and dtype, without reading the tensors."""
+        ...
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once; keep none longer than until the next, or copy it."""
         ...
@@ -110,6 +114,9 @@ class Held:
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self._tensors.items()}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         while self._tensors:
             yield self._tensors.popitem()
@@ -125,6 +132,9 @@ class _Safetensors:
     def shapes(self) -> dict[str, Shape]:
         return {name: shape for path in self._paths for name, shape in self.file_shapes(path).items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: dtype for path in self._paths for name, dtype in self.file_dtypes(path).items()}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path in self._paths:
             yield from self.file_tensors(path)
@@ -133,6 +143,11 @@ class _Safetensors:
     def file_shapes(path: Path) -> dict[str, Shape]:
         with _reading(path), safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+
+    @staticmethod
+    def file_dtypes(path: Path) -> dict[str, torch.dtype]:
+        with _reading(path), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - no dict
 
     @staticmethod
     def file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -173,6 +188,10 @@ class _Pickled(_Safetensors):
     @staticmethod
     def file_shapes(path: Path) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in _tensors_of(path, "meta").items()}
+
+    @staticmethod
+    def file_dtypes(path: Path) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in _tensors_of(path, "meta").items()}
 
     @staticmethod
     def file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -218,6 +237,9 @@ class _Indexed:
                 )
             found |= inside
         return found
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: dtype for path in self._paths for name, dtype in self._kind.file_dtypes(path).items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path in self._paths:
