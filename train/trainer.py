@@ -26,7 +26,8 @@ class TrainerConfig:
             that a run limited by time is only as repeatable as the machine's speed. With none of max_steps, max_time
             and max_epochs: 1000 steps or 4 minutes, whichever comes first.
         max_epochs: passes over the data; turned into steps.
-        log_every: steps between two rows of metrics.
+        log_every: steps between two rows of metrics; before the first of them, steps 1, 2, 3, 4, 6, 8, 12,
+            ... have rows.
         val_every: steps between two validations; one more follows the last step.
         checkpoint_every: steps between two checkpoints; every validation writes one, too. 0: only those.
         sample_every: steps between two text samples; 0: only the one at the end.
