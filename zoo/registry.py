@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from zoo._types import fit, spell
 from zoo.errors import UsageError, UserError, remedy
 from zoo.files import write_text
+from zoo.ranges import Range, ranges_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,7 +44,7 @@ class ModelInfo:
         task: what it is trained for.
         tags: what it is: recurrent, linear, hybrid, ...
         paper: the source, or None.
-        fields: {field: {"type": text, "default": value}} of its config.
+        fields: {field: {"type": text, "default": value}} of its config, with "range" where one is declared.
         sizes: {size: the fields in which it differs from the defaults}.
         params: {size: number of parameters}, shared ones counted once.
     """
@@ -163,19 +164,21 @@ def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Modu
         the module, with `name`, `size` and `config` (the frozen dataclass) as attributes.
 
     Raises:
-        UsageError: no such model, size or field, or a value of another type.
-        UserError: the config refuses the values.
+        UsageError: no such model, size or field, a value of another type or out of its field's range, or values that
+            contradict each other.
+        UserError: the parameters do not fit in the memory of the device.
     """
     entry = _find(name)
     check_size(name, size, entry.sizes)
     values = {**entry.sizes[size], **check_fields(name, fields, _fields(entry.config))}
     try:
         config = entry.config(**values)
+        importlib.import_module("zoo.models._parameters").refuse_too_large(name, entry.build, config)
         model = entry.build(config)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"model {name!r}: {error}") from error
+        raise UsageError(f"model {name!r}: {error}") from error
     for attribute, value in {"name": name, "size": size, "config": config}.items():
         setattr(model, attribute, value)
     return model
@@ -189,22 +192,25 @@ def check_size(name: str, size: str, sizes: Iterable[str]) -> None:
 
 
 def check_fields(name: str, values: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values in the types of a model's fields.
+    """The values in the types of a model's fields, numbers in their ranges.
 
     Raises:
-        UsageError: the model has no such field, or a value has another type.
+        UsageError: the model has no such field, or a value has another type or lies outside the field's range.
     """
     checked = {}
     for field, value in values.items():
         if field not in fields:
             end = remedy(field, fields, f"zoo show {name} lists them")
             raise UsageError(f"model {name!r} has no field {field!r}{end}")
+        what = f"field {field!r} of model {name!r}"
         try:
             checked[field] = fit(value, fields[field]["type"])
         except TypeError as expected:
-            raise UsageError(
-                f"field {field!r} of model {name!r} must be {expected}, got {value!r} ({type(value).__name__})"
-            ) from expected
+            raise UsageError(f"{what} must be {expected}, got {value!r} ({type(value).__name__})") from expected
+        try:
+            Range(**fields[field].get("range", {})).check(what, checked[field])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     return checked
 
 
@@ -256,9 +262,10 @@ def _find(name: str) -> _Registered:
 
 
 def _fields(config: type) -> dict[str, dict[str, Any]]:
-    hints = typing.get_type_hints(config)
+    hints, ranges = typing.get_type_hints(config), ranges_of(config)
     return {
         field.name: {"type": spell(hints[field.name]), "default": _plain(_default(field))}
+        | ({"range": ranges[field.name].as_plain()} if field.name in ranges else {})
         for field in dataclasses.fields(config)
     }
 
