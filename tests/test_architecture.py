@@ -15,7 +15,7 @@ FOLDERS = {"zoo": "zoo", "ops": "zoo.ops", "layers": "zoo.layers", "train": "zoo
 FLOORS = {
     "zoo.errors": set(),
     "zoo._discover": set(),
-    "zoo.ranges": set(),
+    "zoo.ranges": {"zoo.errors"},
     "zoo.files": {"zoo.errors"},
     "zoo._types": {"zoo.errors"},
     "zoo._stubs": {"zoo.files"},
@@ -24,7 +24,8 @@ FLOORS = {
     "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.files", "zoo.ranges"},
+    "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry"},
+    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges"},
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
@@ -39,7 +40,7 @@ FLOORS = {
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
 OPERATOR = re.compile(r"zoo\.ops\.(?!core\b|shard\b)\w+\.\w+")  # zoo.ops.FAMILY.NAME
-NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")
+NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.settings", "zoo.errors")
 
 
 def modules() -> dict[str, ast.Module]:

@@ -12,6 +12,8 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
+from zoo.errors import UsageError
+
 __all__ = ["Range", "check_fields", "ranges_of"]
 
 
@@ -56,12 +58,12 @@ class Range:
         """Refuse a number, or numbers in a list, outside the range; None, text and truth values are no numbers.
 
         Raises:
-            ValueError: the sentence names the rule and the value.
+            UsageError: the sentence names the rule and the value.
         """
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool) and number not in self:
                 rule = "finite" if isinstance(number, float) and not math.isfinite(number) else self.rule
-                raise ValueError(f"{name} must be {rule}, got {value}")
+                raise UsageError(f"{name} must be {rule}, got {value}")
 
     def as_plain(self) -> dict[str, float]:
         """The ends that it has, by name; `Range(**plain)` is the range again."""
@@ -84,7 +86,7 @@ def check_fields(instance: Any, prefix: str = "") -> None:
     """Refuse a dataclass with a field outside its range; to be called by its `__post_init__`.
 
     Raises:
-        ValueError: the sentence names the field after `prefix`.
+        UsageError: the sentence names the field after `prefix`.
     """
     for name, range_ in ranges_of(type(instance)).items():
         range_.check(prefix + name, getattr(instance, name))

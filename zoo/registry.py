@@ -1,7 +1,7 @@
 """One index of models: name -> config, builder, sizes, task, tags, paper. Imports no torch until a model is built.
 
 Each model of this package is described by a generated file, zoo/models/index/NAME.json; `python -m zoo.registry` writes
-them, and with them the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
+them, and with them the index of settings and the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
 Third parties register by importing a module that calls `register`, or by an entry point of the group zoo.models.
 """
 
@@ -207,10 +207,7 @@ def check_fields(name: str, values: Mapping[str, Any], fields: Mapping[str, Mapp
             checked[field] = fit(value, fields[field]["type"])
         except TypeError as expected:
             raise UsageError(f"{what} must be {expected}, got {value!r} ({type(value).__name__})") from expected
-        try:
-            Range(**fields[field].get("range", {})).check(what, checked[field])
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        Range(**fields[field].get("range", {})).check(what, checked[field])
     return checked
 
 
@@ -324,5 +321,8 @@ def write_index() -> list[Path]:
 
 if __name__ == "__main__":
     # The models register with `zoo.registry`, which is another module object than the `__main__` running here.
-    for _path in importlib.import_module("zoo.registry").write_index() + importlib.import_module("zoo._stubs").write():
+    _paths = importlib.import_module("zoo.registry").write_index()
+    for _writer in ("zoo.settings:write_index", "zoo._stubs:write"):
+        _paths += resolve(_writer)()
+    for _path in _paths:
         print(_path)
