@@ -16,22 +16,27 @@ FLOORS = {
     "zoo.errors": set(),
     "zoo._discover": set(),
     "zoo._deprecation": set(),
+    "zoo.ranges": {"zoo.errors"},
     "zoo.files": {"zoo.errors"},
     "zoo._types": {"zoo.errors"},
     "zoo._stubs": {"zoo.files"},
     "zoo.ops": {"zoo.errors", "zoo._discover"},
-    "zoo.layers": {"zoo.ops", "zoo.errors", "zoo._discover"},
-    "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo._deprecation"},
+    "zoo.layers": {"zoo.ops", "zoo.errors", "zoo._discover", "zoo.ranges"},
+    "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges", "zoo._deprecation"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo._deprecation"},
-    "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo._deprecation"},
+    "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry"},
+    "zoo.config": {
+        "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo._deprecation",
+    },
+    "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
     "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors"},
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
-        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.configs", "zoo._deprecation", "zoo",
+        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
+        "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",
@@ -39,7 +44,7 @@ FLOORS = {
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
 OPERATOR = re.compile(r"zoo\.ops\.(?!core\b|shard\b)\w+\.\w+")  # zoo.ops.FAMILY.NAME
-NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")
+NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.settings", "zoo.errors")
 
 
 def modules() -> dict[str, ast.Module]:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated
 
 from zoo.errors import UserError
+from zoo.ranges import Range, check_fields
 from zoo.train.optim import Limits
 
 __all__ = ["TrainerConfig"]
@@ -33,21 +35,21 @@ class TrainerConfig:
         sample_every: steps between two text samples; 0: only the one at the end.
     """
 
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Range(1)] = None
     max_time: str | None = None
-    max_epochs: int | None = None
-    log_every: int = 20
-    val_every: int = 200
-    checkpoint_every: int = 200
-    sample_every: int = 500
+    max_epochs: Annotated[int | None, Range(1)] = None
+    log_every: Annotated[int, Range(1)] = 20
+    val_every: Annotated[int, Range(1)] = 200
+    checkpoint_every: Annotated[int, Range(0)] = 200
+    sample_every: Annotated[int, Range(0)] = 500
 
     accelerator: str = "auto"
     devices: int | str | list[int] = "auto"
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Range(1)] = 1
     precision: str | None = None  # None: bf16-mixed on CUDA, 32-true elsewhere
     fast_dev_run: int | bool = False
-    limit_val_batches: int | float = 1.0
-    accumulate_grad_batches: int = 1
+    limit_val_batches: Annotated[int | float, Range(0)] = 1.0
+    accumulate_grad_batches: Annotated[int, Range(1)] = 1
     gradient_clip_val: float | None = 1.0
     gradient_clip_algorithm: str = "norm"
     deterministic: bool = False
@@ -58,15 +60,7 @@ class TrainerConfig:
     enable_model_summary: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "val_every", "accumulate_grad_batches", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"trainer.{name} must be 0 (never) or more, got {getattr(self, name)}")
-        for name in ("max_steps", "max_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "trainer.")
         if self.precision is not None and str(self.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "

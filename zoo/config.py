@@ -4,12 +4,8 @@ A group's YAML names its class in `_target_` (a model: `name` and `size`) and ho
 of that class. So the keys that a group takes are the parameters of its class, and their defaults live in one place.
 """
 
-import inspect
 import itertools
-import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +19,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
-from zoo._types import fit, is_opaque, spell
+from zoo._types import fit
 from zoo.configs import GROUPS, RENAMED, ROOT, choices
 from zoo.errors import UsageError, remedy
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info, resolve
+from zoo.settings import NO_DEFAULT, TARGET, Setting, as_plain, indexed, is_plain, settings_of
 
-TARGET = "_target_"
 MISSING = "???"  # Hydra's mark for a value that the user must give
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One key that a group takes: its type as `zoo._types` spells it, and its default or NO_DEFAULT."""
-
-    type: str
-    default: Any
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
@@ -137,46 +125,33 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def parameters(target: str) -> dict[str, Parameter]:
-    """The keys that a class takes from a config: its constructor's parameters that plain values can fill.
+def parameters(target: str) -> dict[str, Setting]:
+    """The settings that a class takes from a config; from the index, or by importing a class that is in none.
 
-    Parameters for objects (a module, a callback) are the run's to give, not the user's.
+    Raises:
+        UsageError: the class cannot be imported.
     """
+    settings = indexed(target)
+    if settings is not None:
+        return settings
     try:
         owner = resolve(target)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{TARGET}: {target} cannot be imported: {_first_line(error)}") from error
-    hints = _hints(owner)
-    found = {}
-    for name, parameter in inspect.signature(owner).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found["**"] = Parameter("Any", NO_DEFAULT)
-        elif parameter.kind is not parameter.VAR_POSITIONAL and not is_opaque(hints.get(name, "Any")):
-            default = NO_DEFAULT if parameter.default is parameter.empty else parameter.default
-            found[name] = Parameter(hints.get(name, "Any"), default)
-    return found
+    return settings_of(owner)
 
 
-def _hints(owner: Any) -> dict[str, str]:
-    """{parameter: its type}, as far as the annotations can be read."""
-    init = inspect.unwrap(getattr(owner, "__init__") if isinstance(owner, type) else owner)  # noqa: B009 - may be inherited
-    try:
-        return {name: spell(hint) for name, hint in typing.get_type_hints(init).items()}
-    except NameError:  # a name imported for type checkers only, as in Lightning's loggers
-        return {}
-
-
-def _fill(
-    group: str, section: dict[str, Any], known: Mapping[str, Parameter], raw: Mapping[str, str]
-) -> dict[str, Any]:
+def _fill(group: str, section: dict[str, Any], known: Mapping[str, Setting], raw: Mapping[str, str]) -> dict[str, Any]:
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
         _check_keys(given, known, f"{group}.")
     defaults = {name: p.default for name, p in known.items() if name != "**" and p.default is not NO_DEFAULT}
-    filled = {TARGET: section[TARGET]} | {name: _plain(value) for name, value in defaults.items() if _is_plain(value)}
+    filled = {TARGET: section[TARGET]} | {name: as_plain(value) for name, value in defaults.items() if is_plain(value)}
     for key, value in given.items():
-        spelled = known[key].type if key in known else "Any"
-        filled[key] = value if value == MISSING else _plain(_fit(f"{group}.{key}", value, spelled, raw))
+        setting = known.get(key, Setting("Any"))
+        filled[key] = value if value == MISSING else as_plain(_fit(f"{group}.{key}", value, setting.type, raw))
+        if setting.range is not None:
+            setting.range.check(f"{group}.{key}", filled[key])
     return filled
 
 
@@ -191,7 +166,7 @@ def _fill_model(section: Any) -> dict[str, Any]:
     filled = {"name": info.name, "size": size, **info.config(size)}
     if "vocab_size" in filled:
         filled["vocab_size"] = None
-    return filled | {name: _plain(value) for name, value in fields.items()}
+    return filled | {name: as_plain(value) for name, value in fields.items()}
 
 
 def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
@@ -301,19 +276,3 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return value is None or isinstance(value, bool | int | float | str | Path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else value

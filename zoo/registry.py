@@ -1,7 +1,7 @@
 """One index of models: name -> config, builder, sizes, task, tags, paper. Imports no torch until a model is built.
 
 Each model of this package is described by a generated file, zoo/models/index/NAME.json; `python -m zoo.registry` writes
-them, and with them the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
+them, and with them the index of settings and the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
 Third parties register by importing a module that calls `register`, or by an entry point of the group zoo.models.
 """
 
@@ -23,6 +23,7 @@ from zoo._deprecation import RENAMED_FROM, current_name
 from zoo._types import fit, spell
 from zoo.errors import UsageError, UserError, remedy
 from zoo.files import write_text
+from zoo.ranges import Range, ranges_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ class ModelInfo:
         task: what it is trained for.
         tags: what it is: recurrent, linear, hybrid, ...
         paper: the source, or None.
-        fields: {field: {"type": text, "default": value}} of its config.
+        fields: {field: {"type": text, "default": value}} of its config, with "range" where one is declared.
         sizes: {size: the fields in which it differs from the defaults}.
         params: {size: number of parameters}, shared ones counted once.
         renamed_from: names that the model had before, which keep working.
@@ -181,8 +182,9 @@ def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Modu
         the module, with `name`, `size` and `config` (the frozen dataclass) as attributes.
 
     Raises:
-        UsageError: no such model, size or field, or a value of another type.
-        UserError: the config refuses the values.
+        UsageError: no such model, size or field, a value of another type or out of its field's range, or values that
+            contradict each other.
+        UserError: the parameters do not fit in the memory of the device.
     """
     entry = _find(name)
     name = entry.name
@@ -190,11 +192,12 @@ def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Modu
     values = {**entry.sizes[size], **check_fields(name, fields, _fields(entry.config))}
     try:
         config = entry.config(**values)
+        importlib.import_module("zoo.models._parameters").refuse_too_large(name, entry.build, config)
         model = entry.build(config)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"model {name!r}: {error}") from error
+        raise UsageError(f"model {name!r}: {error}") from error
     for attribute, value in {"name": name, "size": size, "config": config}.items():
         setattr(model, attribute, value)
     return model
@@ -208,10 +211,10 @@ def check_size(name: str, size: str, sizes: Iterable[str]) -> None:
 
 
 def check_fields(name: str, values: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values in the types of a model's fields.
+    """The values in the types of a model's fields, numbers in their ranges.
 
     Raises:
-        UsageError: the model has no such field, or a value has another type.
+        UsageError: the model has no such field, or a value has another type or lies outside the field's range.
     """
     checked = {}
     former = {old: new for new, entry in fields.items() for old in entry.get(RENAMED_FROM, ())}
@@ -222,12 +225,12 @@ def check_fields(name: str, values: Mapping[str, Any], fields: Mapping[str, Mapp
         if field not in fields:
             end = remedy(field, fields, f"zoo show {name} lists them")
             raise UsageError(f"model {name!r} has no field {field!r}{end}")
+        what = f"field {field!r} of model {name!r}"
         try:
             checked[field] = fit(value, fields[field]["type"])
         except TypeError as expected:
-            raise UsageError(
-                f"field {field!r} of model {name!r} must be {expected}, got {value!r} ({type(value).__name__})"
-            ) from expected
+            raise UsageError(f"{what} must be {expected}, got {value!r} ({type(value).__name__})") from expected
+        Range(**fields[field].get("range", {})).check(what, checked[field])
     return checked
 
 
@@ -283,9 +286,11 @@ def _find(name: str) -> _Registered:
 
 
 def _fields(config: type) -> dict[str, dict[str, Any]]:
-    hints = typing.get_type_hints(config)
+    hints, ranges = typing.get_type_hints(config), ranges_of(config)
     return {
-        field.name: {"type": spell(hints[field.name]), "default": _plain(_default(field))} | _former(field)
+        field.name: {"type": spell(hints[field.name]), "default": _plain(_default(field))}
+        | ({"range": ranges[field.name].as_plain()} if field.name in ranges else {})
+        | _former(field)
         for field in dataclasses.fields(config)
     }
 
@@ -352,5 +357,8 @@ def write_index() -> list[Path]:
 
 if __name__ == "__main__":
     # The models register with `zoo.registry`, which is another module object than the `__main__` running here.
-    for _path in importlib.import_module("zoo.registry").write_index() + importlib.import_module("zoo._stubs").write():
+    _paths = importlib.import_module("zoo.registry").write_index()
+    for _writer in ("zoo.settings:write_index", "zoo._stubs:write"):
+        _paths += resolve(_writer)()
+    for _path in _paths:
         print(_path)

@@ -110,7 +110,7 @@ def test_help_has_one_line_per_verb(capsys):
         (["show"], 2, "the following arguments are required: name"),
         (["show", "toi"], 2, "no model 'toi'; did you mean 'toy'? zoo list shows all"),
         (["show", "toy", "d_modell=3"], 2, "model 'toy' has no field 'd_modell'; did you mean 'd_model'?"),
-        (["show", "toy", "n_layers=0"], 1, "model 'toy': n_layers must be at least 1, got 0"),
+        (["show", "toy", "n_layers=0"], 2, "model 'toy': n_layers must be at least 1, got 0"),
         (["config", "model=delatnet"], 2, "no model 'delatnet'; did you mean 'deltanet'?"),
         (["config", "data=nowhere"], 2, "no data 'nowhere'"),
         (["config", "--groups", "seed=1"], 2, "--groups lists the choices and takes no settings"),
