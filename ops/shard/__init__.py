@@ -19,17 +19,17 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 
 | file | its one idea |
 |---|---|
-| `place.py` | `SequenceShard`: one rank's place, and how what crosses the edges travels |
+| `sequence_shard.py` | `SequenceShard`: one rank's place, and how what crosses the edges travels |
 | `layout.py` | which tokens a rank holds, in which documents they lie, and at which positions they stand |
 | `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
-| `scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: inside an operator's own node |
-| `ends.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
-| `both.py` | `incoming_states`: the states at both edges, from either side at once |
+| `prefix_scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: in an operator's own node |
+| `edge_ranks.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
+| `bidirectional.py` | `incoming_states`: the states at both edges, from either side at once |
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
-| `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
+| `all_reduce.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
 from zoo.ops.shard.all_reduce import total, whole
