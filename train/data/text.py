@@ -169,7 +169,7 @@ class TextData(TextSettings):
         if fingerprint is None or self.tokenizer_name == "sentencepiece":  # it needs the texts in any case
             return None
         lengths = self.tokenizer.byte_lengths().tobytes()
-        probe = self.tokenizer.encode("The quick brown fox: 0123456789, naïve\n\tdéjà vu")
+        probe = self.tokenizer.encode("The quick brown fox: 0123456789, naïve\n\tdéjà vu \u2581")
         key = json.dumps([1, fingerprint, self.val_fraction, self.tokenizer.eos_id, probe]).encode()
         return hashlib.blake2b(key + lengths, digest_size=16).hexdigest()
 
