@@ -14,6 +14,7 @@ from typing import NoReturn
 
 import zoo
 from zoo._deprecation import RenamedWarning
+from zoo.cli.threads import limit_spinning
 from zoo.errors import UsageError, UserError, remedy
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -81,6 +82,7 @@ def _train(args: argparse.Namespace) -> int:
         return sweep_command(args.settings, args.config_dir, args.metric)
     if args.metric is not None:
         raise UsageError("--metric sorts the table of a sweep; add -m")
+    limit_spinning()
     from zoo.cli.runs import train_command
 
     return train_command(args.settings, args.config_dir)
@@ -91,6 +93,7 @@ def _resume_arguments(parser: Parser) -> None:
 
 
 def _resume(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.runs import resume_command
 
     return resume_command(args.run)
@@ -102,6 +105,7 @@ def _eval_arguments(parser: Parser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.runs import eval_command
 
     return eval_command(args.path, args.settings)
@@ -122,6 +126,7 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.generate import Sampling, generate_command
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -193,6 +198,7 @@ def _bench_arguments(parser: Parser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    limit_spinning()
     _silence_profiler()
     from zoo.cli.bench import bench_command
 
@@ -200,6 +206,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    limit_spinning()
     _silence_profiler()
     from zoo.cli.bench import profile_command
 
