@@ -6,7 +6,6 @@ code from a file: weights are safetensors, and whatever is pickled is read with 
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from zoo.convert.fields import Fields
 from zoo.convert.fill import WEIGHTS as DTYPES
 from zoo.convert.fill import fill
 from zoo.convert.format import Format
-from zoo.convert.stored import Held, first_line, open_folder, read_json
+from zoo.convert.stored import Held, first_line, load_pickle, open_folder, read_json
 from zoo.errors import UsageError, UserError, remedy
 from zoo.registry import DEFAULT_SIZE, create_model, model_info
 
@@ -292,17 +291,27 @@ def _checked(described: Any, source: Path) -> dict[str, Any]:
     return described
 
 
+def read_trainer_state(path: Path) -> dict[str, Any]:
+    """All that a trainer's .ckpt holds: tensors and plain values; no code of the file is run.
+
+    Raises:
+        UserError: the file is damaged, holds other objects, or is not from zoo train.
+    """
+    content = load_pickle(path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} is no trainer's checkpoint: it has no state_dict of tensors; take another copy")
+    return content
+
+
 def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The model inside a trainer's .ckpt.
 
     Raises:
         UserError: the file is damaged, or not from zoo train.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        described, weights = content.get(IN_TRAINER), content["state_dict"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or no trainer's checkpoint ({first_line(error)}); try another") from error
+    content = read_trainer_state(path)
+    described, weights = content.get(IN_TRAINER), content["state_dict"]
     tensors = {
         name.removeprefix(TASK_PREFIX).removeprefix("_orig_mod."): tensor  # _orig_mod: a compiled model
         for name, tensor in weights.items()

@@ -443,19 +443,49 @@ def test_refusals_of_the_command_line(folder, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("words", [["convert"], ["export", "--to", "hf"]])
+def test_nothing_is_written_into_a_run_or_among_other_files(folder, tmp_path, capsys, words):
+    model = zoo.load(folder)
+    a_run = tmp_path / "run"
+    zoo.save(model, a_run / "checkpoint")
+    (a_run / "config.yaml").write_text("seed: 0\n")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("x")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    verb, *options = words
+    for source, place, sentence in (
+        (a_run, a_run, "holds a run"),
+        (a_run, a_run / "checkpoint", "cannot be read and written at once"),
+        (folder, a_run, "holds a run"),
+        (folder, full, "holds other files"),
+        (folder, full / "thesis.tex", "is a file"),
+    ):
+        code, _, said = run(capsys, verb, source, place, *options)
+        assert (code, said.count("\n"), sentence in said) == (1, 1, True), said
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, verb, a_run, tmp_path / "empty", *options)[0] == 0
+
+
 def test_no_space_keeps_what_was_there(folder, tmp_path, capsys):
-    kept = tmp_path / "kept"
+    kept, new = tmp_path / "kept", tmp_path / "new"
     small = zoo.create_model("gla", d_model=16, n_layers=1, n_heads=1, vocab_size=7, hidden_size=8)
     zoo.save(small, kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))  # no file may grow past this: as a full disk
     try:
-        for words in (("convert", folder, kept), ("export", folder, kept, "--to", "hf")):
+        for write in (zoo.save, checkpoint.export):
+            with pytest.raises(UserError) as refused:
+                write(zoo.load(folder), kept)
+            assert str(refused.value).startswith(f"no checkpoint could be written to {kept} (")
+            assert str(refused.value).endswith("; the checkpoint that was there is kept")
+        for words in (("convert", folder, new), ("export", folder, new, "--to", "hf")):
             code, _, said = run(capsys, *words)
             assert code == 1
-            assert said.startswith(f"zoo: no checkpoint could be written to {kept} (")
-            assert said.endswith("; the checkpoint that was there is kept\n")
+            assert said.startswith(f"zoo: no checkpoint could be written to {new} (")
+            assert said.endswith("; nothing was left behind\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,19 +90,25 @@ def load_pickle(path: Path, *, device: str = "cpu") -> Any:
         UserError: the file is damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Detected pickle protocol")  # the file is refused or it is not
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch's unpickler has no common base for what a damaged file does to it
         text = str(error)
-        if "Unsupported" in text or "GLOBAL" in text:
-            what = text.partition("GLOBAL ")[2].split(" was not")[0].split()
-            named = f" ({what[0]})" if what else ""
+        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in text or "GLOBAL" in text):
+            named = re.search(r"GLOBAL ([\w.]+)", text)
+            what = f" ({named[1]})" if named else ""
             raise UserError(
-                f"{path} holds objects other than tensors{named}, which could run code; it was refused and nothing "
+                f"{path} holds objects other than tensors{what}, which could run code; it was refused and nothing "
                 "of it was run: ask its author for safetensors"
             ) from error
-        raise UserError(f"{path} is damaged or cut short ({first_line(error)}); take another copy") from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged or cut short ({first_line(error)}); take another copy") from error
+        raise UserError(f"{path} is damaged or cut short{_reason(text)}; take another copy") from error
+
+
+def _reason(text: str) -> str:
+    """What torch says of a damaged file, in brackets, but never its advice to load the file without the safety."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "").partition(". ")[0]
+    return f" ({first})" if first and "weights" not in first.lower() else ""
 
 
 class Held:
