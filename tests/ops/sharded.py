@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sharded_attention
+import sharded_folds
 import sharded_methods as methods
 import sharded_models
 import sharded_sides
@@ -73,6 +74,7 @@ SUITES = {
     "attention": sharded_attention.checks,
     "models": sharded_models.checks,
     "between pairs": between_pairs,
+    "folds": sharded_folds.checks,
 }
 
 
