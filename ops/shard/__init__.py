@@ -27,6 +27,7 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `edge_ranks.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
 | `bidirectional.py` | `incoming_states`: the states at both edges, from either side at once |
 | `fold.py` | `incoming_fold`: the state at the left edge where states join by any associative rule |
+| `frontier.py` | `frontier`: the edge of a picture's strip, handed on in blocks of columns |
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
@@ -39,6 +40,7 @@ from zoo.ops.shard.bidirectional import incoming_states
 from zoo.ops.shard.edge_ranks import across
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.fold import incoming_fold
+from zoo.ops.shard.frontier import frontier
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
 from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
@@ -64,6 +66,7 @@ __all__ = [
     "crossing",
     "current",
     "from_the_right",
+    "frontier",
     "halo",
     "held",
     "incoming_fold",

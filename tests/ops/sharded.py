@@ -15,6 +15,7 @@ from typing import Any
 
 import sharded_attention
 import sharded_folds
+import sharded_frontiers
 import sharded_methods as methods
 import sharded_models
 import sharded_sides
@@ -75,6 +76,7 @@ SUITES = {
     "models": sharded_models.checks,
     "between pairs": between_pairs,
     "folds": sharded_folds.checks,
+    "frontiers": sharded_frontiers.checks,
 }
 
 

@@ -1,4 +1,4 @@
-"""Folds over ranks equal one process; the processes and their checks are in sharded.py."""
+"""Folds over ranks and strips of pictures equal one process; the processes and their checks are in sharded.py."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["folds"])
+@pytest.mark.parametrize("suite", ["folds", "frontiers"])
 def test_a_cut_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients on 1 to 4 ranks; where a message is dropped, the same comparisons must fail."""
     done = subprocess.run(
