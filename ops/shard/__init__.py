@@ -31,6 +31,7 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
+| `torch_modules.py` | which modules of torch look along time, and their refusal |
 | `tied.py` | `tied`: the output of an empty stretch stays in the graph |
 | `all_reduce.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
