@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import sharded_attention
+import sharded_folds
+import sharded_frontiers
 import sharded_methods as methods
 import sharded_models
 import sharded_sides
@@ -73,6 +75,8 @@ SUITES = {
     "attention": sharded_attention.checks,
     "models": sharded_models.checks,
     "between pairs": between_pairs,
+    "folds": sharded_folds.checks,
+    "frontiers": sharded_frontiers.checks,
 }
 
 
