@@ -43,13 +43,11 @@ def test_the_readmes_python_runs(
     assert space["S"].shape == (2, 4, 32, 64)
 
 
-def test_the_readme_names_the_operators_without_kernels() -> None:
-    (sentence,) = re.findall(r"Triton kernels too, except (.*?)\.", README, re.DOTALL)
-    without = {name.partition(",")[0] for name, spec in OPERATORS.items() if "triton" not in spec.forms}
-    excepted, _, with_kernels = sentence.partition("(")
-    assert set(re.findall(r"`(\w+)`", excepted)) == without
-    assert all("triton" in OPERATORS[name].forms for name in re.findall(r"`(\w+)`", with_kernels))
+def test_what_the_readme_says_of_the_forms_of_operators() -> None:
+    assert "fast form in torch" in README
     assert all("torch" in spec.forms for spec in OPERATORS.values())
+    assert "Most have Triton kernels too" in README
+    assert sum("triton" in spec.forms for spec in OPERATORS.values()) > len(OPERATORS) / 2
 
 
 @pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in commands(README)])
