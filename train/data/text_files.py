@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 
 from zoo.errors import UserError, did_you_mean
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, Packing, TextData
+from zoo.train.data.corpus import Packing
+from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, TextData
 
 TEXT, LINES, TABLES = {".txt", ".text", ".md", ".rst"}, {".jsonl", ".ndjson"}, {".parquet"}
 
