@@ -17,7 +17,7 @@ from zoo.settings import NO_DEFAULT, Setting
 
 # What takes seconds to import, and what nobody needs for a listing.
 LIBRARIES = {
-    "torch", "lightning", "pytorch_lightning", "torchmetrics", "transformers", "datasets", "sentencepiece", "tokenizers",
+    "torch", "lightning", "torchmetrics", "transformers", "datasets", "sentencepiece", "tokenizers",
     "numpy", "scipy", "sklearn", "pandas", "matplotlib", "triton",
 }  # fmt: skip
 OURS = {"zoo.train", "zoo.layers", "zoo.ops", "zoo.bench"}
