@@ -1,10 +1,13 @@
 """The trainer's options: a handful of our own, and Lightning's by their own names."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated
 
-from zoo.errors import UserError
+import torch
+
+from zoo.errors import UsageError, UserError
 from zoo.ranges import Range, check_fields
 from zoo.train.optim import Limits
 
@@ -12,6 +15,7 @@ __all__ = ["TrainerConfig"]
 
 DEFAULT_STEPS = 1000
 DEFAULT_SECONDS = 240.0
+PROCESSES_A_CORE = 8  # tests and rehearsals start more processes than there are cores; nobody means dozens for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
+        self._check_processes()
         if self.precision is not None and str(self.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "
@@ -73,6 +78,17 @@ class TrainerConfig:
             )
         if self.max_time is not None:
             parse_time(self.max_time)
+
+    def _check_processes(self) -> None:
+        """Refuse more processes on a CPU than it can hold: Lightning would start them all."""
+        on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.accelerator.is_available())
+        count = int(self.devices) if str(self.devices).isdecimal() else 0
+        cores = os.cpu_count() or 1
+        if on_cpu and count > PROCESSES_A_CORE * cores:
+            raise UsageError(
+                f"trainer.devices counts processes on a CPU and may be at most {PROCESSES_A_CORE} for each core, "
+                f"{PROCESSES_A_CORE * cores} here; got {count}"
+            )
 
     def limits(self, batches_per_epoch: int | None) -> Limits:
         """The limits in steps and seconds; `batches_per_epoch` is only needed with `max_epochs`."""

@@ -5,7 +5,9 @@ of that class. So the keys that a group takes are the parameters of its class, a
 """
 
 import itertools
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,17 @@ from zoo._deprecation import current_name
 from zoo._types import fit
 from zoo.configs import GROUPS, RENAMED, ROOT, choices
 from zoo.errors import UsageError, remedy
+from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info, resolve
 from zoo.settings import NO_DEFAULT, TARGET, Setting, as_plain, indexed, is_plain, settings_of
 
 MISSING = "???"  # Hydra's mark for a value that the user must give
+REQUIRES = (
+    "_requires_"  # in a YAML file: the packages that its choice needs, any one of them; they are an extra of its name
+)
+NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
+SEEDS = Range(0, 2**63 - 1)
+LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
@@ -56,20 +65,25 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     config = _compose([word for _, replaced in words for word in replaced], config_dir)
     base = _compose([word for o, replaced in words if _is_choice(o) for word in replaced], config_dir)
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
-    _check_keys(config, {*GROUPS, *base, *extra}, "")
+    _check_keys(config, {*GROUPS, *base, *extra}, "", config)
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
     config["seed"] = _fit("seed", config.get("seed"), "int", raw)
+    SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
+    _check_path("run_dir", config["run_dir"])
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
             config[group] = _fill_model(section)
+        elif section is None and group in NEEDED:
+            raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
-            config[group] = _fill(group, section, parameters(section[TARGET]), raw)
+            _check_packages(group, section.pop(REQUIRES, []), config, parsed)
+            config[group] = _fill(group, section, parameters(section[TARGET]), raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
         elif isinstance(section, dict):
-            _check_keys(section, base.get(group) or (), f"{group}.")
+            _check_keys(section, base.get(group) or (), f"{group}.", config)
         elif section is not None:
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
     _check_missing(config, "")
@@ -141,10 +155,16 @@ def parameters(target: str) -> dict[str, Setting]:
     return settings_of(owner)
 
 
-def _fill(group: str, section: dict[str, Any], known: Mapping[str, Setting], raw: Mapping[str, str]) -> dict[str, Any]:
+def _fill(
+    group: str,
+    section: dict[str, Any],
+    known: Mapping[str, Setting],
+    raw: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
-        _check_keys(given, known, f"{group}.")
+        _check_keys(given, known, f"{group}.", config)
     defaults = {name: p.default for name, p in known.items() if name != "**" and p.default is not NO_DEFAULT}
     filled = {TARGET: section[TARGET]} | {name: as_plain(value) for name, value in defaults.items() if is_plain(value)}
     for key, value in given.items():
@@ -178,11 +198,44 @@ def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
         raise UsageError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})") from expected
 
 
-def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str, config: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            end = remedy(prefix + key, [prefix + k for k in known], "zoo config prints all settings")
+            otherwise = "zoo config prints all settings"
+            homes = " or ".join(_homes(key, config))
+            end = f"; did you mean {homes}? {otherwise}" if homes else ""
+            end = end or remedy(prefix + key, [prefix + k for k in known], otherwise)
             raise UsageError(f"no setting {prefix + key!r}{end}")
+
+
+def _homes(key: str, config: Mapping[str, Any]) -> list[str]:
+    """The groups of a config that have a setting of this name, as group.key=."""
+    keys: dict[str, Collection[str]] = {}
+    for group in GROUPS:
+        section = config.get(group)
+        if group == "model" and isinstance(section, dict) and section.get("name") in list_models():
+            keys[group] = {"size", *model_info(section["name"]).fields}
+        elif isinstance(section, dict) and TARGET in section:
+            keys[group] = parameters(section[TARGET])
+    return [f"{group}.{key}=" for group, names in keys.items() if key in names]
+
+
+def _check_path(key: str, path: str | None) -> None:
+    """Refuse a path that no file system takes, before anything is made for it."""
+    for name in Path(path or "").parts:
+        size = len(os.fsencode(name))
+        if size > LONGEST_NAME:
+            raise UsageError(f"the names in {key} must have at most {LONGEST_NAME} bytes each, got one of {size}")
+
+
+def _check_packages(group: str, packages: Sequence[str], config: Mapping[str, Any], parsed: Sequence[Override]) -> None:
+    """Refuse a choice whose package is not installed; the extra of the choice's name brings it."""
+    if packages and not any(map(find_spec, packages)):
+        choice = next((o.value() for o in reversed(parsed) if o.key_or_group == group), packages[0])
+        raise UsageError(
+            f"{group}={choice} needs the package {' or '.join(packages)}, which is not installed; "
+            f"pip install 'seqzoo[{choice}]'"
+        )
 
 
 def _check_missing(config: Mapping[str, Any], prefix: str) -> None:

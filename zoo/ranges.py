@@ -43,15 +43,15 @@ class Range:
 
     def __str__(self) -> str:
         """In the notation of intervals: [1, inf)."""
-        left = f"[{self.least:g}" if self.least is not None else f"({-math.inf if self.above is None else self.above:g}"
-        right = f"{self.most:g}]" if self.most is not None else f"{math.inf if self.below is None else self.below:g})"
+        left = f"[{_short(self.least)}" if self.least is not None else f"({_short(self.above, -math.inf)}"
+        right = f"{_short(self.most)}]" if self.most is not None else f"{_short(self.below, math.inf)})"
         return f"{left}, {right}"
 
     @property
     def rule(self) -> str:
         """What a number must be, to follow "must be"."""
         ends = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        given = [f"{words} {end:g}" for words, end in ends.items() if end is not None]
+        given = [f"{words} {_short(end)}" for words, end in ends.items() if end is not None]
         return f"in {self}" if len(given) == 2 else "".join(given) or "finite"
 
     def check(self, name: str, value: Any) -> None:
@@ -90,6 +90,15 @@ def check_fields(instance: Any, prefix: str = "") -> None:
     """
     for name, range_ in ranges_of(type(instance)).items():
         range_.check(prefix + name, getattr(instance, name))
+
+
+def _short(end: float | None, otherwise: float = math.nan) -> str:
+    """The end of an interval; a power of two, or one less, by its exponent."""
+    end = otherwise if end is None else end
+    for less in (0, 1):
+        if isinstance(end, int) and end > 2**20 and (end + less).bit_count() == 1:
+            return f"2**{(end + less).bit_length() - 1}" + (" - 1" if less else "")
+    return str(end) if isinstance(end, int) else f"{end:g}"
 
 
 def _declared(level: Any) -> dict[str, Range]:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -279,9 +280,13 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     parser = Parser(prog=f"zoo {name}", description=verb.line, allow_abbrev=False)
     verb.arguments(parser)
     options = [option for action in parser._actions for option in action.option_strings]
-    for word in rest:
-        option = word.partition("=")[0]
+    takes_settings = any(action.dest == "settings" for action in parser._actions)
+    for word, following in zip(rest, [*rest[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
         if word.startswith("--") and len(word) > 2 and option not in options:
+            value = value if equals or following.startswith("-") or "=" in following else following
+            if takes_settings and value and not get_close_matches(option, options, cutoff=0.8):
+                raise UsageError(f"zoo {name} takes settings without dashes; write {option[2:]}={value}, not {option}")
             raise UsageError(
                 f"zoo {name} has no option {option!r}{remedy(option, options, f'zoo {name} --help lists them')}"
             )
