@@ -210,6 +210,15 @@ def _silence_profiler() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def _silence_libraries() -> None:
+    """Keep what datasets and the hub's client log off the terminal: what matters of it is in our own sentence.
+
+    They read these variables when they are imported, and so do the processes that a run starts.
+    """
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
 def _doctor_arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="check operators there only: cpu, cuda, cuda:1")
 
@@ -314,6 +323,7 @@ def _run(words: list[str]) -> int:
         verb, args = parse(words)
     except SystemExit as end:  # argparse, after printing --help
         return int(end.code or DONE)
+    _silence_libraries()
     return verb.run(args)
 
 
