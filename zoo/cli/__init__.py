@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -281,7 +282,7 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     verb.arguments(parser)
     options = [option for action in parser._actions for option in action.option_strings]
     takes_settings = any(action.dest == "settings" for action in parser._actions)
-    for word, following in zip(rest, [*rest[1:], ""], strict=True):
+    for word, following in pairwise([*rest, ""]):
         option, equals, value = word.partition("=")
         if word.startswith("--") and len(word) > 2 and option not in options:
             value = value if equals or following.startswith("-") or "=" in following else following
