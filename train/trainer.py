@@ -52,7 +52,7 @@ class TrainerConfig:
     devices: int | str | list[int] = "auto"
     num_nodes: Annotated[int, Range(1)] = 1
     precision: str | None = None  # None: bf16-mixed on CUDA, 32-true elsewhere
-    fast_dev_run: int | bool = False
+    fast_dev_run: Annotated[int | bool, Range(0)] = False
     limit_val_batches: Annotated[int | float, Range(0)] = 1.0
     accumulate_grad_batches: Annotated[int, Range(1)] = 1
     gradient_clip_val: Annotated[float | None, Range(0)] = 1.0
