@@ -15,9 +15,8 @@ inside the operator are sent once, too.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from contextvars import ContextVar, Token
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from zoo.ops import shard
+from zoo.ops.core.replay import Setting, Tape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -191,40 +191,17 @@ class _Once(torch.autograd.Function):
 class _Scope(NamedTuple):
     """Inside a checkpointed block: calls are written down, or read back when it is recomputed."""
 
-    tape: list[_Call]
+    tape: Tape[_Call]
     keeping: Keeping
-    replay: Iterator[_Call] | None = None
 
 
-_SCOPE: ContextVar[_Scope | None] = ContextVar("zoo_runs_once", default=None)
-_ENTERED: list[None] = []  # one entry per scope open on any thread: torch.compile can read a list, not a ContextVar
-
-
-class _Entering(AbstractContextManager[None]):
-    """Sets the scope; may be entered again, as recomputation does."""
-
-    def __init__(self, scope: Callable[[], _Scope | None], *others: AbstractContextManager[None]):
-        self._scope, self._others = scope, others
-        self._open: list[tuple[Token[_Scope | None], ExitStack]] = []
-
-    def __enter__(self) -> None:
-        stack = ExitStack()
-        for other in self._others:
-            stack.enter_context(other)
-        self._open.append((_SCOPE.set(self._scope()), stack))
-        _ENTERED.append(None)
-
-    def __exit__(self, *error: object) -> None:
-        _ENTERED.pop()
-        token, stack = self._open.pop()
-        _SCOPE.reset(token)
-        stack.close()
+_SCOPE: Setting[_Scope] = Setting("zoo_recompute")
 
 
 def _alone() -> AbstractContextManager[None]:
     """Inside an operator nothing is written down: neither marked operators nor what other ranks send."""
     here = shard.current()
-    return _Entering(lambda: None, nullcontext() if here is None else shard.use(here))
+    return _SCOPE.inside(lambda: None, lambda: nullcontext() if here is None else shard.use(here))
 
 
 def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
@@ -236,18 +213,14 @@ def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operator)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        scope = _SCOPE.get() if _ENTERED else None
+        scope = _SCOPE.get()
         if scope is None:
             return operator(*args, **kwargs)
         given, spec = tree_flatten((args, kwargs))
         inputs = [x for x in given if isinstance(x, Tensor)]
-        if scope.replay is None:
-            record = _Call(scope.keeping)
-            scope.tape.append(record)
-            flat = _Once.apply(record, lambda wanted: record.run(operator, spec, given, wanted), *inputs)
-        else:
-            record = next(scope.replay)
-            flat = _Once.apply(record, None, *inputs)
+        record = scope.tape.value(lambda: _Call(scope.keeping))
+        again = record.spec is not None
+        flat = _Once.apply(record, None if again else functools.partial(record.run, operator, spec, given), *inputs)
         assert record.spec is not None
         result: R = tree_unflatten(list(flat), record.spec)
         return result
@@ -268,11 +241,12 @@ def contexts(
     """
 
     def make() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        first, again = (nullcontext(), nullcontext()) if shard.current() is None else shard.checkpoint_contexts()
-        tape: list[_Call] = []
+        around, own = _SCOPE.get(), list[_Call]()
+        first = (Tape() if around is None else around.tape).first_pass(own)
+        arrivals = (nullcontext(), nullcontext()) if shard.current() is None else shard.checkpoint_contexts()
         return (
-            _Entering(lambda: _Scope(tape, keeping), first),
-            _Entering(lambda: _Scope(tape, keeping, iter(tape)), again),
+            _SCOPE.inside(lambda: _Scope(first, keeping), lambda: arrivals[0]),
+            _SCOPE.inside(lambda: _Scope(Tape.second_pass(own), keeping), lambda: arrivals[1]),
         )
 
     return make

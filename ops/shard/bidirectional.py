@@ -62,7 +62,7 @@ class _Scans(torch.autograd.Function):
         shard = found.shard
         lanes = [_Lane(shard, kind(A, b), left), _Lane(shard.reversed(), kind(A_, b_), right)]
         ctx.shard, ctx.kind, ctx.transitions = shard, kind, []
-        Z = found.arrivals(lambda: tuple(_cross(lanes, ctx.transitions)), 2)
+        Z = found.arrivals(lambda: tuple(_cross(lanes, ctx.transitions)))
         ctx.save_for_backward(A, A_, *Z)
         return Z
 

@@ -210,8 +210,7 @@ class _Back(torch.autograd.Function):
             lambda: (
                 _to_time(shard, y, cut),
                 torch.cat(exchange.all_to_all(shard, [state] * len(likes), likes), dim=1),
-            ),
-            2,
+            )
         )
 
     @staticmethod

@@ -167,14 +167,14 @@ class Crossing:
 
         if self._first:
             leaving = passing.reset_to(self._of_last(run(state)))
-            _, transition = self._found.arrivals(lambda: exchange(leaving), 2)
+            _, transition = self._found.arrivals(lambda: exchange(leaving))
             rest()
             return transition
         if self._last:
             rest()
-            Z, transition = self._found.arrivals(lambda: exchange(passing), 2)
+            Z, transition = self._found.arrivals(lambda: exchange(passing))
         else:
-            Z, transition = self._found.arrivals(lambda: exchange(self._leaving(element(), state)), 2)
+            Z, transition = self._found.arrivals(lambda: exchange(self._leaving(element(), state)))
         run(torch.cat([Z, state[1:]]) if self._several else Z)
         if not self._last:
             rest()

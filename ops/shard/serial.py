@@ -83,7 +83,7 @@ class _Send(torch.autograd.Function):
     def forward(ctx: Any, found: Scope, y: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         shard = found.shard
         ctx.shard = shard
-        if shard.rank + 1 < shard.size and found.replay is None:
+        if shard.rank + 1 < shard.size and found.tape.replay is None:
             exchange.send(shard, state, shard.rank + 1, "state").wait()
         return y.view_as(y), state.view_as(state)
 

@@ -85,6 +85,24 @@ def test_the_backward_may_be_repeated(inputs: tuple[Sum, Tensor, Tensor]) -> Non
     assert module.calls == 1
 
 
+def test_a_block_inside_a_block_runs_its_operator_once(inputs: tuple[Sum, Tensor, Tensor]) -> None:
+    """The inner block's first pass is run again by the outer one, and reads what the first of all made."""
+    module, x, state = inputs
+    plain = gradients(module, x, state)
+    calls = module.calls
+
+    def outer(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(module, x * 1.0, state * 1.0, use_reentrant=False, context_fn=contexts())
+
+    torch.manual_seed(3)
+    y, after = checkpoint(outer, x, state, use_reentrant=False, context_fn=contexts())
+    loss = y.square().sum() + after.sin().sum()
+    nested = [y, after, *torch.autograd.grad(loss, [x, state, *module.parameters()])]
+    assert module.calls == calls + 1
+    for got, want in zip(nested, plain, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_result_that_is_no_tensor_is_refused() -> None:
     operator = runs_once(lambda x: (x, 3))
     x = torch.ones(2, requires_grad=True)

@@ -122,11 +122,10 @@ class _Across(torch.autograd.Function):
             o, lse = crossing.forward(q, k, v)
             return o.to(q.dtype), lse
 
-        o, lse = found.arrivals(attend, 2)
+        o, lse = found.arrivals(attend)
         ctx.crossing, ctx.dtypes = crossing, (q.dtype, k.dtype, v.dtype)
         # what is recomputed must save what was saved, and a recomputation has nothing that was kept
-        again = bool(found.records) or found.replay is not None
-        ctx.save_for_backward(o, lse, *((q, k, v) if again or not crossing.kept else crossing.kept))
+        ctx.save_for_backward(o, lse, *((q, k, v) if found.tape.recomputes or not crossing.kept else crossing.kept))
         crossing.kept = ()
         return o, lse
 
