@@ -3,9 +3,9 @@
 Activation checkpointing runs a block a second time in the backward pass. The operator over time is the dear part of it,
 and it makes its own intermediate values again in its own backward: running its forward twice buys nothing. Inside
 
-    checkpoint(block, x, use_reentrant=False, context_fn=once.contexts())
+    checkpoint(block, x, use_reentrant=False, context_fn=recompute.contexts())
 
-an operator that is marked by `@runs_once` builds its graph in the first pass, and of that graph the inputs are taken
+an operator that is marked by `@no_recompute` builds its graph in the first pass, and of that graph the inputs are taken
 out: they come from token-wise layers and are recomputed. What is kept is the output, the state, and what the operator
 saves besides its inputs. The recomputation reads the outputs back instead of calling the operator.
 
@@ -15,6 +15,7 @@ inside the operator are sent once, too.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -97,7 +98,9 @@ class _Call:
             with _alone():
                 flat, self.spec = tree_flatten(operator(*args, **kwargs))
         if not all(isinstance(x, Tensor) for x in flat):
-            raise TypeError(f"an operator that runs once returns tensors; {operator.__name__} returned {flat!r}")
+            raise TypeError(
+                f"an operator that is not recomputed returns tensors; {operator.__name__} returned {flat!r}"
+            )
         self.graph = [_edge(x) for x in flat], [_edge(x) for x in leaves]
         self.differentiable = [edge is not None for edge in self.graph[0]]
         flat = [x.detach() for x in flat]
@@ -204,7 +207,7 @@ def _alone() -> AbstractContextManager[None]:
     return _SCOPE.inside(lambda: None, lambda: nullcontext() if here is None else shard.use(here))
 
 
-def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
+def no_recompute(operator: Callable[P, R]) -> Callable[P, R]:
     """Mark an operator over time: recomputation inside `contexts` reads its outputs back instead of calling it.
 
     The operator takes tensors (None and nested tuples allowed) and what autograd does not see, and returns a tensor or
@@ -225,8 +228,19 @@ def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
         result: R = tree_unflatten(list(flat), record.spec)
         return result
 
-    call.runs_once = True  # type: ignore[attr-defined]
+    call.no_recompute = True  # type: ignore[attr-defined]
     return call
+
+
+def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
+    """The former name of `no_recompute`; it says so once."""
+    _say_renamed()
+    return no_recompute(operator)
+
+
+@functools.cache
+def _say_renamed() -> None:
+    warnings.warn("zoo.ops.runs_once is now called no_recompute; rename it", DeprecationWarning, stacklevel=3)
 
 
 def contexts(

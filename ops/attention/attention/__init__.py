@@ -12,7 +12,7 @@ from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.shard.scope import scope
 
 __all__ = ["attention"]
@@ -51,7 +51,7 @@ def attention(
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def attention(
     q: Tensor,

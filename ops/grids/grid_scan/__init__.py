@@ -7,14 +7,14 @@ from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.grids.grid_scan.reference import grid_scan_reference
 from zoo.ops.grids.grid_scan.wavefront import grid_scan_wavefront
 
 __all__ = ["grid_scan"]
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def grid_scan(
     x: Tensor,

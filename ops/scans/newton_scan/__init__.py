@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.packing import each_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.affine_scan import affine_scan
 from zoo.ops.scans.block_affine_scan import block_affine_scan
 from zoo.ops.scans.newton_scan.cell import Cell, Linearised
@@ -42,7 +42,7 @@ WIDE = 512
 CACHED = 65536
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def newton_scan(
     cell: Cell,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.state_spaces.quasiseparable.reference import quasiseparable_reference
 from zoo.ops.state_spaces.ssd import ssd, ssd_summary
 
@@ -17,7 +17,7 @@ __all__ = ["quasiseparable"]
 DIRECTIONS = 2
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"x": 2, "dt": 3, "A": 0, "D": 2}, grouped={"B": 3, "C": 3})
 def quasiseparable(
