@@ -142,14 +142,14 @@ class _Call:
             return [None] * len(inputs)
         self.inputs = inputs
         try:
-            found = torch.autograd.grad(
+            made = torch.autograd.grad(
                 [e for e, _ in pairs], wanted, [g for _, g in pairs], retain_graph=again, allow_unused=True
             )
         finally:
             self.inputs = ()
             if not again:
                 self.graph = [], []
-        supply = iter(found)
+        supply = iter(made)
         return [None if e is None else next(supply) for e in entries]
 
 

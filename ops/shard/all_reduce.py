@@ -20,10 +20,10 @@ def total(x: Tensor) -> Tensor:
 
     Cost: (P - 1) x received, each way.
     """
-    found = scope()
-    if found is None or found.shard.size == 1:
+    active = scope()
+    if active is None or active.shard.size == 1:
         return x
-    summed: Tensor = _Total.apply(found, x)
+    summed: Tensor = _Total.apply(active, x)
     return summed
 
 
@@ -43,9 +43,9 @@ def whole(x: Tensor, shard: SequenceShard, dim: int = 1) -> Tensor:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, found: Scope, x: Tensor) -> Tensor:
-        ctx.shard = found.shard
-        return found.arrival(lambda: _sum(found.shard, x))
+    def forward(ctx: Any, active: Scope, x: Tensor) -> Tensor:
+        ctx.shard = active.shard
+        return active.arrival(lambda: _sum(active.shard, x))
 
     @staticmethod
     @once_differentiable

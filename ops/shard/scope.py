@@ -53,22 +53,22 @@ def alone() -> AbstractContextManager[None]:
 
 def current() -> SequenceShard | None:
     """The shard in use here, or None."""
-    found = scope()
-    return None if found is None else found.shard
+    active = scope()
+    return None if active is None else active.shard
 
 
 def seen_as(place: SequenceShard) -> AbstractContextManager[None]:
     """Inside a shard, another view of the same ranks; recomputation reads arrivals back in the order of both."""
-    found = scope()
-    assert found is not None
-    other = found._replace(shard=place)
+    active = scope()
+    assert active is not None
+    other = active._replace(shard=place)
     return _SCOPE.inside(lambda: other)
 
 
 def from_the_right() -> AbstractContextManager[None]:
     """Inside, time runs from the last rank to the first: operators on flipped stretches hear from the ranks after."""
-    found = scope()
-    return nullcontext() if found is None else seen_as(found.shard.reversed())
+    active = scope()
+    return nullcontext() if active is None else seen_as(active.shard.reversed())
 
 
 def refuse(what: str) -> None:
@@ -82,16 +82,16 @@ def refuse(what: str) -> None:
 
 def arrived(*tensors: Tensor) -> AbstractContextManager[None]:
     """Inside, exchanges of the shard in use here bring these tensors and send nothing; their backward is real."""
-    found = scope()
-    assert found is not None
-    return _SCOPE.inside(lambda: Scope(found.shard, Tape.second_pass([(x,) for x in tensors])))
+    active = scope()
+    assert active is not None
+    return _SCOPE.inside(lambda: Scope(active.shard, Tape.second_pass([(x,) for x in tensors])))
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch.utils.checkpoint: recomputation keeps the shard, reads arrivals back and sends nothing."""
-    found = scope()
-    if found is None:
+    active = scope()
+    if active is None:
         return nullcontext(), nullcontext()
     own: list[tuple[Tensor, ...]] = []
-    first = Scope(found.shard, found.tape.first_pass(own))
-    return _SCOPE.inside(lambda: first), _SCOPE.inside(lambda: Scope(found.shard, Tape.second_pass(own)))
+    first = Scope(active.shard, active.tape.first_pass(own))
+    return _SCOPE.inside(lambda: first), _SCOPE.inside(lambda: Scope(active.shard, Tape.second_pass(own)))

@@ -60,10 +60,10 @@ class View:
 
     def block(self, queries: int, keys: int | None) -> Block | None:
         """Queries of one seat and keys of another, or all keys in order of time; None if nobody sees anything."""
-        found = queries, keys
-        if found not in self._blocks:
-            self._blocks[found] = self._block(queries, keys)
-        return self._blocks[found]
+        pair = queries, keys
+        if pair not in self._blocks:
+            self._blocks[pair] = self._block(queries, keys)
+        return self._blocks[pair]
 
     def _block(self, queries: int, keys: int | None) -> Block | None:
         here = self.seats[queries]
