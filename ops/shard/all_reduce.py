@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
-from zoo.ops.shard.layout import held
+from zoo.ops.shard.layout import token_indices
 from zoo.ops.shard.scope import Scope, scope
 from zoo.ops.shard.sequence_shard import SequenceShard
 
@@ -33,7 +33,7 @@ def whole(x: Tensor, shard: SequenceShard, dim: int = 1) -> Tensor:
     Cost: P times the whole received; for masks and other small things.
     """
     length = x.shape[dim] * shard.size if shard.length is None else shard.length
-    own = held(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk).to(x.device)
+    own = token_indices(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk).to(x.device)
     shape = list(x.shape)
     shape[dim] = length
     mine = x.detach().to(torch.uint8 if x.dtype == torch.bool else x.dtype)

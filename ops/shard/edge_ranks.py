@@ -14,7 +14,7 @@ from zoo.ops.shard.scope import Scope
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def across(
+def run_from_incoming(
     kind: type[Any],
     element: Callable[[], Affine],
     run: Run,

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
-from zoo.ops.shard.prefix_scan import largest
+from zoo.ops.shard.prefix_scan import all_reduce_max
 from zoo.ops.shard.scope import Scope, scope, use
 from zoo.ops.shard.sequence_shard import SequenceShard
 
@@ -110,7 +110,7 @@ def _run(
     if shard.documents is not None and given.get("cu_seqlens") is not None:
         local = local_boundaries(taken["cu_seqlens"], shard.rank, shard.size, cut.time[-1][1])
         state = state[list(local.documents)]
-    return (y, state, *map(largest, numbers))
+    return (y, state, *map(all_reduce_max, numbers))
 
 
 def _cut(shard: SequenceShard, name: str, x: Tensor) -> _Cut:

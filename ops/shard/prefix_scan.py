@@ -75,7 +75,7 @@ def cut_here() -> Scope | None:
     return active
 
 
-def largest(x: Tensor) -> Tensor:
+def all_reduce_max(x: Tensor) -> Tensor:
     """The largest of all ranks' x, a number; NaN where one is NaN. Without a shard, x."""
     active = scope()
     if active is None or active.shard.size == 1:

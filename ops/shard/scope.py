@@ -46,7 +46,7 @@ def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
     return _SCOPE.inside(lambda: Scope(shard), lambda: watched(lambda: current() is not None))
 
 
-def alone() -> AbstractContextManager[None]:
+def unsharded() -> AbstractContextManager[None]:
     """Inside nothing is cut: for an operator that has exchanged what it needs. Nothing is asked without a shard."""
     return nullcontext() if scope() is None else use(None)
 
@@ -57,7 +57,7 @@ def current() -> SequenceShard | None:
     return None if active is None else active.shard
 
 
-def seen_as(place: SequenceShard) -> AbstractContextManager[None]:
+def use_view(place: SequenceShard) -> AbstractContextManager[None]:
     """Inside a shard, another view of the same ranks; recomputation reads arrivals back in the order of both."""
     active = scope()
     assert active is not None
@@ -68,7 +68,7 @@ def seen_as(place: SequenceShard) -> AbstractContextManager[None]:
 def from_the_right() -> AbstractContextManager[None]:
     """Inside, time runs from the last rank to the first: operators on flipped stretches hear from the ranks after."""
     active = scope()
-    return nullcontext() if active is None else seen_as(active.shard.reversed())
+    return nullcontext() if active is None else use_view(active.shard.reversed())
 
 
 def refuse(what: str) -> None:
@@ -80,7 +80,7 @@ def refuse(what: str) -> None:
         )
 
 
-def arrived(*tensors: Tensor) -> AbstractContextManager[None]:
+def with_arrivals(*tensors: Tensor) -> AbstractContextManager[None]:
     """Inside, exchanges of the shard in use here bring these tensors and send nothing; their backward is real."""
     active = scope()
     assert active is not None

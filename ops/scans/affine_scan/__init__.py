@@ -81,7 +81,7 @@ def affine_scan(
             return last.unsqueeze(1).to(b.dtype), last
         return _run(chosen, a, b, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise, lambda: _element(*last_document(cuts, a, b), chosen=chosen), run, state, n > B, inputs=(a, b)
     )
 

@@ -76,7 +76,7 @@ def block_affine_scan(
             return each_document(block_affine_scan_reference, cuts, (A, b), state)
         return _run(chosen, A, b, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Block2x2, lambda: _element(*last_document(cuts, A, b), chosen=chosen), run, state, n > B, inputs=(A, b)
     )
 

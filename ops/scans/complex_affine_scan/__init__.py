@@ -86,7 +86,7 @@ def complex_affine_scan(
             return end.unsqueeze(1).to(b.dtype), end
         return _run(chosen, a if a.shape[:2] == (1, 1) else whole, b, resets, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         ComplexElementwise,
         lambda: _element(*last_document(cuts, whole, b, resets), chosen=chosen),
         run,

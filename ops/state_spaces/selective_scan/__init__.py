@@ -91,7 +91,7 @@ def selective_scan(
             return y, last
         return selective_scan_chunked(u, delta, A, B, C, D, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise,
         lambda: _element(*last_document(cuts, u, delta, B), A=A),
         run,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.shard import held
+from zoo.ops.shard import token_indices
 
 
 class Block(NamedTuple):
@@ -89,6 +89,6 @@ def view(
     length: int, size: int, layout: str, documents: tuple[int, ...] | None, causal: bool, window: int | None, inner: int
 ) -> View:
     """Of `length` tokens over `size` ranks; `inner` neighbouring ranks sit together."""
-    tokens = [held(length, rank, size, layout) for rank in range(size)]
+    tokens = [token_indices(length, rank, size, layout) for rank in range(size)]
     seats = (torch.cat(tokens[i : i + inner]) for i in range(0, size, inner))
     return View(tuple(seat.sort().values for seat in seats), length, documents, causal, window)
