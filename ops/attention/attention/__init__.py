@@ -12,7 +12,7 @@ from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.shard.scope import scope
 
 __all__ = ["attention"]
@@ -51,7 +51,7 @@ def attention(
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def attention(
     q: Tensor,
@@ -132,13 +132,13 @@ def attention(
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"{name}: scale must be a finite number or None for K**-0.5; got {scale!r}")
     scale = K**-0.5 if scale is None else float(scale)
-    found = scope()
-    if found is not None and found.shard.size > 1:
-        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, found.shard.documents, backend, q)
-        o, lse = attention_across(found, q, k, v, causal, window, scale)
+    active = scope()
+    if active is not None and active.shard.size > 1:
+        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, active.shard.documents, backend, q)
+        o, lse = attention_across(active, q, k, v, causal, window, scale)
         return (o, lse) if return_lse else o
-    if found is not None and found.shard.documents is not None and cu_seqlens is None:
-        cu_seqlens = torch.tensor(found.shard.documents, device=q.device)
+    if active is not None and active.shard.documents is not None and cu_seqlens is None:
+        cu_seqlens = torch.tensor(active.shard.documents, device=q.device)
     cuts, keys = _documents(name, sizes, causal, cu_seqlens, cu_seqlens_k, key_lengths, q.device)
     if window is not None and window >= max(S, T):
         window = None

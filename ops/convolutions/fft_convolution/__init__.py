@@ -9,12 +9,12 @@ from zoo.ops import shard
 from zoo.ops.convolutions.fft_convolution.fourier import fft_convolution_fourier
 from zoo.ops.convolutions.fft_convolution.reference import fft_convolution_reference
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 
 __all__ = ["fft_convolution"]
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def fft_convolution(
     u: Tensor,

@@ -8,7 +8,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Matrix
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.linear_attention.delta_rule.across import delta_rule_across
 from zoo.ops.linear_attention.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.linear_attention.delta_rule.reference import delta_rule_reference
@@ -19,7 +19,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.linear_attention.delta_rule import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "beta": 2, "g": 2})
 def delta_rule(

@@ -8,7 +8,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Diagonal
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.linear_attention.gated_linear_attention.chunked import (
     gated_linear_attention_chunked,
     gated_linear_attention_step,
@@ -21,7 +21,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.linear_attention.gated_linear_attention import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "g": 2})
 def gated_linear_attention(

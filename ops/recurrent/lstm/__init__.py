@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.lstm.reference import lstm_reference
 from zoo.ops.recurrent.rnn_sequential import run
 
 __all__ = ["lstm"]
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def lstm(
     x: Tensor,

@@ -6,7 +6,7 @@ from torch import Tensor
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.packing import each_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.para_lstm.cell import ParaLSTMCell
 from zoo.ops.recurrent.para_lstm.reference import para_lstm_reference
 from zoo.ops.scans.newton_scan import clipped, precise, prepared, residual, solve
@@ -19,7 +19,7 @@ if dispatch.HAS_TRITON:
 CELL = ParaLSTMCell()
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"u": 3, "a": 1, "p": 1}, shared=("resets",))
 def para_lstm(

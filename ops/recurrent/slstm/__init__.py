@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.rnn_sequential import run
 from zoo.ops.recurrent.slstm.reference import slstm_reference
 
 __all__ = ["slstm"]
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def slstm(
     x: Tensor,

@@ -10,7 +10,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Elementwise
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.affine_scan.reference import affine_scan_reference
 from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
 
@@ -20,7 +20,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.affine_scan import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"b": 2, "a": 2}, shared=("resets",))
 def affine_scan(
@@ -81,7 +81,7 @@ def affine_scan(
             return last.unsqueeze(1).to(b.dtype), last
         return _run(chosen, a, b, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise, lambda: _element(*last_document(cuts, a, b), chosen=chosen), run, state, n > B, inputs=(a, b)
     )
 

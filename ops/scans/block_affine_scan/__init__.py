@@ -10,7 +10,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Block2x2
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.block_affine_scan.reference import block_affine_scan_reference
 from zoo.ops.scans.block_affine_scan.two_level import block_affine_scan_two_level
 
@@ -20,7 +20,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.block_affine_scan import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"b": 2, "A": 2})
 def block_affine_scan(
@@ -76,7 +76,7 @@ def block_affine_scan(
             return each_document(block_affine_scan_reference, cuts, (A, b), state)
         return _run(chosen, A, b, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Block2x2, lambda: _element(*last_document(cuts, A, b), chosen=chosen), run, state, n > B, inputs=(A, b)
     )
 

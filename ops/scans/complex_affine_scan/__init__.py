@@ -11,7 +11,7 @@ from zoo.ops.core.algebra import ComplexElementwise
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
 from zoo.ops.core.pairs import as_complex, as_pairs
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
 from zoo.ops.scans.complex_affine_scan.reference import complex_affine_scan_reference
 
@@ -21,7 +21,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.complex_affine_scan import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def complex_affine_scan(
     a: Tensor,
@@ -86,7 +86,7 @@ def complex_affine_scan(
             return end.unsqueeze(1).to(b.dtype), end
         return _run(chosen, a if a.shape[:2] == (1, 1) else whole, b, resets, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         ComplexElementwise,
         lambda: _element(*last_document(cuts, whole, b, resets), chosen=chosen),
         run,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.state_spaces.quasiseparable.reference import quasiseparable_reference
 from zoo.ops.state_spaces.ssd import ssd, ssd_summary
 
@@ -17,7 +17,7 @@ __all__ = ["quasiseparable"]
 DIRECTIONS = 2
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"x": 2, "dt": 3, "A": 0, "D": 2}, grouped={"B": 3, "C": 3})
 def quasiseparable(
@@ -111,7 +111,7 @@ def _two_scans(
         for left, right in ((x, x), *((z[:, :, 0], z[:, :, 1]) for z in (dt, B, C)))
     )
     edges = _Edges() if shard.current() is None else _across(x, dt, A, B, C, cuts)
-    with shard.alone():
+    with shard.unsharded():
         y = ssd(x2, dt2, A, B2, C2, state=edges.states, cu_seqlens=both, backend=backend)[0]
     forward, backward = y.chunk(2, dim=side)
     inside = ((), ()) if cuts is None else (cuts[1:-1], shard.mirrored(cuts)[1:-1])

@@ -9,7 +9,7 @@ from zoo.ops import shard
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import ComplexElementwise, Matrix
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.state_spaces.s4.convolved import convolved
 from zoo.ops.state_spaces.s4.dplr import Dplr
 from zoo.ops.state_spaces.s4.reference import s4_reference, s4d_reference
@@ -18,7 +18,7 @@ from zoo.ops.state_spaces.s4.systems import Diagonal
 __all__ = ["s4", "s4_summary", "s4d", "s4d_summary"]
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def s4d(
     u: Tensor,
@@ -105,7 +105,7 @@ def s4d_summary(u: Tensor, log_A: Tensor, B: Tensor, *, cu_seqlens: Tensor | Non
     return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 def s4(
     u: Tensor,

@@ -8,7 +8,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Elementwise
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_chunked, selective_scan_step
 from zoo.ops.state_spaces.selective_scan.reference import selective_scan_reference
 
@@ -18,7 +18,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.state_spaces.selective_scan import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"u": 2, "delta": 2, "A": 0, "D": 0}, shared=("B", "C"))
 def selective_scan(
@@ -91,7 +91,7 @@ def selective_scan(
             return y, last
         return selective_scan_chunked(u, delta, A, B, C, D, state, cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise,
         lambda: _element(*last_document(cuts, u, delta, B), A=A),
         run,

@@ -8,7 +8,7 @@ from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Diagonal
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.state_spaces.ssd.chunked import ssd_chunked, ssd_step
 from zoo.ops.state_spaces.ssd.reference import ssd_reference
 
@@ -18,7 +18,7 @@ if dispatch.HAS_TRITON:
     from zoo.ops.state_spaces.ssd import kernels
 
 
-@runs_once
+@no_recompute
 @dispatch.keeps_its_precision
 @shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped={"B": 2, "C": 2})
 def ssd(
