@@ -1,5 +1,6 @@
 """Generated tasks of few possible rows: what is validated was never trained on, whatever seeds, lengths and order."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from zoo.train.data._philox import Draws
 from zoo.train.data.copying import Copying
 from zoo.train.data.induction_heads import InductionHeads
 from zoo.train.data.mqar import MQAR
+from zoo.train.data.pydocs import PyDocs
 from zoo.train.data.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem
 from zoo.train.data.synthetic import APART, HELD_OUT, SPLIT, TRAINING, VALIDATION, SyntheticData
 
@@ -117,7 +119,7 @@ def test_a_sample_is_the_same_in_any_company(name: str, stream: int) -> None:
 
 @pytest.mark.parametrize("stream", [TRAINING, VALIDATION])
 def test_lengths_stay_uniform(stream: int) -> None:
-    """From lengths that are not split (4, 5), over those that are, to those that need not be (64 and more)."""
+    """From lengths that are not split (4, 5), over those that are, to those that need not be (56 and more)."""
     data = Parity(seq_len=70, min_len=4, seed=1)
     targets = data.samples(np.arange(6700), stream)["targets"]
     counts = torch.bincount((targets >= 0).sum(dim=1), minlength=71)[4:]
@@ -156,6 +158,29 @@ def test_what_is_split_or_need_not_be_says_nothing(name: str) -> None:
         warnings.simplefilter("error")
         (FEW | MANY)[name]().setup("fit")
         Parity(seq_len=8, min_len=6, val_lengths=(3, 8)).setup("fit")  # nothing of length 3 is trained
+
+
+def repeated(train: list[str], held_out: list[str], run: int) -> float:
+    """Share of the held-out words that lie in a run of so many words that training has, too."""
+    parts = [text.split() for text in train]
+    known = {tuple(words[at : at + run]) for words in parts for at in range(len(words) - run + 1)}
+    marked = []
+    for words in map(str.split, held_out):
+        marks = np.zeros(len(words), bool)
+        for at in range(len(words) - run + 1):
+            marks[at : at + run] |= tuple(words[at : at + run]) in known
+        marked.append(marks)
+    return float(np.concatenate(marked).mean())
+
+
+def test_what_the_embedded_text_repeats_is_what_it_says() -> None:
+    """The class says 0.8 % in runs of twelve words, none of thirty; the text differs from one Python to the next."""
+    train, held_out = PyDocs().split
+    assert "0.8 % lie in a run of twelve" in str(PyDocs.__doc__)
+    assert 0 < repeated(train, held_out, 12) < 0.015
+    assert repeated(train, held_out, 30) == 0
+    if sys.version_info[:2] == (3, 11):
+        assert repeated(train, held_out, 12) == pytest.approx(0.008, abs=0.0005)
 
 
 class Same(StateTracking):
