@@ -5,6 +5,7 @@ of that class. So the keys that a group takes are the parameters of its class, a
 Which classes may be named is for `zoo.targets` to say. The folder of a run is read back through the same checks.
 """
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -109,6 +110,9 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
         elif not isinstance(section, dict | None):
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
     _check_missing(config, "")
+    for group, filled in config.items():
+        if group in KINDS and isinstance(filled, dict) and TARGET in filled:
+            _check_own_rules(group, filled)
     return config
 
 
@@ -214,6 +218,18 @@ def _fill(group: str, section: dict[str, Any], raw: Mapping[str, str], config: M
         if setting.range is not None:
             setting.range.check(f"{group}.{key}", filled[key])
     return filled
+
+
+def _check_own_rules(group: str, filled: Mapping[str, Any]) -> None:
+    """Let a dataclass that is in no index check its own values; the others say their ranges in the index."""
+    if indexed(group, filled[TARGET]) is not None:
+        return
+    owner = load_class(group, filled[TARGET])
+    if dataclasses.is_dataclass(owner):
+        try:
+            owner(**{key: value for key, value in filled.items() if key != TARGET})
+        except UserError as error:
+            raise UsageError(str(error)) from error
 
 
 def _fill_model(section: Any) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_a_model_without_a_yaml_file_can_be_chosen(folder):
         ("optim.lr=fast", "optim.lr must be float, got 'fast' (str)"),
         ("optim.lr=null", "optim.lr must be float, got None (NoneType)"),
         ("optim.kind=c", "optim.kind must be 'a' or 'b', got 'c' (str)"),
-        ("optim.warmup_steps=-1", "optim.warmup_steps must be at least 0, got -1"),
+        ("optim.warmup_steps=-1", "optim.warmup_steps must be 0 or more, got -1"),
         ("optim.betas=[1]", "optim.betas must be tuple[float, float], got [1] (list)"),
         ("seed=x", "seed must be int, got 'x' (str)"),
         ("data.path=???", "data.path must be given; add data.path=..."),
