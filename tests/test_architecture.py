@@ -20,21 +20,22 @@ FLOORS = {
     "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs"},
+    "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs"},
+    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.targets"},
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
     "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors"},
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
-        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.configs", "zoo",
+        "zoo.targets", "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.configs", "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",
     },
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
-NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")
+NO_TORCH = ("zoo", "zoo.registry", "zoo.targets", "zoo.config", "zoo.errors")
 
 
 def modules() -> dict[str, ast.Module]:

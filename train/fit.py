@@ -1,5 +1,6 @@
 """From a composed config to a trained model in a run's folder, and back to it after an interruption."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,18 +15,21 @@ from torch import nn
 
 from zoo.checkpoint import save
 from zoo.decoding import generate
-from zoo.errors import UserError
-from zoo.registry import resolve
+from zoo.errors import UsageError, UserError
+from zoo.targets import TARGET, load_class
 from zoo.train.build import (
     RUN_DIR,
     build_data,
     build_model,
+    build_task,
     cluster_environment,
     launch_environment,
     precision_of,
     readable_refusals,
+    recipe_of,
     settings_of,
     strategy_of,
+    task_class,
     trainer_config_of,
 )
 from zoo.train.callbacks.checkpoints import Checkpoints
@@ -46,7 +50,6 @@ from zoo.train.rng import seed_all
 from zoo.train.run_folder import RunFolder, is_main_process
 from zoo.train.strategies.fsdp import whole_weights
 from zoo.train.stream import EndlessData
-from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
 
 __all__ = ["resume", "run"]
@@ -66,7 +69,8 @@ def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks
         the exit code: 0 done, 1 the final model could not be written, 130 interrupted with a checkpoint written.
 
     Raises:
-        UserError: what a user can cause; the run's log has it, too.
+        UserError: what a user can cause; the run's log has it, too. A run that is refused before its first update
+            leaves no folder behind.
     """
     if is_main_process():
         folder = RunFolder(Path(run_dir))
@@ -82,12 +86,20 @@ def resume(run_dir: str | os.PathLike[str]) -> int:
     if folder.finished:
         folder.say(f"the run {folder.path} is finished; its model is in {folder.final}")
         return DONE
+    config = folder.read_config()
+    try:
+        return _go_on(config, folder)
+    except UsageError as error:  # the settings are those of the folder, not of the command
+        raise UserError(f"the run {folder.path} cannot go on with the settings in its config.yaml: {error}") from error
+
+
+def _go_on(config: Mapping[str, Any], folder: RunFolder) -> int:
     if not folder.last.is_file():
         folder.say(f"the run {folder.path} has no checkpoint yet and starts from the beginning")
         if is_main_process():
             folder.table.unlink(missing_ok=True)
-        return _train(folder.read_config(), folder, checkpoint=None)
-    return _train(folder.read_config(), folder, checkpoint=folder.last)
+        return _train(config, folder, checkpoint=None)
+    return _train(config, folder, checkpoint=folder.last)
 
 
 # -- one sitting ------------------------------------------------------------------------------------------------
@@ -133,15 +145,14 @@ def _fit(
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")  # bad data are refused before there is a folder for the run
-    kind = resolve(config["task"]["_target_"])
+    kind = task_class(config["task"])
     model = build_model(config["model"], data, kind)
     per_epoch = None
     if options.max_epochs is not None:
         per_epoch = _batches_per_epoch(options, data, strategy_of(config.get("strategy")))
     limits = options.limits(per_epoch)
-    optim = resolve(config["optim"]["_target_"])(**settings_of(config["optim"]))
-    task = kind(model, optim, limits, data, **settings_of(config["task"]))
-    assert isinstance(task, Task)
+    optim = recipe_of(config["optim"])
+    task = build_task(config["task"], model, optim, limits, data)
 
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
@@ -173,7 +184,7 @@ def _fit(
         folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
     if checkpoint is None:
         parameters = sum(p.numel() for p in model.parameters())
-        what = config["task"]["_target_"].rpartition(".")[2]
+        what = kind.__name__
         folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
     else:
         folder.say(f"going on with {folder.path}")
@@ -181,8 +192,21 @@ def _fit(
         trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
     except OSError as error:
         raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
+    except UserError:
+        if trainer.global_step == 0:
+            folder.discard()
+        raise
+    sound = task.weights_are_finite()
     weights = whole_weights(model) if keeps else None
-    if not trainer.is_global_zero or not keeps:
+    if not trainer.is_global_zero:
+        return DONE
+    if not sound or not math.isfinite(log.final.get("val_loss", 0.0)):
+        what = "the validation loss" if sound else "the model's weights"
+        raise UserError(
+            f"the run in {folder.path} ended with a model that is of no use, {what} being not finite; lower optim.lr "
+            "and start a new run (the checkpoints are kept)"
+        )
+    if not keeps:
         return DONE
     if weights is not None:
         model = build_model(config["model"], data, kind)
@@ -282,12 +306,12 @@ def _build_trainer(
 def _loggers(config: Mapping[str, Any], folder: RunFolder) -> list[Logger]:
     """The chosen logger beside metrics.csv, writing into the run's folder unless told otherwise."""
     section = config.get("logger")
-    if not isinstance(section, Mapping) or "_target_" not in section:
+    if not isinstance(section, Mapping) or TARGET not in section:
         return []
     settings = settings_of(section)
     if settings.get("save_dir") in (None, "."):
         settings["save_dir"] = str(folder.path)
-    return [resolve(section["_target_"])(**settings)]
+    return [load_class("logger", section[TARGET])(**settings)]
 
 
 def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:

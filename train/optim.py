@@ -1,6 +1,7 @@
 """The optimiser's recipe: which parameters decay, and how the learning rate moves."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.errors import UserError
 
-__all__ = ["AdamW", "Limits", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
+__all__ = ["AdamW", "Limits", "Recipe", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,20 @@ def learning_rate_limits(model: nn.Module) -> dict[int, float]:
     return limits
 
 
+class Recipe(ABC):
+    """How weights are updated: an optimiser and its learning rate. What `optim` of a config names inherits from it."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser for `model`; its update can be skipped on the device by setting `found_inf`."""
+
+    @abstractmethod
+    def lr_at(self, step: int, progress: float) -> float:
+        """The learning rate of the update that follows `step` updates, at `progress` in [0, 1] of the training."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Recipe):
     """AdamW with weight decay on matrices only, linear warm-up and a cosine to a floor.
 
     Args:
@@ -104,8 +117,13 @@ class AdamW:
     min_lr_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr must be above 0, got {self.lr}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"optim.lr must be above 0 and finite, got {self.lr}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optim.betas must be two numbers in [0, 1), got {list(self.betas)}")
+        for name, value in {"eps": self.eps, "weight_decay": self.weight_decay}.items():
+            if not 0 <= value < math.inf:
+                raise UserError(f"optim.{name} must be 0 or more and finite, got {value}")
         if self.warmup_steps < 0:
             raise UserError(f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
         if not 0 <= self.min_lr_ratio <= 1:

@@ -1,5 +1,6 @@
 """The trainer's options: a handful of our own, and Lightning's by their own names."""
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -66,6 +67,18 @@ class TrainerConfig:
         for name in ("max_steps", "max_epochs"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+            raise UserError(
+                f"trainer.gradient_clip_val must be a norm, 0 (no clipping) or more, got {self.gradient_clip_val}"
+            )
+        most = 1.0 if isinstance(self.limit_val_batches, float) else math.inf
+        if not 0 <= self.limit_val_batches <= most:
+            raise UserError(
+                "trainer.limit_val_batches must be a number of batches, or a part of them in [0.0, 1.0], got "
+                f"{self.limit_val_batches}"
+            )
+        if self.fast_dev_run < 0:
+            raise UserError(f"trainer.fast_dev_run must be true, false or a number of steps, got {self.fast_dev_run}")
         if self.precision is not None and str(self.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "

@@ -2,8 +2,10 @@
 
 A group's YAML names its class in `_target_` (a model: `name` and `size`) and holds only what differs from the defaults
 of that class. So the keys that a group takes are the parameters of its class, and their defaults live in one place.
+Which classes may be named is for `zoo.targets` to say. The folder of a run is read back through the same checks.
 """
 
+import dataclasses
 import inspect
 import itertools
 import typing
@@ -11,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -24,11 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._types import fit, is_opaque, spell
 from zoo.configs import GROUPS, ROOT, choices
-from zoo.errors import UsageError, remedy
-from zoo.registry import check_fields, check_size, list_models, model_info, resolve
+from zoo.errors import UsageError, UserError, remedy
+from zoo.registry import check_fields, check_size, list_models, model_info
+from zoo.targets import KINDS, TARGET, load_class, refuse_nested
 
-TARGET = "_target_"
 MISSING = "???"  # Hydra's mark for a value that the user must give
+RUN_HAS = ("model", "data", "task", "optim", "trainer", "seed")  # what the config of every run has had
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,25 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
     _check_keys(config, {*GROUPS, *base, *extra}, "")
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
+    for group in GROUPS:
+        section = config.get(group)
+        if group != "model" and isinstance(section, dict) and TARGET not in section:
+            _check_keys(section, base.get(group) or (), f"{group}.")
+    return check(config, raw)
+
+
+def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """A config with every default filled in and every class, key, type and range checked.
+
+    Args:
+        config: as `compose` or a run's folder has it.
+        raw: {key: what the user typed}, for text that reads as a number.
+
+    Raises:
+        UsageError: a setting that cannot stand, or one that is missing.
+    """
+    config = dict(config)
+    refuse_nested(config)
     config["seed"] = _fit("seed", config.get("seed"), "int", raw)
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
     for group in GROUPS:
@@ -75,14 +98,15 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
         if group == "model":
             config[group] = _fill_model(section)
         elif isinstance(section, dict) and TARGET in section:
-            config[group] = _fill(group, section, parameters(section[TARGET]), raw)
+            config[group] = _fill(group, section, raw)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
-        elif isinstance(section, dict):
-            _check_keys(section, base.get(group) or (), f"{group}.")
-        elif section is not None:
+        elif not isinstance(section, dict | None):
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
     _check_missing(config, "")
+    for group, filled in config.items():
+        if group in KINDS and isinstance(filled, dict) and TARGET in filled:
+            _check_ranges(group, filled)
     return config
 
 
@@ -128,22 +152,48 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a config: {_first_line(error)}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a config: it holds {type(config).__name__}, not settings by name")
     return {str(key): value for key, value in config.items()}
 
 
-def parameters(target: str) -> dict[str, Parameter]:
+def read_run(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run's folder, which may be anybody's, checked like settings from a command line.
+
+    Settings that are newer than the run have their defaults.
+
+    Raises:
+        UserError: it is not the config of a run, or it names what may not be made.
+    """
+    command = path.with_name("command.txt")
+    again = f", or start a new run with the command in {command}" if command.is_file() else ", or start a new run"
+    mend = f"put the run's own {path.name} back{again}"
+    try:
+        config = read_yaml(path)
+    except UsageError as error:
+        raise UserError(f"{error}; {mend}") from error
+    lacking = [key for key in RUN_HAS if config.get(key) in (None, {}, [])]
+    unnamed = [g for g in ("data", "task", "optim") if isinstance(config.get(g), dict) and TARGET not in config[g]]
+    lacking += [f"{group}.{TARGET}" for group in unnamed if group not in lacking]
+    if lacking:
+        what = "is empty" if not config else f"is not the config of a run: it has no {', '.join(lacking)}"
+        raise UserError(f"{path} {what}; {mend}")
+    for group in ("trainer", "memory"):  # a section of either may leave out its class: there is one
+        if isinstance(config.get(group), dict):
+            config[group] = {TARGET: KINDS[group].base, **config[group]}
+    try:
+        return check(config)
+    except UsageError as error:
+        raise UserError(f"{path} does not describe a run that can be made here: {error}") from error
+
+
+def parameters(owner: type) -> dict[str, Parameter]:
     """The keys that a class takes from a config: its constructor's parameters that plain values can fill.
 
     Parameters for objects (a module, a callback) are the run's to give, not the user's.
     """
-    try:
-        owner = resolve(target)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{TARGET}: {target} cannot be imported: {_first_line(error)}") from error
     hints = _hints(owner)
     found = {}
     for name, parameter in inspect.signature(owner).parameters.items():
@@ -164,9 +214,8 @@ def _hints(owner: Any) -> dict[str, str]:
         return {}
 
 
-def _fill(
-    group: str, section: dict[str, Any], known: Mapping[str, Parameter], raw: Mapping[str, str]
-) -> dict[str, Any]:
+def _fill(group: str, section: dict[str, Any], raw: Mapping[str, str]) -> dict[str, Any]:
+    known = parameters(load_class(group, section[TARGET]))
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
         _check_keys(given, known, f"{group}.")
@@ -176,6 +225,16 @@ def _fill(
         spelled = known[key].type if key in known else "Any"
         filled[key] = value if value == MISSING else _plain(_fit(f"{group}.{key}", value, spelled, raw))
     return filled
+
+
+def _check_ranges(group: str, filled: Mapping[str, Any]) -> None:
+    """Let a group's dataclass check its own values; a class that does more than hold them is made by the run."""
+    owner = load_class(group, filled[TARGET])
+    if dataclasses.is_dataclass(owner):
+        try:
+            owner(**{key: value for key, value in filled.items() if key != TARGET})
+        except UserError as error:
+            raise UsageError(str(error)) from error
 
 
 def _fill_model(section: Any) -> dict[str, Any]:
@@ -204,8 +263,9 @@ def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
 def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
     for key in given:
         if key not in known:
-            end = remedy(prefix + key, [prefix + k for k in known], "zoo config prints all settings")
-            raise UsageError(f"no setting {prefix + key!r}{end}")
+            named = f"{prefix}{key}"
+            end = remedy(named, [f"{prefix}{k}" for k in known], "zoo config prints all settings")
+            raise UsageError(f"no setting {named!r}{end}")
 
 
 def _check_missing(config: Mapping[str, Any], prefix: str) -> None:

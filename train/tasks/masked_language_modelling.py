@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
-from zoo.train.optim import AdamW, Limits
+from zoo.train.optim import Limits, Recipe
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
 
 __all__ = ["MaskedLanguageModelling"]
@@ -44,7 +44,7 @@ class MaskedLanguageModelling(Task):
     def __init__(
         self,
         model: nn.Module,
-        optim: AdamW,
+        optim: Recipe,
         limits: Limits,
         data: Any,
         *,
