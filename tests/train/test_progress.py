@@ -98,6 +98,12 @@ def test_the_nearer_limit_says_how_long_still() -> None:
     assert at(200, 500.0, Limits(max_steps=None, max_seconds=240.0)).remaining() == 0.0, "the last step may end late"
 
 
+def test_the_time_left_only_falls_while_a_step_runs() -> None:
+    line = at(101, 140.0, Limits(max_steps=1000, max_seconds=None))
+    line.clock.now += 5.0
+    assert line.remaining() == pytest.approx(899.0 - 5.0)
+
+
 def test_nothing_is_guessed_before_two_steps() -> None:
     assert at(0, 7.0, Limits(max_steps=1000, max_seconds=None)).remaining() is None
     assert at(1, 41.0, Limits(max_steps=1000, max_seconds=None)).remaining() is None

@@ -10,6 +10,7 @@ import zoo
 from zoo import cli
 from zoo.bench import compare_commits, report
 from zoo.bench.record import read
+from zoo.cli.status import StatusLine
 from zoo.errors import UserError
 
 ROOT = Path(zoo.__file__).resolve().parent.parent
@@ -88,8 +89,9 @@ def test_an_operator_that_is_not_there(bench: Any, clone: Path) -> None:
     code, out, err = bench("--base", "without")
     name = git(clone, "rev-parse", "without")[:10]
     assert (code, out) == (1, "")
-    assert err.startswith(f"zoo: {name}: there is no operator 'causal_conv1d' here; there is ")
-    assert "renamed, " in err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"zoo: {name}: there is no operator 'causal_conv1d' here; there is ")
+    assert "renamed, " in last
     assert left_behind(clone) == []
 
 
@@ -127,6 +129,23 @@ def test_nothing_is_left_behind_when_it_is_stopped(
     workers = [p for p in processes if "worker.py" in str(p.args)]
     assert len(workers) == 2
     assert all(p.returncode is not None for p in workers)
+
+
+def test_ctrl_c_keeps_the_rounds_that_were_measured(bench: Any, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopping(StatusLine):
+        def __call__(self, text: str) -> None:
+            super().__call__(text)
+            if "round 3 of 3" in text:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr("zoo.cli.bench.StatusLine", Stopping)
+    code, out, err = bench("--base=slow")
+    assert code == 130, err
+    assert "**interrupted**" in out
+    rows = [line for line in out.splitlines() if line.startswith("| torch @")]
+    assert len(rows) == 4, "two trees, two phases"
+    assert all("n=2" in row for row in rows)
+    assert left_behind(clone) == []
 
 
 def test_an_installation_has_no_commits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -82,12 +82,13 @@ class ProgressLine:
         self.row: dict[str, float] = {}
         self.validated: tuple[int, float] | None = None
         self._first: tuple[int, float] | None = None  # number and time of this sitting's first update
+        self._newest = 0.0  # time of the newest
 
     def advance(self, step: int) -> None:
         """Take up that `step` updates are done."""
-        self.step = step
+        self.step, self._newest = step, self.clock.elapsed()
         if self._first is None:
-            self._first = step, self.clock.elapsed()
+            self._first = step, self._newest
 
     def remaining(self) -> float | None:
         """Seconds to the nearer limit; None while unknown.
@@ -99,8 +100,8 @@ class ProgressLine:
         if self.limits.max_seconds is not None:
             estimates.append(self.limits.max_seconds - elapsed)
         if self.limits.max_steps is not None and self._first is not None and self.step > self._first[0]:
-            mean = (elapsed - self._first[1]) / (self.step - self._first[0])
-            estimates.append((self.limits.max_steps - self.step) * mean)
+            mean = (self._newest - self._first[1]) / (self.step - self._first[0])
+            estimates.append((self.limits.max_steps - self.step) * mean - (elapsed - self._newest))
         return max(0.0, min(estimates)) if estimates else None
 
     def words(self, width: int) -> str:

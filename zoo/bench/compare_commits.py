@@ -40,7 +40,7 @@ def repository() -> Path:
 
 def compare(
     message: Mapping[str, Any], repeats: int, revision: str, root: Path, say: Callable[[str], None]
-) -> tuple[list[CaseResult], str]:
+) -> tuple[list[CaseResult], str, bool]:
     """Measure the same in a temporary checkout of `revision` and in `root` as it is.
 
     Args:
@@ -51,7 +51,10 @@ def compare(
         say: hears what is going on.
 
     Returns:
-        the cases, with the sides of the base first, and the base's full hash.
+        the cases, with the sides of the base first; the base's full hash; whether Ctrl-C or SIGTERM ended it early.
+
+    Raises:
+        KeyboardInterrupt: stopped before the first round was over.
     """
     with _stop_on_terminate(), checkout(revision, root) as (tree, commit), contextlib.ExitStack() as stack:
         base_name = commit[:10]
@@ -60,12 +63,24 @@ def compare(
         for name, one in workers.items():
             say(f"{name}: checking against float64, warming up")
             one.ask(message)
-        for number in range(repeats):
-            say(f"round {number + 1} of {repeats}")
-            for one in list(workers.values())[:: 1 if number % 2 == 0 else -1]:
-                one.ask({"do": "round"})
+        done, stopped = 0, False
+        try:
+            for number in range(repeats):
+                say(f"round {number + 1} of {repeats}")
+                for one in list(workers.values())[:: 1 if number % 2 == 0 else -1]:
+                    one.ask({"do": "round"})
+                done += 1
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            stopped = True
+            say(f"interrupted in round {done + 1}; its end is awaited, another Ctrl-C drops all")
         found = {name: [case_from(c) for c in one.ask({"do": "results"})["cases"]] for name, one in workers.items()}
-    return [_merge({name: cases[i] for name, cases in found.items()}) for i in range(len(found["here"]))], commit
+    return (
+        [_merge({name: cases[i] for name, cases in found.items()}) for i in range(len(found["here"]))],
+        commit,
+        stopped,
+    )
 
 
 def _merge(found: Mapping[str, CaseResult]) -> CaseResult:
@@ -104,6 +119,7 @@ class _Worker:
 
     def __init__(self, name: str, process: "subprocess.Popen[str]") -> None:
         self.name, self.process = name, process
+        self.unanswered = 0  # requests whose answers nobody has read: one, where Ctrl-C came meanwhile
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its answer.
@@ -116,7 +132,10 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # its last words say why
             self.process.stdin.write(json.dumps(message) + "\n")
             self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        self.unanswered += 1
+        while self.unanswered:
+            line = self.process.stdout.readline()
+            self.unanswered -= 1
         if not line:
             raise UserError(f"{self.name}: the measuring process ended with code {self.process.wait()}; see above")
         answer: dict[str, Any] = json.loads(line)

@@ -12,7 +12,20 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.bench.measure import MEMORY_BY, dtype_of, matmul_peak, synchronize
-from zoo.bench.record import BARE, LIGHTNING, STEP, CaseResult, Phase, Record, SideResult, about_this_run, load
+from zoo.bench.record import (
+    BARE,
+    INTERRUPTED,
+    LIGHTNING,
+    STEP,
+    CaseResult,
+    Phase,
+    Record,
+    SideResult,
+    about_this_run,
+    load,
+    measured,
+)
+from zoo.bench.report import newest
 from zoo.bench.steps import DEPTH, WARM_UP, ModelRequest, StepBench
 from zoo.decoding import generate
 from zoo.errors import UserError
@@ -30,8 +43,9 @@ PROMPT, DECODED = 64, 64  # tokens
 class InTurns(Callback):
     """Inside Lightning's loop, lets the bare loop run after every burst of steps, and times both."""
 
-    def __init__(self, request: ModelRequest) -> None:
+    def __init__(self, request: ModelRequest, say: Callable[[str], None]) -> None:
         self.request = request
+        self.say = say
         self.side = SideResult(LIGHTNING, "the model")
         self.bench: StepBench | None = None
         self.case: CaseResult | None = None
@@ -41,6 +55,8 @@ class InTurns(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A copy of the model, before its first step, is the bare loop's."""
         model: Any = pl_module.model
+        name = self.request.config["model"]["name"]
+        self.say(f"{name}: checking a step against float64, warming up")
         self.bench = StepBench(self.request, copy.deepcopy(model))
         self.case = self.bench.prepare()
         if self.bench.sides[BARE].red:
@@ -66,6 +82,9 @@ class InTurns(Callback):
             self.side.phases[STEP].times.append((now - self._began) / self.request.steps)
         rounds = len(self.bench.sides[BARE].phases[STEP].times)
         if done >= 0 and done % self.request.steps == 0 and rounds < self.request.repeats:
+            assert self.case is not None
+            so_far = f"; {newest(self.case)}" if rounds else ""
+            self.say(f"{self.case.name}: round {rounds + 1} of {self.request.repeats}{so_far}")
             self.bench.round()
             self._began = time.perf_counter()
 
@@ -81,16 +100,27 @@ class InTurns(Callback):
 
 
 def run_model(request: ModelRequest, say: Callable[[str], None]) -> Record:
-    """Measure a model; see the module. `say` hears what is going on."""
+    """Measure a model; see the module.
+
+    Ctrl-C ends it early, after the round that runs; the record then holds what was measured and says so.
+
+    Args:
+        request: what to measure.
+        say: hears what is going on.
+
+    Raises:
+        KeyboardInterrupt: stopped before the first round was over.
+    """
     config, name = request.config, request.config["model"]["name"]
     check_request(request)
     about = about_this_run(request.device, config["seed"])
     peak = matmul_peak(dtype_of(request.dtype), request.device)
-    turns = InTurns(request)
+    turns = InTurns(request, say)
     say(f"{name}: {request.repeats} rounds of {request.steps} steps, by a bare loop and by Lightning")
     with tempfile.TemporaryDirectory(prefix="zoo-bench-") as folder, contextlib.redirect_stdout(io.StringIO()):
         code = fit.run(_for_lightning(request), Path(folder) / "run", callbacks=[turns])
-    if code == fit.INTERRUPTED:
+    stopped = code == fit.INTERRUPTED
+    if stopped and (turns.case is None or not measured([turns.case])):
         raise KeyboardInterrupt
     assert turns.bench is not None
     assert turns.case is not None
@@ -98,14 +128,14 @@ def run_model(request: ModelRequest, say: Callable[[str], None]) -> Record:
     if not turns.bench.sides[BARE].is_red:
         turns.check()
         turns.case.sides.insert(1, turns.side)
-        if not turns.side.is_red:
+        if not turns.side.is_red and not stopped:
             say(f"{name}: decoding")
             cases.append(measure_decoding(turns.bench, request.repeats))
     about |= about_model(request) | {
         "matmul_peak": {request.dtype: max(peak, matmul_peak(dtype_of(request.dtype), request.device))},
         "load_after": load(),
     }
-    return Record("model", about, cases)
+    return Record("model", about | ({INTERRUPTED: True} if stopped else {}), cases)
 
 
 def check_request(request: ModelRequest) -> None:

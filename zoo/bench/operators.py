@@ -1,5 +1,6 @@
 """The operators' benchmark: every side proved, warmed up and weighed, then timed in turns."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,13 +83,18 @@ class OperatorBench:
     """Cases and sides of one request; `prepare` once, `round` many times, then `results`.
 
     Rounds go over all cases and sides, so that what disturbs the machine disturbs them alike.
+
+    Args:
+        request: what to measure.
+        say: hears what is being prepared.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, say: Callable[[str], None] = lambda text: None) -> None:
         missing = sorted({case.operator for case in request.cases} - OPERATORS.keys())
         if missing:
             raise UsageError(f"there is no operator {missing[0]!r} here; there is {', '.join(OPERATORS)}")
         self.request = request
+        self.say = say
         self.device = device_of(request.device)
         self.clock = Clock(self.device)
         self.peaks: dict[str, float] = {}
@@ -106,6 +112,7 @@ class OperatorBench:
         for group in ([side for side in sides if side.name != "sdpa"], [side for side in sides if side.name == "sdpa"]):
             if not group:
                 continue
+            self.say(f"{case.label}: computing in float64")
             own = group[0].name == "sdpa"  # another function: other inputs, other numbers, another count
             exact = exact_numbers(group[0].spec if own else spec, case.sizes, dtype, self.device, self.request.seed)
             result.proved_by = result.proved_by or exact.by
@@ -113,6 +120,7 @@ class OperatorBench:
             for side in group:
                 runner = _Runner(side, case, make(side.spec) if own else inputs)
                 result.sides.append(runner.result)
+                self.say(f"{case.label}: checking {side.name} against float64")
                 if self._prove(runner, exact, dtype):
                     right.append((runner, counts))
             del exact  # as large as the inputs and gradients in float64: the memory belongs to what is measured
@@ -136,6 +144,7 @@ class OperatorBench:
 
     def _warm_up(self, runner: _Runner, flops: tuple[int, int]) -> bool:
         sizes = runner.case.sizes
+        self.say(f"{runner.case.label}: warming up {runner.side.name}")
         try:
             for (name, call), count in zip(runner.phases().items(), flops, strict=True):
                 if self.device.type == "cuda" or (runner.result.first_call or 0.0) < LONG:

@@ -21,12 +21,13 @@ from zoo.errors import UserError
 from zoo.files import write_atomically
 
 __all__ = [
-    "BARE", "LIGHTNING", "STEP", "CaseResult", "Phase", "Record", "SideResult", "about_this_run", "case_from", "commit",
-    "git", "load", "read", "write",
+    "BARE", "INTERRUPTED", "LIGHTNING", "STEP", "CaseResult", "Phase", "Record", "SideResult", "about_this_run",
+    "case_from", "commit", "git", "load", "measured", "read", "write",
 ]  # fmt: skip
 
 FORMAT, VERSION = "zoo-bench", 1
 BARE, LIGHTNING, STEP = "bare loop", "lightning", "training step"  # names that the report knows
+INTERRUPTED = "interrupted"  # the key of `Record.about` that says so
 
 
 @dataclass
@@ -121,6 +122,11 @@ class Record:
         """Whether any side's numbers are wrong."""
         return any(side.is_red for case in self.cases for side in case.sides)
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether it was stopped before everything was measured."""
+        return bool(self.about.get(INTERRUPTED))
+
 
 def about_this_run(device: torch.device, seed: int, **more: Any) -> dict[str, Any]:
     """Machine, versions, commit and command."""
@@ -138,6 +144,14 @@ def about_this_run(device: torch.device, seed: int, **more: Any) -> dict[str, An
         "commit": commit(Path(zoo.__file__).resolve().parent.parent),
         **more,
     }
+
+
+def measured(cases: Sequence[CaseResult]) -> list[CaseResult]:
+    """The cases with at least one time, or with a side that is wrong: what an interrupted run can show."""
+    return [
+        case for case in cases
+        if any(side.is_red or any(phase.times for phase in side.phases.values()) for side in case.sides)
+    ]  # fmt: skip
 
 
 def load() -> list[float] | None:

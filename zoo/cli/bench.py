@@ -14,14 +14,17 @@ from zoo.bench.record import Record, read, write
 from zoo.bench.report import markdown, plot
 from zoo.bench.shapes import parse_request
 from zoo.cli.runs import fresh_folder
+from zoo.cli.status import StatusLine
 from zoo.config import compose
 from zoo.errors import UsageError, UserError
 
+INTERRUPTED = 130
 OWN_KEYS = ("out", "repeats", "steps")  # of zoo bench model=; everything else is the run's
 
 
 def bench_command(settings: list[str], base: str | None, config_dir: Path | None) -> int:
-    """Measure, print the table, keep it when `out=` is given; 1 when a side's numbers are wrong."""
+    """Measure, print the table, keep it when `out=` is given; 1 when a side's numbers are wrong, 130 on Ctrl-C, after
+    which the table holds what was measured until then."""
     first = settings[0] if settings else ""
     kind = first.partition("=")[0]
     kinds: dict[str, Callable[[], int]] = {
@@ -62,7 +65,8 @@ def _operators(settings: list[str], base: str | None) -> int:
 
     request = parse_request(settings, operator_sizes(), "cuda" if torch.cuda.is_available() else "cpu")
     out = _out(settings)
-    record = run_operators(request, _say) if base is None else compare_operators(request, base, _say)
+    with StatusLine(sys.stderr) as say:
+        record = run_operators(request, say) if base is None else compare_operators(request, base, say)
     names = dict.fromkeys(case.operator for case in request.cases)
     return _finish(record, "op-" + ("all" if "op=all" in settings else "-".join(names)), out)
 
@@ -77,7 +81,8 @@ def _model(settings: list[str], base: str | None, config_dir: Path | None) -> in
     config = _config(rest, config_dir, "zoo bench")
     steps, repeats = (_whole(key, own.get(key, "10")) for key in ("steps", "repeats"))
     request = ModelRequest(config, steps, repeats)
-    record = run_model(request, _say) if base is None else compare_models(request, base, _say)
+    with StatusLine(sys.stderr) as say:
+        record = run_model(request, say) if base is None else compare_models(request, base, say)
     return _finish(record, f"model-{config['model']['name']}", out)
 
 
@@ -106,12 +111,12 @@ def _context_parallel(settings: list[str], base: str | None, config_dir: Path | 
     usual = Link()
     link = Link(_positive("latency", own, usual.latency), _positive("bandwidth", own, usual.bandwidth))
     tokens = _whole("tokens", own.get("tokens", "8192"))
-    found = predict_model(
-        build, model["n_layers"], period, tokens=tokens, link=link, methods=methods,
-        ranks=[_whole("ranks", word) for word in own.get("ranks", "2,8,64,256,1024").split(",")],
-        local=_positive("local", own, None), repeats=_whole("repeats", own.get("repeats", "3")), say=_say,
-    )  # fmt: skip
-    _say("")
+    with StatusLine(sys.stderr) as say:
+        found = predict_model(
+            build, model["n_layers"], period, tokens=tokens, link=link, methods=methods,
+            ranks=[_whole("ranks", word) for word in own.get("ranks", "2,8,64,256,1024").split(",")],
+            local=_positive("local", own, None), repeats=_whole("repeats", own.get("repeats", "3")), say=say,
+        )  # fmt: skip
     how = "given" if "local" in own else f"measured here, median of {own.get('repeats', '3')}"
     print(
         f"{model['name']} {model['size']}, {tokens:,} tokens a rank: {found.local:.4g} s a step by itself ({how}); "
@@ -147,9 +152,12 @@ def _report(settings: list[str], base: str | None) -> int:
 
 def _finish(record: Record, name: str, out: Path | None) -> int:
     """Print the table; keep the results in out=FILE.json, or in out=FOLDER by device with a table and a plot."""
-    _say("")
     page = markdown(record)
     print(page, end="")
+    if record.is_interrupted:
+        unwritten = "" if out is None else f", and nothing was written to {out}"
+        print(f"zoo: interrupted; the table holds what was measured until then{unwritten}", file=sys.stderr)
+        return INTERRUPTED
     if out is not None and out.suffix == ".json":
         write(record, out)
     elif out is not None:
@@ -193,9 +201,3 @@ def _write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} could not be written ({error.strerror or error}); give another out=") from error
-
-
-def _say(text: str) -> None:
-    """What is going on, on one line of a terminal; an empty text takes it away."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

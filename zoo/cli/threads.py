@@ -10,10 +10,10 @@ from pathlib import Path
 __all__ = ["QUIET", "SHARED", "VARIABLE", "idle_share", "limit_spinning"]
 
 VARIABLE = "GOMP_SPINCOUNT"
-# Turns of libgomp's waiting loop before a thread sleeps; its own 300,000 last milliseconds, which another process
-# could use. Measured on two cores with benchmarks/busy_machine.py, as shares of one thread's speed: beside other work
-# the default gives 0.05 to 0.4, 1,000 turns 0.9 to 1.8 and 10,000 turns 0.5 to 1.2. On the same cores when quiet
-# 10,000 turns lose 2 % against the default and 1,000 turns a third, for waking a thread takes longer than an operator.
+# Turns of libgomp's waiting loop before a thread sleeps. Its own 300,000 last milliseconds, which another process could
+# use. Two Xeon cores, tiny DeltaNet, benchmarks/busy_machine.py, shares of one thread's speed. Beside other work (load
+# 7 to 20): 300,000 turns 0.05 to 0.36, 10,000 turns 0.5 to 1.6, 4,000 turns 0.5 to 1.2, 1,000 turns 0.9 to 2.1. In its
+# quiet moments the same machine lost 2 % with 10,000 turns and a third with 1,000: waking a thread takes long.
 SHARED, QUIET = 1_000, 10_000
 ENOUGH_IDLE = 0.75  # of all cores: one of two is busy at 0.5
 SAMPLE = 0.1  # seconds; /proc/stat counts hundredths
