@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from zoo.errors import UsageError, UserError
 from zoo.registry import create_model, model_info
 from zoo.targets import TARGET, load_class
-from zoo.train.optim import Recipe
+from zoo.train.optim import Limits, Recipe
 from zoo.train.run_folder import RunFolder
 from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
@@ -102,6 +102,15 @@ def task_class(section: Mapping[str, Any]) -> type[Task]:
     owner = load_class("task", section[TARGET])
     assert issubclass(owner, Task)
     return owner
+
+
+def build_task(section: Mapping[str, Any], model: nn.Module, recipe: Recipe, limits: Limits, data: Any) -> Task:
+    """The task of a composed config: how `model` is trained and judged on `data`."""
+    owner: Callable[..., object] = load_class("task", section[TARGET])
+    with refused_settings():
+        task = owner(model, recipe, limits, data, **settings_of(section))
+    assert isinstance(task, Task)
+    return task
 
 
 def recipe_of(section: Mapping[str, Any]) -> Recipe:

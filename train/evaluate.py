@@ -16,13 +16,13 @@ from zoo.registry import model_info
 from zoo.targets import TARGET
 from zoo.train.build import (
     build_data,
+    build_task,
     check_fields,
     cluster_environment,
     launch_environment,
     precision_of,
     readable_refusals,
     recipe_of,
-    settings_of,
     strategy_of,
     task_class,
     trainer_config_of,
@@ -60,7 +60,7 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     check_fields(model, data, kind)
     trainer_config = trainer_config_of(config["trainer"])
     optim = recipe_of(config["optim"])
-    task = kind(model, optim, Limits(), data, **settings_of(config["task"]))
+    task = build_task(config["task"], model, optim, Limits(), data)
     with launch_environment(), quiet_lightning():
         with readable_refusals():
             trainer = Trainer(

@@ -21,6 +21,7 @@ from zoo.train.build import (
     RUN_DIR,
     build_data,
     build_model,
+    build_task,
     cluster_environment,
     launch_environment,
     precision_of,
@@ -50,7 +51,6 @@ from zoo.train.quiet import quiet_lightning
 from zoo.train.rng import seed_all
 from zoo.train.run_folder import RunFolder, is_main_process
 from zoo.train.strategies.fsdp import whole_weights
-from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
 
 __all__ = ["resume", "run"]
@@ -153,9 +153,7 @@ def _fit(
         per_epoch = _batches_per_epoch(options, data, strategy_of(config.get("strategy")))
     limits = options.limits(per_epoch)
     optim = recipe_of(config["optim"])
-    with refused_settings():
-        task = kind(model, optim, limits, data, **settings_of(config["task"]))
-    assert isinstance(task, Task)
+    task = build_task(config["task"], model, optim, limits, data)
 
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
