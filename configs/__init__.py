@@ -5,6 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 GROUPS = ("model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment")
+# {group: {old name of a choice: its name today}}; an old one keeps working and says once what to write.
+RENAMED: dict[str, dict[str, str]] = {}
 
 
 def choices(extra: Iterable[Path] = ()) -> dict[str, list[str]]:

@@ -19,10 +19,10 @@ from zoo.layers.mixers.mamba import Mamba as Mamba
 from zoo.layers.mixers.mamba import Mamba2 as Mamba2
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
+from zoo.layers.mixers.rnn import Elman as Elman
 from zoo.layers.mixers.rnn import GRU as GRU
 from zoo.layers.mixers.rnn import LSTM as LSTM
 from zoo.layers.mixers.rnn import SLSTM as SLSTM
-from zoo.layers.mixers.rnn import Elman as Elman
 from zoo.layers.mixers.s4 import S4 as S4
 from zoo.layers.mixers.s5 import S5 as S5
 from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm

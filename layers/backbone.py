@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
-from zoo.ops.token_wise.dropout import check_rate
+from zoo.ranges import Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +33,20 @@ class SequenceConfig:
         MemoryPlan(recompute="block"). `SequenceModel.use_memory` has the other ways.
     """
 
-    d_model: int = 128
-    n_layers: int = 4
-    vocab_size: int = 32000
-    hidden_size: int | None = None
+    d_model: Annotated[int, Range(1)] = 128
+    n_layers: Annotated[int, Range(1, 10_000)] = 4
+    vocab_size: Annotated[int, Range(1)] = 32000
+    hidden_size: Annotated[int | None, Range(0)] = None
     pattern: str = ""
     tie_embeddings: bool = False
-    norm_eps: float = 1e-6
+    norm_eps: Annotated[float, Range(0)] = 1e-6
     residual_scale: bool = False
-    dropout: float = 0.0
-    init_std: float = 0.02
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
+    init_std: Annotated[float, Range(0)] = 0.02
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        check_rate(self.dropout)
+        check_fields(self)
 
 
 class SequenceModel(nn.Module):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
 from zoo.ops import linear_cross_entropy, shard
-from zoo.ops.token_wise.dropout import check_rate
+from zoo.ranges import Range, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +36,22 @@ class EncoderConfig:
     activation_checkpointing: recompute each layer in the backward pass and keep only its input.
     """
 
-    d_model: int = 128
-    n_layers: int = 4
-    vocab_size: int = 30522
-    n_token_types: int = 2
-    n_classes: int | None = None
+    d_model: Annotated[int, Range(1)] = 128
+    n_layers: Annotated[int, Range(1, 10_000)] = 4
+    vocab_size: Annotated[int, Range(1)] = 30522
+    n_token_types: Annotated[int, Range(1)] = 2
+    n_classes: Annotated[int | None, Range(2)] = None
     pooling: Pooling = "first"
     pattern: str = ""
     prenorm: bool = False
-    dropout: float = 0.1
-    norm_eps: float = 1e-5
-    outer_norm_eps: float = 1e-12
-    init_std: float = 0.02
+    dropout: Annotated[float, Range(0, below=1)] = 0.1
+    norm_eps: Annotated[float, Range(0)] = 1e-5
+    outer_norm_eps: Annotated[float, Range(0)] = 1e-12
+    init_std: Annotated[float, Range(0)] = 0.02
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_layers", "vocab_size", "n_token_types"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.n_classes is not None and self.n_classes < 2:
-            raise ValueError(f"n_classes must be at least 2, or None to predict tokens; got {self.n_classes}")
-        check_rate(self.dropout)
+        check_fields(self)
 
 
 class Embeddings(nn.Module):

@@ -7,6 +7,7 @@ depth. Values are Python literals; a bare word is a string.
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from zoo.errors import remedy
 from zoo.layers.mixer_registry import MIXERS, MixerMaker
 
 _ITEM = re.compile(r"\s*(?P<name>[a-z_][a-z0-9_]*)\s*(?:\((?P<options>[^()]*)\))?\s*(?:\*\s*(?P<count>\d+))?\s*")
@@ -71,6 +73,18 @@ def _options(pattern: str, text: str | None) -> dict[str, Any]:
     return options
 
 
+def _check_options(item: Item, maker: MixerMaker) -> None:
+    """Refuse an option that a mixer does not have; its first parameter, the width, is the model's to give."""
+    _, *parameters = inspect.signature(maker).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    known = [parameter.name for parameter in parameters]
+    for option in item.options:
+        if option not in known:
+            end = remedy(option, known, f"it has {', '.join(known)}")
+            raise ValueError(f"the mixer {item.name!r} of a pattern has no option {option!r}{end}")
+
+
 def layer_mixers(
     d_model: int, n_layers: int, pattern: str, own: Mapping[str, MixerMaker]
 ) -> Callable[[int], nn.Module]:
@@ -83,7 +97,7 @@ def layer_mixers(
         own: makers that take the model's own configuration into account; they go before `MIXERS`.
 
     Raises:
-        ValueError: an unknown mixer, or a pattern that does not divide n_layers.
+        ValueError: an unknown mixer or option, an option of another type, or a pattern that does not divide n_layers.
     """
     items = parse_pattern(pattern)
     if n_layers % len(items):
@@ -92,9 +106,16 @@ def layer_mixers(
     for item in items:
         if item.name not in makers:
             raise ValueError(f"no mixer {item.name!r} for a pattern; known are {', '.join(sorted(makers))}")
+        _check_options(item, makers[item.name])
 
     def make(i: int) -> nn.Module:
         item = items[i % len(items)]
-        return makers[item.name](d_model, **item.options)
+        try:
+            return makers[item.name](d_model, **item.options)
+        except TypeError as error:
+            if not item.options:
+                raise
+            written = ", ".join(f"{key}={value!r}" for key, value in item.options.items())
+            raise ValueError(f"the mixer {item.name!r} of a pattern does not take ({written}): {error}") from error
 
     return make

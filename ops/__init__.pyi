@@ -5,12 +5,11 @@ from zoo.ops.convolutions.causal_conv1d import causal_conv1d_summary as causal_c
 from zoo.ops.convolutions.depthwise_conv1d import depthwise_conv1d as depthwise_conv1d
 from zoo.ops.convolutions.fft_convolution import fft_convolution as fft_convolution
 from zoo.ops.core.recompute import runs_once as runs_once
+from zoo.ops.grids.grid_scan import grid_scan as grid_scan
 from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule
 from zoo.ops.linear_attention.delta_rule import delta_rule_summary as delta_rule_summary
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention as gated_linear_attention
-from zoo.ops.linear_attention.gated_linear_attention import (
-    gated_linear_attention_summary as gated_linear_attention_summary,
-)
+from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention_summary as gated_linear_attention_summary
 from zoo.ops.recurrent.elman import elman as elman
 from zoo.ops.recurrent.gru import gru as gru
 from zoo.ops.recurrent.lstm import lstm as lstm

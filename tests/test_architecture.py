@@ -1,6 +1,7 @@
 """The floors of the house: imports point one way, and none hides in a function."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -14,29 +15,36 @@ FOLDERS = {"zoo": "zoo", "ops": "zoo.ops", "layers": "zoo.layers", "train": "zoo
 FLOORS = {
     "zoo.errors": set(),
     "zoo._discover": set(),
+    "zoo._deprecation": set(),
+    "zoo.ranges": {"zoo.errors"},
     "zoo.files": {"zoo.errors"},
     "zoo._types": {"zoo.errors"},
     "zoo._stubs": {"zoo.files"},
     "zoo.ops": {"zoo.errors", "zoo._discover"},
-    "zoo.layers": {"zoo.ops", "zoo.errors", "zoo._discover"},
-    "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files"},
+    "zoo.layers": {"zoo.ops", "zoo.errors", "zoo._discover", "zoo.ranges"},
+    "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges", "zoo._deprecation"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.config": {"zoo.errors", "zoo._types", "zoo.registry", "zoo.configs"},
-    "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors"},
+    "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry"},
+    "zoo.config": {
+        "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo._deprecation",
+    },
+    "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
     "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors"},
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
-        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.configs", "zoo",
+        "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
+        "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",
     },
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
-NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.errors")
+OPERATOR = re.compile(r"zoo\.ops\.(?!core\b|shard\b)\w+\.\w+")  # zoo.ops.FAMILY.NAME
+NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.settings", "zoo.errors")
 
 
 def modules() -> dict[str, ast.Module]:
@@ -127,3 +135,18 @@ def test_light_modules_import_no_torch_and_nothing_has_a_bare_name() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if OPERATOR.fullmatch(name)))
+def test_every_operators_folder_has_its_proofs(name: str) -> None:
+    """A spec.py, or a reason in NO_SPEC; and what it offers is named in __all__."""
+    names = {
+        target.id
+        for node in MODULES[name].body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    has_spec = f"{name}.spec" in MODULES
+    assert has_spec != ("NO_SPEC" in names), f"{name} owes a spec.py, or a reason in NO_SPEC"
+    assert has_spec == ("__all__" in names), f"{name} names its public functions in __all__"

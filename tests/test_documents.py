@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from zoo.config import compose
+from zoo.ops import newton_scan
+from zoo.ops.core.table import OPERATORS
+from zoo.ops.scans.newton_scan import WIDE
 from zoo.registry import INDEX, list_models, model_info
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,13 @@ def test_the_readmes_python_runs(
     assert space["S"].shape == (2, 4, 32, 64)
 
 
+def test_what_the_readme_says_of_the_forms_of_operators() -> None:
+    assert "fast form in torch" in README
+    assert all("torch" in spec.forms for spec in OPERATORS.values())
+    assert "Most have Triton kernels too" in README
+    assert sum("triton" in spec.forms for spec in OPERATORS.values()) > len(OPERATORS) / 2
+
+
 @pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in commands(README)])
 def test_the_readmes_commands_compose(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,7 +72,46 @@ def test_every_model_has_a_card_with_commands_that_compose(name: str) -> None:
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "model_cards").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert os.path.exists(path.parent / target), f"{path.name} links to {target}"
+
+
+FOLDERS = ("ops", "layers", "zoo", "train", "configs", "tests", "benchmarks", "examples")
+NAMED_FILE = re.compile(r"`([\w./*]+\.(?:py|yaml))`")
+OF_A_RUN = {"config.yaml"}
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+
+
+def missing(text: str) -> list[str]:
+    """Files that a text names and nobody has. `NAME` stands for any name; `s4/convolved.py` may lie anywhere."""
+    names = {name for name in NAMED_FILE.findall(text) if "NAME" not in name and "retention" not in name} - OF_A_RUN
+    anywhere = {f"/{path.relative_to(ROOT).as_posix()}" for path in SOURCES}
+    return [
+        name
+        for name in sorted(names)
+        if not any(path.endswith(f"/{name}") for path in anywhere) and not any(ROOT.glob(name))
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_documents_name_are_there(page: str) -> None:
+    assert missing((ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_files_that_docstrings_name_are_there() -> None:
+    named = {path.relative_to(ROOT).as_posix(): missing(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {path: names for path, names in named.items() if names} == {}
+
+
+def test_a_missing_file_is_seen() -> None:
+    tick, name = "`", "nowhere.py"  # apart, since this file is read as well
+    assert missing(f"{tick}{name}{tick}, `ops/NAME/spec.py` and `ops/core/spec.py`") == [name]
+
+
+def test_the_docstring_says_from_which_width_newton_walks() -> None:
+    assert f"wide ({WIDE} numbers of state)" in (newton_scan.__doc__ or "")

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from zoo.checkpoint import IN_TRAINER, read_trainer_state
 from zoo.errors import UserError
+
+LIGHTNING_HAS = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers", "callbacks")
+HAS = (IN_TRAINER, "zoo")  # what zoo.train.tasks.task adds
 
 __all__ = ["AtomicCheckpointIO", "link_over"]
 
@@ -51,13 +54,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read tensors and plain values only, whatever the caller asks for."""
+        place = Path(path)
+        best = place.with_name("best.ckpt")
+        other = f"copy {best.name} over it" if best != place and best.is_file() else "put another copy in its place"
         try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            checkpoint = read_trainer_state(place)
+        except UserError as error:
+            raise UserError(f"the run cannot go on: {error}, or {other}, or start a new run") from error
+        lacking = [name for name in (*LIGHTNING_HAS, *HAS) if name not in checkpoint]
+        if lacking:
             raise UserError(
-                f"the checkpoint {path} is damaged or not of a run ({str(error).splitlines()[0]}); put another in its "
-                "place, such as best.ckpt beside it"
-            ) from error
+                f"the run cannot go on: {place} is not a checkpoint of zoo train, it has no {', '.join(lacking)}; "
+                f"{other}, or start a new run"
+            )
         return checkpoint
 
 

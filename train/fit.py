@@ -202,7 +202,9 @@ def _finish(
         kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
         raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error
     try:
-        plot_loss(folder.table, folder.plot)
+        plot_loss(folder)
+    except UserError as error:  # an extra is missing; the run is as good without
+        folder.say(str(error))
     except OSError as error:
         folder.say(f"warning: {folder.plot} could not be drawn ({error.strerror or error})")
     if draw is not None:

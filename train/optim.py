@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import UserError
+from zoo.ranges import Range, check_fields
 
 __all__ = ["AdamW", "Limits", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
 
@@ -96,20 +96,15 @@ class AdamW:
         min_lr_ratio: the cosine ends at this part of the peak.
     """
 
-    lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    warmup_steps: int = 50
-    min_lr_ratio: float = 0.1
+    lr: Annotated[float, Range(above=0)] = 2e-3
+    betas: Annotated[tuple[float, float], Range(0, below=1)] = (0.9, 0.95)
+    eps: Annotated[float, Range(0)] = 1e-8
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    warmup_steps: Annotated[int, Range(0)] = 50
+    min_lr_ratio: Annotated[float, Range(0, 1)] = 0.1
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise UserError(f"optim.lr must be above 0, got {self.lr}")
-        if self.warmup_steps < 0:
-            raise UserError(f"optim.warmup_steps must be 0 or more, got {self.warmup_steps}")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise UserError(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        check_fields(self, "optim.")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """The optimiser for `model`; fused, so that a step can be skipped on the device without asking the host."""

@@ -1,15 +1,21 @@
 """The trainer's options: a handful of our own, and Lightning's by their own names."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Annotated
 
-from zoo.errors import UserError
+import torch
+
+from zoo.errors import UsageError, UserError
+from zoo.ranges import Range, check_fields
 from zoo.train.optim import Limits
 
 __all__ = ["TrainerConfig"]
 
 DEFAULT_STEPS = 1000
 DEFAULT_SECONDS = 240.0
+PROCESSES_A_CORE = 8  # tests and rehearsals start more processes than there are cores; nobody means dozens for each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,27 +32,28 @@ class TrainerConfig:
             that a run limited by time is only as repeatable as the machine's speed. With none of max_steps, max_time
             and max_epochs: 1000 steps or 4 minutes, whichever comes first.
         max_epochs: passes over the data; turned into steps.
-        log_every: steps between two rows of metrics.
+        log_every: steps between two rows of metrics; before the first of them, steps 1, 2, 3, 4, 6, 8, 12,
+            ... have rows.
         val_every: steps between two validations; one more follows the last step.
         checkpoint_every: steps between two checkpoints; every validation writes one, too. 0: only those.
         sample_every: steps between two text samples; 0: only the one at the end.
     """
 
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, Range(1)] = None
     max_time: str | None = None
-    max_epochs: int | None = None
-    log_every: int = 20
-    val_every: int = 200
-    checkpoint_every: int = 200
-    sample_every: int = 500
+    max_epochs: Annotated[int | None, Range(1)] = None
+    log_every: Annotated[int, Range(1)] = 20
+    val_every: Annotated[int, Range(1)] = 200
+    checkpoint_every: Annotated[int, Range(0)] = 200
+    sample_every: Annotated[int, Range(0)] = 500
 
     accelerator: str = "auto"
     devices: int | str | list[int] = "auto"
-    num_nodes: int = 1
+    num_nodes: Annotated[int, Range(1)] = 1
     precision: str | None = None  # None: bf16-mixed on CUDA, 32-true elsewhere
     fast_dev_run: int | bool = False
-    limit_val_batches: int | float = 1.0
-    accumulate_grad_batches: int = 1
+    limit_val_batches: Annotated[int | float, Range(0)] = 1.0
+    accumulate_grad_batches: Annotated[int, Range(1)] = 1
     gradient_clip_val: float | None = 1.0
     gradient_clip_algorithm: str = "norm"
     deterministic: bool = False
@@ -57,15 +64,8 @@ class TrainerConfig:
     enable_model_summary: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "val_every", "accumulate_grad_batches", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("checkpoint_every", "sample_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"trainer.{name} must be 0 (never) or more, got {getattr(self, name)}")
-        for name in ("max_steps", "max_epochs"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"trainer.{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self, "trainer.")
+        self._check_processes()
         if self.precision is not None and str(self.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "
@@ -78,6 +78,17 @@ class TrainerConfig:
             )
         if self.max_time is not None:
             parse_time(self.max_time)
+
+    def _check_processes(self) -> None:
+        """Refuse more processes on a CPU than it can hold: Lightning would start them all."""
+        on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.accelerator.is_available())
+        count = int(self.devices) if str(self.devices).isdecimal() else 0
+        cores = os.cpu_count() or 1
+        if on_cpu and count > PROCESSES_A_CORE * cores:
+            raise UsageError(
+                f"trainer.devices counts processes on a CPU and may be at most {PROCESSES_A_CORE} for each core, "
+                f"{PROCESSES_A_CORE * cores} here; got {count}"
+            )
 
     def limits(self, batches_per_epoch: int | None) -> Limits:
         """The limits in steps and seconds; `batches_per_epoch` is only needed with `max_epochs`."""

@@ -6,7 +6,6 @@ code from a file: weights are safetensors, and whatever is pickled is read with 
 
 import json
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 from zoo.convert import table
 from zoo.convert.fields import Fields
+from zoo.convert.fill import WEIGHTS as DTYPES
 from zoo.convert.fill import fill
 from zoo.convert.format import Format
-from zoo.convert.stored import Held, first_line, open_folder, read_json
+from zoo.convert.stored import Held, first_line, load_pickle, open_folder, read_json
 from zoo.errors import UsageError, UserError, remedy
 from zoo.registry import DEFAULT_SIZE, create_model, model_info
 
@@ -176,33 +176,37 @@ def load(
         path: a checkpoint folder; a run's folder (its final model, or the last state of an unfinished run); a .ckpt
             file of the trainer; a folder of transformers or flash-linear-attention; or owner/name on the Hugging
             Face hub.
-        dtype: of the floating-point tensors, such as torch.bfloat16 or "bfloat16"; that of the file when omitted.
+        dtype: of the floating-point tensors, such as torch.bfloat16 or "bfloat16"; that of the file when omitted. A
+            file that mixes several is read in one: the dtype that its config declares (transformers does the same),
+            else the widest of them.
         device: the CPU when omitted.
 
     Raises:
-        UserError: nothing is there, or it is damaged, of an unknown format, or not of the model that its config names.
+        UserError: nothing is there, or it is damaged, of an unknown format, or not of the model that its config names;
+            or a weight is stored as integers.
     """
     kind, place = _dtype(dtype), None if device is None else torch.device(device)
     found = locate(path)
     format: Format | None = None
+    declared: torch.dtype | None = None
     if found.suffix == ".ckpt":
         described, tensors = read_trainer(found)
         stored: Any = Held(tensors, str(found))
     else:
-        described, format = _read_description(found)
+        described, format, declared = _read_description(found)
         stored = open_folder(found)
     try:
         model = _without_memory(described)
     except UserError as error:
         raise UserError(f"{found} holds a model that cannot be built here: {error}") from error
-    fill(model, stored, format, dtype=kind, device=place)
+    fill(model, stored, format, dtype=kind, declared=declared, device=place)
     return model.to(place).eval() if place is not None else model.eval()
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    known = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+    known = {str(d).removeprefix("torch."): d for d in DTYPES}
     if dtype not in known:
         end = remedy(dtype, known, f"known are {', '.join(known)}")
         raise UsageError(f"no dtype {dtype!r}{end}")
@@ -245,15 +249,22 @@ def run_of(path: str | os.PathLike[str]) -> Path | None:
     return next((folder for folder in (given, *given.parents) if (folder / "config.yaml").is_file()), None)
 
 
-def _read_description(folder: Path) -> tuple[dict[str, Any], Format | None]:
-    """Model, size and config, and the foreign format that they were read from."""
+def _read_description(folder: Path) -> tuple[dict[str, Any], Format | None, torch.dtype | None]:
+    """Model, size and config; the foreign format that they were read from, and the dtype that it declares."""
     path = folder / CONFIG
     values = read_json(path)
     if not isinstance(values, dict) or "format" in values:
-        return _checked(values, path), None
+        return _checked(values, path), None, None
     format = table.recognise(values, str(path))
     model, config = format.describe(Fields(values, str(path)))
-    return {"model": model, "size": _size_of(model, config), "config": config}, format
+    described = {"model": model, "size": _size_of(model, config), "config": config}
+    return described, format, _declared(values)
+
+
+def _declared(values: dict[str, Any]) -> torch.dtype | None:
+    """The dtype that a foreign config names, under the present name of the field or the older one."""
+    name = values.get("dtype") or values.get("torch_dtype")
+    return next((dtype for dtype in DTYPES if str(dtype).removeprefix("torch.") == name), None)
 
 
 def _size_of(model: str, config: dict[str, Any]) -> str:
@@ -280,17 +291,27 @@ def _checked(described: Any, source: Path) -> dict[str, Any]:
     return described
 
 
+def read_trainer_state(path: Path) -> dict[str, Any]:
+    """All that a trainer's .ckpt holds: tensors and plain values; no code of the file is run.
+
+    Raises:
+        UserError: the file is damaged, holds other objects, or is not from zoo train.
+    """
+    content = load_pickle(path)
+    weights = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path} is no trainer's checkpoint: it has no state_dict of tensors; take another copy")
+    return content
+
+
 def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The model inside a trainer's .ckpt.
 
     Raises:
         UserError: the file is damaged, or not from zoo train.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        described, weights = content.get(IN_TRAINER), content["state_dict"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or no trainer's checkpoint ({first_line(error)}); try another") from error
+    content = read_trainer_state(path)
+    described, weights = content.get(IN_TRAINER), content["state_dict"]
     tensors = {
         name.removeprefix(TASK_PREFIX).removeprefix("_orig_mod."): tensor  # _orig_mod: a compiled model
         for name, tensor in weights.items()

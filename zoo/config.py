@@ -4,12 +4,10 @@ A group's YAML names its class in `_target_` (a model: `name` and `size`) and ho
 of that class. So the keys that a group takes are the parameters of its class, and their defaults live in one place.
 """
 
-import inspect
 import itertools
-import typing
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,21 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo._types import fit, is_opaque, spell
-from zoo.configs import GROUPS, ROOT, choices
+from zoo._deprecation import current_name
+from zoo._types import fit
+from zoo.configs import GROUPS, RENAMED, ROOT, choices
 from zoo.errors import UsageError, remedy
-from zoo.registry import check_fields, check_size, list_models, model_info, resolve
+from zoo.ranges import Range
+from zoo.registry import check_fields, check_size, current_model, list_models, model_info, resolve
+from zoo.settings import NO_DEFAULT, TARGET, Setting, as_plain, indexed, is_plain, settings_of
 
-TARGET = "_target_"
 MISSING = "???"  # Hydra's mark for a value that the user must give
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One key that a group takes: its type as `zoo._types` spells it, and its default or NO_DEFAULT."""
-
-    type: str
-    default: Any
+REQUIRES = (
+    "_requires_"  # in a YAML file: the packages that its choice needs, any one of them; they are an extra of its name
+)
+NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
+SEEDS = Range(0, 2**63 - 1)
+LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 
 def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
@@ -60,26 +58,32 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
+    parsed = _parse([_in_current_words(override, known) for override in parsed])
     _check_choices(parsed, known)
     chosen = {o.key_or_group for o in parsed}
     words = [(o, _without_file(o, known, chosen) or [_unlocked(o)]) for o in parsed]
     config = _compose([word for _, replaced in words for word in replaced], config_dir)
     base = _compose([word for o, replaced in words if _is_choice(o) for word in replaced], config_dir)
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
-    _check_keys(config, {*GROUPS, *base, *extra}, "")
+    _check_keys(config, {*GROUPS, *base, *extra}, "", config)
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
     config["seed"] = _fit("seed", config.get("seed"), "int", raw)
+    SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
+    _check_path("run_dir", config["run_dir"])
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
             config[group] = _fill_model(section)
+        elif section is None and group in NEEDED:
+            raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
-            config[group] = _fill(group, section, parameters(section[TARGET]), raw)
+            _check_packages(group, section.pop(REQUIRES, []), config, parsed)
+            config[group] = _fill(group, section, parameters(section[TARGET]), raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
         elif isinstance(section, dict):
-            _check_keys(section, base.get(group) or (), f"{group}.")
+            _check_keys(section, base.get(group) or (), f"{group}.", config)
         elif section is not None:
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
     _check_missing(config, "")
@@ -135,46 +139,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in config.items()}
 
 
-def parameters(target: str) -> dict[str, Parameter]:
-    """The keys that a class takes from a config: its constructor's parameters that plain values can fill.
+def parameters(target: str) -> dict[str, Setting]:
+    """The settings that a class takes from a config; from the index, or by importing a class that is in none.
 
-    Parameters for objects (a module, a callback) are the run's to give, not the user's.
+    Raises:
+        UsageError: the class cannot be imported.
     """
+    settings = indexed(target)
+    if settings is not None:
+        return settings
     try:
         owner = resolve(target)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{TARGET}: {target} cannot be imported: {_first_line(error)}") from error
-    hints = _hints(owner)
-    found = {}
-    for name, parameter in inspect.signature(owner).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            found["**"] = Parameter("Any", NO_DEFAULT)
-        elif parameter.kind is not parameter.VAR_POSITIONAL and not is_opaque(hints.get(name, "Any")):
-            default = NO_DEFAULT if parameter.default is parameter.empty else parameter.default
-            found[name] = Parameter(hints.get(name, "Any"), default)
-    return found
-
-
-def _hints(owner: Any) -> dict[str, str]:
-    """{parameter: its type}, as far as the annotations can be read."""
-    init = inspect.unwrap(getattr(owner, "__init__") if isinstance(owner, type) else owner)  # noqa: B009 - may be inherited
-    try:
-        return {name: spell(hint) for name, hint in typing.get_type_hints(init).items()}
-    except NameError:  # a name imported for type checkers only, as in Lightning's loggers
-        return {}
+    return settings_of(owner)
 
 
 def _fill(
-    group: str, section: dict[str, Any], known: Mapping[str, Parameter], raw: Mapping[str, str]
+    group: str,
+    section: dict[str, Any],
+    known: Mapping[str, Setting],
+    raw: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
-        _check_keys(given, known, f"{group}.")
+        _check_keys(given, known, f"{group}.", config)
     defaults = {name: p.default for name, p in known.items() if name != "**" and p.default is not NO_DEFAULT}
-    filled = {TARGET: section[TARGET]} | {name: _plain(value) for name, value in defaults.items() if _is_plain(value)}
+    filled = {TARGET: section[TARGET]} | {name: as_plain(value) for name, value in defaults.items() if is_plain(value)}
     for key, value in given.items():
-        spelled = known[key].type if key in known else "Any"
-        filled[key] = value if value == MISSING else _plain(_fit(f"{group}.{key}", value, spelled, raw))
+        setting = known.get(key, Setting("Any"))
+        filled[key] = value if value == MISSING else as_plain(_fit(f"{group}.{key}", value, setting.type, raw))
+        if setting.range is not None:
+            setting.range.check(f"{group}.{key}", filled[key])
     return filled
 
 
@@ -189,7 +186,7 @@ def _fill_model(section: Any) -> dict[str, Any]:
     filled = {"name": info.name, "size": size, **info.config(size)}
     if "vocab_size" in filled:
         filled["vocab_size"] = None
-    return filled | {name: _plain(value) for name, value in fields.items()}
+    return filled | {name: as_plain(value) for name, value in fields.items()}
 
 
 def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
@@ -201,11 +198,44 @@ def _fit(key: str, value: Any, spelled: str, raw: Mapping[str, str]) -> Any:
         raise UsageError(f"{key} must be {expected}, got {value!r} ({type(value).__name__})") from expected
 
 
-def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str) -> None:
+def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str, config: Mapping[str, Any]) -> None:
     for key in given:
         if key not in known:
-            end = remedy(prefix + key, [prefix + k for k in known], "zoo config prints all settings")
+            otherwise = "zoo config prints all settings"
+            homes = " or ".join(_homes(key, config))
+            end = f"; did you mean {homes}? {otherwise}" if homes else ""
+            end = end or remedy(prefix + key, [prefix + k for k in known], otherwise)
             raise UsageError(f"no setting {prefix + key!r}{end}")
+
+
+def _homes(key: str, config: Mapping[str, Any]) -> list[str]:
+    """The groups of a config that have a setting of this name, as group.key=."""
+    keys: dict[str, Collection[str]] = {}
+    for group in GROUPS:
+        section = config.get(group)
+        if group == "model" and isinstance(section, dict) and section.get("name") in list_models():
+            keys[group] = {"size", *model_info(section["name"]).fields}
+        elif isinstance(section, dict) and TARGET in section:
+            keys[group] = parameters(section[TARGET])
+    return [f"{group}.{key}=" for group, names in keys.items() if key in names]
+
+
+def _check_path(key: str, path: str | None) -> None:
+    """Refuse a path that no file system takes, before anything is made for it."""
+    for name in Path(path or "").parts:
+        size = len(os.fsencode(name))
+        if size > LONGEST_NAME:
+            raise UsageError(f"the names in {key} must have at most {LONGEST_NAME} bytes each, got one of {size}")
+
+
+def _check_packages(group: str, packages: Sequence[str], config: Mapping[str, Any], parsed: Sequence[Override]) -> None:
+    """Refuse a choice whose package is not installed; the extra of the choice's name brings it."""
+    if packages and not any(map(find_spec, packages)):
+        choice = next((o.value() for o in reversed(parsed) if o.key_or_group == group), packages[0])
+        raise UsageError(
+            f"{group}={choice} needs the package {' or '.join(packages)}, which is not installed; "
+            f"pip install 'seqzoo[{choice}]'"
+        )
 
 
 def _check_missing(config: Mapping[str, Any], prefix: str) -> None:
@@ -229,6 +259,16 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
         names = sorted({*known[group], *(list_models() if group == "model" else ())})
         end = remedy(choice, names, f"{group} can be {', '.join(names) or 'nothing yet'}")
         raise UsageError(f"no {group} {choice!r}{end}")
+
+
+def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> str:
+    """The override as it was written, with a choice that has another name today under that name."""
+    line, group, choice = override.input_line or "", override.key_or_group, override.value()
+    if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
+        return line
+    today = current_name(group, choice, RENAMED.get(group, {}))
+    today = current_model(today) if group == "model" else today
+    return line if today == choice else f"{line.partition('=')[0]}={today}"
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -289,19 +329,3 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _is_plain(v) for k, v in value.items())
-    return value is None or isinstance(value, bool | int | float | str | Path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return str(value) if isinstance(value, Path) else value

@@ -1,7 +1,7 @@
 """One index of models: name -> config, builder, sizes, task, tags, paper. Imports no torch until a model is built.
 
 Each model of this package is described by a generated file, zoo/models/index/NAME.json; `python -m zoo.registry` writes
-them, and with them the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
+them, and with them the index of settings and the stubs that tell type checkers what `zoo.ops` and `zoo.layers` hold.
 Third parties register by importing a module that calls `register`, or by an entry point of the group zoo.models.
 """
 
@@ -19,9 +19,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from zoo._deprecation import RENAMED_FROM, current_name
 from zoo._types import fit, spell
 from zoo.errors import UsageError, UserError, remedy
 from zoo.files import write_text
+from zoo.ranges import Range, ranges_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +45,10 @@ class ModelInfo:
         task: what it is trained for.
         tags: what it is: recurrent, linear, hybrid, ...
         paper: the source, or None.
-        fields: {field: {"type": text, "default": value}} of its config.
+        fields: {field: {"type": text, "default": value}} of its config, with "range" where one is declared.
         sizes: {size: the fields in which it differs from the defaults}.
         params: {size: number of parameters}, shared ones counted once.
+        renamed_from: names that the model had before, which keep working.
     """
 
     name: str
@@ -56,6 +59,7 @@ class ModelInfo:
     fields: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, Any]]
     params: Mapping[str, int]
+    renamed_from: tuple[str, ...] = ()
 
     def config(self, size: str = DEFAULT_SIZE) -> dict[str, Any]:
         """Every field of one size, as plain values."""
@@ -72,6 +76,7 @@ class _Registered:
     task: str
     tags: tuple[str, ...]
     paper: str | None
+    renamed_from: tuple[str, ...]
 
 
 _registered: dict[str, _Registered] = {}
@@ -85,6 +90,7 @@ def register(
     task: str = "language_modelling",
     tags: Iterable[str] = (),
     paper: str | None = None,
+    renamed_from: Iterable[str] = (),
 ) -> Callable[[Builder], Builder]:
     """Give a model a name: a decorator on its builder, a function from its config to an nn.Module.
 
@@ -95,6 +101,7 @@ def register(
         task: what the model is trained for.
         tags: what `list_models(tags=...)` selects by.
         paper: title, authors, arXiv number.
+        renamed_from: names that the model had before; each keeps working and says once what to write.
 
     Raises:
         ValueError: the name is taken, "tiny" is missing, or a size sets a field that the config does not have.
@@ -113,7 +120,9 @@ def register(
         homes |= {_index()[name].module} if name in _index() else set()
         for home in homes - {build.__module__}:
             raise ValueError(f"a model's name must be unique: {name!r} in {build.__module__} is taken by {home}")
-        _registered[name] = _Registered(name, config, build, checked, task, tuple(sorted(tags)), paper)
+        _registered[name] = _Registered(
+            name, config, build, checked, task, tuple(sorted(tags)), paper, tuple(renamed_from)
+        )
         _info_of_registered.cache_clear()
         return build
 
@@ -146,9 +155,19 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         UsageError: no model has this name.
     """
+    name = current_model(name)
     if name in _index():
         return _index()[name]
     return _info_of_registered(_find(name).name)
+
+
+def current_model(name: str) -> str:
+    """The name of a model today. An old name gives the new one, with one warning a process; others come back as are."""
+    if name in _index() or name in _registered:
+        return name
+    former = {old: info.name for info in _index().values() for old in info.renamed_from}
+    former |= {old: entry.name for entry in _registered.values() for old in entry.renamed_from}
+    return current_name("model", name, former)
 
 
 def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Module":
@@ -163,19 +182,22 @@ def create_model(name: str, size: str = DEFAULT_SIZE, **fields: Any) -> "nn.Modu
         the module, with `name`, `size` and `config` (the frozen dataclass) as attributes.
 
     Raises:
-        UsageError: no such model, size or field, or a value of another type.
-        UserError: the config refuses the values.
+        UsageError: no such model, size or field, a value of another type or out of its field's range, or values that
+            contradict each other.
+        UserError: the parameters do not fit in the memory of the device.
     """
     entry = _find(name)
+    name = entry.name
     check_size(name, size, entry.sizes)
     values = {**entry.sizes[size], **check_fields(name, fields, _fields(entry.config))}
     try:
         config = entry.config(**values)
+        importlib.import_module("zoo.models._parameters").refuse_too_large(name, entry.build, config)
         model = entry.build(config)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"model {name!r}: {error}") from error
+        raise UsageError(f"model {name!r}: {error}") from error
     for attribute, value in {"name": name, "size": size, "config": config}.items():
         setattr(model, attribute, value)
     return model
@@ -189,22 +211,26 @@ def check_size(name: str, size: str, sizes: Iterable[str]) -> None:
 
 
 def check_fields(name: str, values: Mapping[str, Any], fields: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values in the types of a model's fields.
+    """The values in the types of a model's fields, numbers in their ranges.
 
     Raises:
-        UsageError: the model has no such field, or a value has another type.
+        UsageError: the model has no such field, or a value has another type or lies outside the field's range.
     """
     checked = {}
-    for field, value in values.items():
+    former = {old: new for new, entry in fields.items() for old in entry.get(RENAMED_FROM, ())}
+    for given, value in values.items():
+        field = current_name(f"field of model {name!r}", given, former)
+        if field in checked or (field != given and field in values):
+            raise UsageError(f"model {name!r} takes {field!r} once, and {given!r} is an old name of it; leave it out")
         if field not in fields:
             end = remedy(field, fields, f"zoo show {name} lists them")
             raise UsageError(f"model {name!r} has no field {field!r}{end}")
+        what = f"field {field!r} of model {name!r}"
         try:
             checked[field] = fit(value, fields[field]["type"])
         except TypeError as expected:
-            raise UsageError(
-                f"field {field!r} of model {name!r} must be {expected}, got {value!r} ({type(value).__name__})"
-            ) from expected
+            raise UsageError(f"{what} must be {expected}, got {value!r} ({type(value).__name__})") from expected
+        Range(**fields[field].get("range", {})).check(what, checked[field])
     return checked
 
 
@@ -230,7 +256,10 @@ def resolve(target: str) -> Any:
 @functools.cache
 def _index() -> Mapping[str, ModelInfo]:
     entries = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(INDEX.glob("*.json"))}
-    return MappingProxyType({name: ModelInfo(name, **e | {"tags": tuple(e["tags"])}) for name, e in entries.items()})
+    words = ("tags", "renamed_from")
+    return MappingProxyType(
+        {name: ModelInfo(name, **e | {key: tuple(e.get(key, ())) for key in words}) for name, e in entries.items()}
+    )
 
 
 @functools.cache
@@ -240,6 +269,7 @@ def _entry_points() -> Mapping[str, EntryPoint]:
 
 
 def _find(name: str) -> _Registered:
+    name = current_model(name)
     if name not in _registered and name in _index():
         importlib.import_module(_index()[name].module)
     if name not in _registered and name in _entry_points():
@@ -256,11 +286,18 @@ def _find(name: str) -> _Registered:
 
 
 def _fields(config: type) -> dict[str, dict[str, Any]]:
-    hints = typing.get_type_hints(config)
+    hints, ranges = typing.get_type_hints(config), ranges_of(config)
     return {
         field.name: {"type": spell(hints[field.name]), "default": _plain(_default(field))}
+        | ({"range": ranges[field.name].as_plain()} if field.name in ranges else {})
+        | _former(field)
         for field in dataclasses.fields(config)
     }
+
+
+def _former(field: "dataclasses.Field[Any]") -> dict[str, list[str]]:
+    """The entry for a field's old names; nothing for a field that has none."""
+    return {RENAMED_FROM: list(field.metadata[RENAMED_FROM])} if RENAMED_FROM in field.metadata else {}
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -291,6 +328,7 @@ def _info_of_registered(name: str) -> ModelInfo:
         fields=_fields(entry.config),
         sizes={size: _plain(values) for size, values in entry.sizes.items()},
         params={size: count(entry.build, entry.config(**values)) for size, values in entry.sizes.items()},
+        renamed_from=entry.renamed_from,
     )
 
 
@@ -303,6 +341,8 @@ def build_index() -> dict[str, str]:
     entries = {name: dataclasses.asdict(_info_of_registered(name)) for name in ours}
     for entry in entries.values():
         del entry["name"]
+        if not entry["renamed_from"]:
+            del entry["renamed_from"]
     return {name: json.dumps(entry, indent=1, ensure_ascii=False) + "\n" for name, entry in entries.items()}
 
 
@@ -317,5 +357,8 @@ def write_index() -> list[Path]:
 
 if __name__ == "__main__":
     # The models register with `zoo.registry`, which is another module object than the `__main__` running here.
-    for _path in importlib.import_module("zoo.registry").write_index() + importlib.import_module("zoo._stubs").write():
+    _paths = importlib.import_module("zoo.registry").write_index()
+    for _writer in ("zoo.settings:write_index", "zoo._stubs:write"):
+        _paths += resolve(_writer)()
+    for _path in _paths:
         print(_path)

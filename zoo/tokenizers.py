@@ -23,6 +23,8 @@ from zoo.files import cache_folder, keep_in_cache, write_atomically
 DESCRIPTION = "zoo_tokenizer.json"  # what kind of tokenizer a saved folder holds
 FILES = (DESCRIPTION, "tokenizer.json", "tokenizer.model")  # a folder with one of them holds a tokenizer
 TRAINING_BYTES = 32 << 20  # SentencePiece sees at most this much of a corpus: BPE counts settle long before
+SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
+_PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))  # no text needs them all
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>\Z")
 
 
@@ -128,7 +130,8 @@ class SentencePieceTokenizer:
     """A SentencePiece model; `train` makes one whose pieces spell any text exactly.
 
     Trained here: byte-pair merges with byte fallback, no normalisation, white space kept, line feed a piece.
-    One exception to exactness is SentencePiece's own: U+2581, its mark for a space, reads back as a space.
+    U+2581 is SentencePiece's own mark for a space. In a text it is spelled by its three bytes, so that it reads back as
+    itself; a foreign model without byte pieces has it as an unknown character, like any other that it lacks.
     """
 
     def __init__(self, model: bytes):
@@ -142,8 +145,10 @@ class SentencePieceTokenizer:
         self.start_id = start if start >= 0 else self.eos_id
         ids = range(self.vocab_size)
         self._pieces = [self._piece_bytes(i) for i in ids]
+        self._spelled = "".join(map(self._processor.id_to_piece, ids))  # to find characters that no piece has
         # Models not trained here may put a space before the text that encoding added and decoding takes away.
-        self._strips_first_space = self._processor.decode(self._processor.encode(" a")) != " a"
+        spaced = next((i for i in ids if self._processor.id_to_piece(i).startswith(SPACE_MARK)), None)
+        self._strips_first_space = spaced is not None and not self._processor.decode([spaced]).startswith(" ")
 
     def _piece_bytes(self, id: int) -> bytes:
         if self._processor.is_control(id) or self._processor.is_unused(id):
@@ -153,7 +158,7 @@ class SentencePieceTokenizer:
         piece = self._processor.id_to_piece(id)
         if self._processor.is_byte(id) and (match := _BYTE_PIECE.match(piece)):
             return bytes.fromhex(match[1])
-        return piece.replace("▁", " ").encode()
+        return piece.replace(SPACE_MARK, " ").encode()
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 1024) -> "SentencePieceTokenizer":
@@ -209,11 +214,24 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The pieces of the text."""
-        return self._processor.encode(text)
+        if SPACE_MARK not in text:
+            return self._processor.encode(text)
+        # Another character that neither text nor vocabulary has takes its place: it falls back to its own bytes.
+        other = next(c for c in map(chr, _PRIVATE_USE) if c not in text and c not in self._spelled)
+        ids = self._processor.encode(text.replace(SPACE_MARK, other))
+        wanted, there = ([self._processor.piece_to_id(f"<0x{b:02X}>") for b in c.encode()] for c in (SPACE_MARK, other))
+        at, size = 0, len(there)
+        while at <= len(ids) - size:
+            if ids[at : at + size] == there:
+                ids[at : at + size] = wanted
+                at += size
+            else:
+                at += 1
+        return ids
 
     def encode_array(self, text: str) -> np.ndarray:
         """The pieces of the text, int32."""
-        return np.array(self._processor.encode(text), dtype=np.int32)
+        return np.array(self.encode(text), dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the pieces; control symbols and unknown ids give none."""
@@ -290,7 +308,10 @@ class HuggingFaceTokenizer:
         self.start_id = template[0] if template else self.eos_id
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the text, without the special symbols that the model's template would add."""
+        """The ids of the text, without the special symbols that the model's template would add.
+
+        A special symbol that the text spells out, such as "<|endoftext|>", becomes that symbol.
+        """
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
@@ -322,7 +343,9 @@ class HuggingFaceTokenizer:
 class _WindowStream:
     """Decodes the ids since the last safe place together, because how one id reads may depend on the one before."""
 
-    WAIT = 8  # ids held back for an unfinished character at most: UTF-8 needs four, the rest is broken text
+    # Text that ends with n replacement characters may be n - 1 written ones of three bytes each and three bytes of an
+    # unfinished character: 3 n ids. It is held back up to there; more ids are broken text, and so is a very long run.
+    WAIT, LONGEST = 3, 64
 
     def __init__(self, tokenizer: HuggingFaceTokenizer):
         self._tokenizer = tokenizer
@@ -335,7 +358,8 @@ class _WindowStream:
             return ""
         self._ids.append(id)
         text = self._fresh()
-        if not text or (text.endswith("\ufffd") and len(self._ids) - self._given < self.WAIT):
+        held, broken = len(self._ids) - self._given, len(text) - len(text.rstrip("\ufffd"))
+        if not text or (held <= self.WAIT * broken and held < self.LONGEST):
             return ""
         self._ids, self._given = self._ids[self._given :], len(self._ids) - self._given
         return text

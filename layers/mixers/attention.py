@@ -58,9 +58,16 @@ class Attention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.n_heads = n_heads or max(1, d_model // 64)
-        self.n_kv_heads = n_kv_heads or self.n_heads
-        self.head_dim = head_dim or d_model // self.n_heads
+        self.n_heads = max(1, d_model // 64) if n_heads is None else n_heads
+        self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
+        if self.n_heads < 1 or self.n_kv_heads < 1:
+            raise ValueError(f"Attention: heads must be at least 1; got {self.n_heads}, and {self.n_kv_heads} of keys")
+        self.head_dim = d_model // self.n_heads if head_dim is None else head_dim
+        if self.head_dim < 1:
+            raise ValueError(
+                f"Attention: head_dim, d_model / n_heads when omitted, must be at least 1; got {self.head_dim} for "
+                f"{self.n_heads} heads of d_model = {d_model}"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"Attention: n_kv_heads must divide n_heads = {self.n_heads}; got {self.n_kv_heads}")
         if rope_base is not None and self.head_dim % 2:

@@ -15,8 +15,22 @@ from zoo.ops import delta_rule
 
 __all__ = ["DeltaNet", "GatedDeltaNet"]
 
-FEATURES = {"silu": F.silu, "relu": F.relu, "elu": lambda x: F.elu(x) + 1, "identity": lambda x: x}
-NORMS = {"l2": l2_norm, "sum": lambda x: x / (x.sum(dim=-1, keepdim=True) + 1e-6), "none": lambda x: x}
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    return F.elu(x) + 1
+
+
+def _sum_norm(x: Tensor) -> Tensor:
+    return x / (x.sum(dim=-1, keepdim=True) + 1e-6)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+# Functions with names of a module: what a layer holds must be picklable, and a lambda is not.
+FEATURES = {"silu": F.silu, "relu": F.relu, "elu": _elu_plus_one, "identity": _identity}
+NORMS = {"l2": l2_norm, "sum": _sum_norm, "none": _identity}
 
 
 class DeltaNetState(NamedTuple):
@@ -44,6 +58,11 @@ class _DeltaMixer(nn.Module):
         backend: str,
     ):
         super().__init__()
+        if min(n_heads, n_v_heads, head_k, head_v) < 1:
+            raise ValueError(
+                f"{type(self).__name__}: heads, and the keys and values of each, must be at least 1; got {n_heads} "
+                f"heads of {head_k} and {n_v_heads} of {head_v}"
+            )
         if n_v_heads % n_heads:
             raise ValueError(f"n_v_heads must be a multiple of n_heads = {n_heads}; got {n_v_heads}")
         self.n_heads, self.n_v_heads, self.head_k, self.head_v = n_heads, n_v_heads, head_k, head_v
@@ -121,7 +140,7 @@ class DeltaNet(_DeltaMixer):
         backend: str = "auto",
     ):
         key_dim, value_dim = int(d_model * expand_k), int(d_model * expand_v)
-        if key_dim % n_heads or value_dim % n_heads:
+        if n_heads < 1 or key_dim % n_heads or value_dim % n_heads:
             raise ValueError(
                 f"DeltaNet: n_heads must divide expand_k * d_model and expand_v * d_model; "
                 f"got {n_heads} heads for {key_dim} and {value_dim}"
@@ -191,7 +210,7 @@ class GatedDeltaNet(_DeltaMixer):
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ):
-        n_v_heads = n_v_heads or n_heads
+        n_v_heads = n_heads if n_v_heads is None else n_v_heads
         super().__init__(
             d_model, n_heads=n_heads, n_v_heads=n_v_heads, head_k=head_dim, head_v=int(head_dim * expand_v),
             conv_size=conv_size, qk_activation="silu", backend=backend,

@@ -61,8 +61,8 @@ class GatedLinearAttention(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
-        if n_heads % self.n_kv_heads:
+        self.n_heads, self.n_kv_heads = n_heads, n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads < 1 or self.n_kv_heads < 1 or n_heads % self.n_kv_heads:
             raise ValueError(f"GatedLinearAttention: n_kv_heads must divide n_heads = {n_heads}; got {self.n_kv_heads}")
         key_dim, value_dim = int(d_model * expand_k), int(d_model * expand_v)
         if key_dim % n_heads or value_dim % n_heads:
@@ -71,6 +71,11 @@ class GatedLinearAttention(nn.Module):
                 f"got {n_heads} heads for {key_dim} and {value_dim}"
             )
         self.head_k, self.head_v = key_dim // n_heads, value_dim // n_heads
+        if min(self.head_k, self.head_v) < 1:
+            raise ValueError(
+                f"GatedLinearAttention: the keys and values of a head must be at least 1; got {self.head_k} and "
+                f"{self.head_v} for {n_heads} heads"
+            )
         self.temperature, self.gate_floor, self.backend = temperature, gate_floor, backend
         kv_k, kv_v = self.head_k * self.n_kv_heads, self.head_v * self.n_kv_heads
         self.q_proj = nn.Linear(d_model, key_dim, bias=False)

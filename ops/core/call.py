@@ -124,7 +124,7 @@ class Operator:
         """Check the arguments of a call and choose what runs.
 
         Args:
-            args: all tensors but the state; the first one says dtype, device, B and T.
+            args: all tensors but the state; the first one says dtype, device and, in its first two dimensions, B and T.
             alike: the arguments that must share one dtype.
             known: sizes that are fixed beforehand.
             cu_seqlens: boundaries of packed documents, or None.
@@ -144,7 +144,7 @@ class Operator:
         assert x is not None
         cuts = None
         if cu_seqlens is not None:
-            cuts = check.boundaries(name or self.name, cu_seqlens, sizes["B"], sizes["T"])
+            cuts = check.boundaries(name or self.name, cu_seqlens, *x.shape[:2])
         decide = self.choose if name else self.decide
         choice = decide(backend, x, sizes, instead=instead, problem=problem, name=name)
         if not x.shape[1]:  # nothing to compute, but the graph must reach every argument: its exchanges have a backward
@@ -229,6 +229,7 @@ class Call:
     """The checked beginning of one call.
 
     name: of the function that was called.
+    batch, length: B and T, the first two sizes of the first argument.
     sizes: every dimension's size by its name.
     cuts: boundaries of packed documents as ints, or None for a batch.
     documents: rows of a state: the packed documents, or B.
@@ -238,7 +239,10 @@ class Call:
     dtype: of states: float32, and float64 for float64 inputs.
     """
 
-    __slots__ = ("_first", "_name", "asked", "backend", "cuts", "documents", "dtype", "name", "several", "sizes", "why")
+    __slots__ = (
+        "_first", "_name", "asked", "backend", "batch", "cuts", "documents", "dtype", "length", "name", "several",
+        "sizes", "why",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, first: str, given: tuple[Tensor | None, str], sizes: dict[str, int],
@@ -247,14 +251,16 @@ class Call:
         self.name, self.sizes, self.cuts = name, sizes, cuts
         self.backend, self.why = choice
         self.asked, self.dtype = asked, dtype
-        self.documents = sizes["B"] if cuts is None else len(cuts) - 1
-        self.several = self.documents > sizes["B"]
-        self._name, self._first = first, given
+        self._name, self._first, (x, _) = first, given, given
+        assert x is not None
+        self.batch, self.length = x.shape[:2]
+        self.documents = self.batch if cuts is None else len(cuts) - 1
+        self.several = self.documents > self.batch
 
     @property
     def one_token(self) -> bool:
         """One token of every row, and nobody asked for a form by name that does it in another way."""
-        return self.sizes["T"] == 1 and self.cuts is None and self.asked in ("auto", "torch")
+        return self.length == 1 and self.cuts is None and self.asked in ("auto", "torch")
 
     def state(self, given: Tensor | None, dims: str, *, dtype: torch.dtype | None = None, **known: int) -> Tensor:
         """The state before the first token: what was given, checked and in the dtype of states, or zeros.
@@ -284,7 +290,7 @@ class Call:
         Raises:
             ValueError: it is another tensor.
         """
-        wanted = self.sizes["B"], self.sizes["T"]
+        wanted = self.batch, self.length
         if given is not None and (not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape != wanted):
             got = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"{self.name}: resets must be a bool tensor (B, T) = {wanted}; got {got}")

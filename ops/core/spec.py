@@ -4,16 +4,20 @@ One `OperatorSpec` in an operator's `spec.py`, listed in `zoo.ops.core.table`, g
 `zoo doctor`.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
-from zoo.ops.core.algebra import Affine, Tail
+from zoo.ops.core.algebra import Affine, Element, Tail
 
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
+State: TypeAlias = "Tensor | tuple[State, ...]"  # tuples may be NamedTuples; dimension 0 is sequences or documents
 
 # Relative error ||ours - exact|| / ||exact|| against the float64 reference, by dtype of the inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -31,6 +35,35 @@ def at_some(x: Tensor, value: float, share: float = 0.1) -> Tensor:
     return torch.where(chosen, torch.full_like(x, value), x)
 
 
+def zeros(state: State) -> State:
+    """A state like this one, all zeros: what a missing state means to most operators."""
+    made: State = tree_map_only(Tensor, torch.zeros_like, state)
+    return made
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """An operator's own tolerances, with the reason why the common ones do not do.
+
+    Args:
+        by_dtype: relative errors in place of those of TOLERANCE; the dtypes that it leaves out keep theirs.
+        reason: what amplifies the rounding, and what was measured.
+
+    Raises:
+        ValueError: there is no reason.
+    """
+
+    by_dtype: Mapping[torch.dtype, float]
+    reason: str
+
+    def __post_init__(self) -> None:
+        if not self.reason.strip():
+            raise ValueError(
+                "Tolerance: a tolerance of an operator's own needs its reason; got none, say what amplifies the "
+                "rounding and what was measured"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class OperatorSpec:
     """One operator, as the harness sees it.
@@ -39,7 +72,11 @@ class OperatorSpec:
         name: the public name in zoo.ops; a second entry for another use of one function adds a word.
         function: the public function, called by keyword with the inputs, `cu_seqlens` and `backend`.
         make: (batch, length, sizes, generator) -> float64 CPU inputs with time in dimension 1, without the state.
-        state: (documents, sizes, generator) -> a float64 initial state; None for operators that carry none.
+        state: (documents, sizes, generator) -> a float64 initial state: a tensor or a tree of tensors (tuples and
+            NamedTuples), each with documents in dimension 0. Integer leaves have no gradient. None for operators that
+            carry no state. In `inputs` the leaves are named "state", or by their place as "state.m" and "state[0]".
+        empty: any state -> the one of the same shapes that a missing state means. Zeros unless said otherwise; a
+            log-sum-exp starts at -inf.
         sizes: the sizes to prove, besides batch and length.
         time: names of the inputs that have time in dimension 1; the others are parameters.
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
@@ -53,23 +90,29 @@ class OperatorSpec:
         forms: the backends it has besides the reference.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
         library: () -> the name of an optional package whose kernels "auto" prefers on CUDA, when it works here, or "".
+        tolerance: the operator's own, where rounding grows in it; None for the common one of each dtype.
+        resets: how a reset inside a sequence is said to the operator: (inputs, (B, T) bool) -> inputs by which the
+            state before each marked step is dropped, as if a sequence began there. None where that cannot be said.
     """
 
     name: str
     function: Callable[..., Tensor | tuple[Tensor, ...]]
     make: Callable[[int, int, Sizes, torch.Generator], Inputs]
-    state: Callable[[int, Sizes, torch.Generator], Tensor] | None
+    state: Callable[[int, Sizes, torch.Generator], State] | None
     sizes: tuple[Sizes, ...]
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
-    summary: Callable[[Inputs, Tensor | None], Affine | Tail] | None = None
+    empty: Callable[[State], State] = zeros
+    summary: Callable[[Inputs, Tensor | None], Affine | Tail | Element] | None = None
     both_sides: bool = False
     iterated: bool = False
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False
     library: Callable[[], str] = str  # none
+    tolerance: Tolerance | None = None
+    resets: Callable[[Inputs, Tensor], Inputs] | None = None
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
@@ -79,16 +122,64 @@ class OperatorSpec:
         sizes = sizes or self.sizes[0]
         made = self.make(batch, length, sizes, generator)
         if self.state is not None:
-            made["state"] = self.state(documents or batch, sizes, generator)
+            made |= named_leaves(self.state(documents or batch, sizes, generator))
         return made
 
     def run(self, inputs: Inputs, *, backend: str = "auto", cu_seqlens: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Call the operator; always a tuple of outputs."""
+        """Call the operator; always a tuple of tensors: the output, the leaves of the state, and what else there is."""
+        given: dict[str, Any] = {name: x for name, x in inputs.items() if name not in self.state_names}
+        if len(given) < len(inputs):
+            given["state"] = self.state_tree(inputs)
         if self.packed:
-            out = self.function(**inputs, cu_seqlens=cu_seqlens, backend=backend)
-        else:
-            out = self.function(**inputs, backend=backend)
-        return out if isinstance(out, tuple) else (out,)
+            given["cu_seqlens"] = cu_seqlens
+        out: tuple[Tensor, ...] = tuple(tree_leaves(self.function(**given, backend=backend)))
+        return out
+
+    @functools.cached_property
+    def _state_layout(self) -> tuple[tuple[str, ...], TreeSpec | None]:
+        if self.state is None:
+            return (), None
+        state = self.state(1, self.sizes[0], torch.Generator())
+        return tuple(named_leaves(state)), tree_flatten_with_path(state)[1]
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The names of the state's leaves in `inputs`, in the order in which `run` returns them; () without a state."""
+        return self._state_layout[0]
+
+    def state_tree(self, inputs: Inputs) -> State:
+        """The state among the inputs, as the function takes it."""
+        names, layout = self._state_layout
+        assert layout is not None, f"{self.name} has no state"
+        state: State = tree_unflatten([inputs[name] for name in names], layout)
+        return state
+
+    def without_state(self, inputs: Inputs) -> Inputs:
+        """The inputs but for the state."""
+        return {name: x for name, x in inputs.items() if name not in self.state_names}
+
+    def states_after(self, outputs: tuple[Tensor, ...]) -> Inputs:
+        """The leaves of the state that `run` returned, named as in the inputs."""
+        return dict(zip(self.state_names, outputs[1:], strict=False))
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        """The relative error that this operator may have in a dtype."""
+        own = {} if self.tolerance is None else self.tolerance.by_dtype
+        return own.get(dtype, TOLERANCE[dtype])
+
+    def red(self, errors: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
+        """The entries over what is allowed."""
+        return {name: error for name, error in errors.items() if not error <= self.allowed(dtype)}
+
+
+def named_leaves(state: State) -> Inputs:
+    """{"state" or "state.field" or "state[i]": leaf}, in the order of the tree."""
+    return {"state" + keystr(path): leaf for path, leaf in tree_flatten_with_path(state)[0]}
+
+
+def is_state(name: str) -> bool:
+    """Whether an input of this name is the state or a leaf of it."""
+    return name == "state" or name.startswith(("state.", "state["))
 
 
 def convert(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
@@ -98,7 +189,7 @@ def convert(inputs: Inputs, dtype: torch.dtype, device: torch.device | str = "cp
     def rounded(name: str, x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x.to(device)
-        return x.to(dtype).to(device, wide if name == "state" else dtype)
+        return x.to(dtype).to(device, wide if is_state(name) else dtype)
 
     return {name: rounded(name, x) for name, x in inputs.items()}
 
@@ -110,14 +201,15 @@ def outputs_and_gradients(
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
     outputs = spec.run({**inputs, **leaves}, backend=backend, cu_seqlens=cu_seqlens)
     generator = torch.Generator().manual_seed(seed)
-    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True)
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    found |= {
+    floating = [y for y in outputs if y.is_floating_point()]
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in floating]
+    gradients = torch.autograd.grad(floating, list(leaves.values()), cotangents, allow_unused=True)
+    numbers = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    numbers |= {
         f"d {name}": torch.zeros_like(x) if g is None else g
         for (name, x), g in zip(leaves.items(), gradients, strict=True)
     }
-    return found
+    return numbers
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -144,5 +236,5 @@ def parity(
 
 
 def red(errors: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """The entries over the tolerance of `dtype`."""
+    """The entries over the common tolerance of `dtype`; `OperatorSpec.red` knows an operator's own."""
     return {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}

@@ -19,23 +19,29 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 
 | file | its one idea |
 |---|---|
-| `place.py` | `SequenceShard`: one rank's place, and how what crosses the edges travels |
+| `sequence_shard.py` | `SequenceShard`: one rank's place, and how what crosses the edges travels |
 | `layout.py` | which tokens a rank holds, in which documents they lie, and at which positions they stand |
 | `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
-| `scan.py` | `incoming_state`: the state at the left edge, in four ways; `crossing`: inside an operator's own node |
-| `ends.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
-| `both.py` | `incoming_states`: the states at both edges, from either side at once |
+| `prefix_scan.py` | `incoming_state`: the state at the left edge; `crossing`: inside an operator's own node |
+| `edge_ranks.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
+| `bidirectional.py` | `incoming_states`: the states at both edges, from either side at once |
+| `fold.py` | `incoming_fold`: the state at the left edge where states join by any associative rule |
+| `frontier.py` | `frontier`: the edge of a picture's strip, handed on in blocks of columns |
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
-| `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
+| `torch_modules.py` | which modules of torch look along time, and their refusal |
+| `tied.py` | `tied`: the output of an empty stretch stays in the graph |
+| `all_reduce.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
 from zoo.ops.shard.all_reduce import total, whole
 from zoo.ops.shard.bidirectional import incoming_states
 from zoo.ops.shard.edge_ranks import across
 from zoo.ops.shard.exchange import Message, observed
+from zoo.ops.shard.fold import incoming_fold
+from zoo.ops.shard.frontier import frontier
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
 from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
@@ -43,6 +49,7 @@ from zoo.ops.shard.prefix_scan import Crossing, crossing, incoming_state, larges
 from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
 from zoo.ops.shard.sequence_shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.serial import serial
+from zoo.ops.shard.tied import tied
 
 __all__ = [
     "ATTENTION",
@@ -60,8 +67,10 @@ __all__ = [
     "crossing",
     "current",
     "from_the_right",
+    "frontier",
     "halo",
     "held",
+    "incoming_fold",
     "incoming_state",
     "incoming_states",
     "largest",
@@ -77,6 +86,7 @@ __all__ = [
     "seen_as",
     "serial",
     "stretch",
+    "tied",
     "tokens_of",
     "total",
     "use",

@@ -1,6 +1,6 @@
 """The states at both edges of a rank's stretch: two exclusive scans along the ranks, one from either side, at once.
 
-Each scan is that of `scan.py`; the one from the right sees time reversed. Their messages travel together: one
+Each scan is that of `prefix_scan.py`; the one from the right sees time reversed. Their messages travel together: one
 all-gather holds the elements of both, and chains advance hop by hop, block i of a chain passing from its rank r to the
 next one in hop r + i. So both ways take the time of one, P - 2 + b hops, and the bytes of two. In the backward pass
 each gradient goes the other way.

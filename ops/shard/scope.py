@@ -6,8 +6,10 @@ from contextvars import ContextVar, Token
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from zoo.ops.shard.sequence_shard import SequenceShard
+from zoo.ops.shard.torch_modules import watch
 
 
 class Scope(NamedTuple):
@@ -56,9 +58,31 @@ class _Entering(AbstractContextManager[None]):
         _SCOPE.reset(self._tokens.pop())
 
 
+class _Watching(_Entering):
+    """The same; modules of torch's own that look along time are refused inside."""
+
+    def __init__(self, scope: Callable[[], Scope | None]):
+        super().__init__(scope)
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._handles.append(watch(lambda: current() is not None))
+
+    def __exit__(self, *error: object) -> None:
+        self._handles.pop().remove()
+        super().__exit__(*error)
+
+
 def use(shard: SequenceShard | None) -> AbstractContextManager[None]:
-    """Everything inside is one rank's stretch of time; None switches an outer shard off."""
-    return _Entering(lambda: None if shard is None else Scope(shard))
+    """Everything inside is one rank's stretch of time; None switches an outer shard off.
+
+    Inside, modules of torch's own that look along time raise ValueError: a convolution without a halo would run on its
+    stretch as if it were the whole sequence. Functions of torch that are called directly are not seen.
+    """
+    if shard is None or shard.size == 1:
+        return _Entering(lambda: None if shard is None else Scope(shard))
+    return _Watching(lambda: Scope(shard))
 
 
 def alone() -> AbstractContextManager[None]:

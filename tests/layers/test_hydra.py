@@ -169,7 +169,7 @@ def accuracy_of(mixer: Callable[[], nn.Module], steps: int = 200) -> float:
         return (out(model.encode(x)[0]).argmax(-1) == labels).float().mean().item()
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_both_sides_know_what_the_past_cannot() -> None:
     hydra = accuracy_of(lambda: Hydra(32, d_state=16, head_dim=16, d_conv=3))
     causal = accuracy_of(lambda: Mamba2(32, d_state=16, head_dim=16, d_conv=3))

@@ -172,7 +172,7 @@ def test_one_of_each_pair_is_kept() -> None:
     assert_close(y[0, :, 0], want)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_delay_task_needs_oscillations() -> None:
     """100 steps back: S4D-Lin learns it; decaying averages and a plain RNN of the same width stay at chance."""
     path = Path(__file__).parents[2] / "benchmarks" / "delay.py"

@@ -6,81 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from case_table import SMALL, CausalCase, make_model, models, parametrize
 from torch.testing import assert_close
 
 import zoo
 from zoo.decoding import compiled, generate, generate_batch
 from zoo.errors import UserError
 from zoo.layers.state import state_bytes
-from zoo.registry import model_info
+from zoo.registry import INDEX, model_info
 
-# One row a model: what it needs besides SMALL to be tested in seconds.
-SMALL = {"d_model": 32, "n_layers": 2, "vocab_size": 50, "hidden_size": 48}
-MODELS: dict[str, dict[str, object]] = {
-    "transformer": {},
-    "gla": {},
-    "deltanet": {},
-    "gated_deltanet": {"head_dim": 12},
-    "mamba": {"d_state": 4},
-    "mamba2": {"d_state": 8, "head_dim": 16, "n_groups": 2},
-    "s4": {"d_state": 8, "mode": "dplr", "n_ssm": 2},
-    "para_gru": {},
-    "para_lstm": {"n_heads": 2},
-    "lstm": {},
-    "gru": {},
-    "slstm": {},
-}
-HYBRIDS = {
-    "s4d + window": ("s4", {"d_state": 8, "pattern": "s4, attention(window=7, n_heads=2)"}),
-    "deltanet + window": ("deltanet", {"pattern": "deltanet, attention(window=7, n_heads=2)"}),
-    "mamba2 + window": ("mamba2", {"pattern": "mamba2(d_state=8, head_dim=16), attention(window=7, n_heads=2)"}),
-    "slstm + window": ("slstm", {"pattern": "slstm, attention(window=7, n_heads=2)"}),
-    "gated_deltanet + gla": ("gated_deltanet", {"head_dim": 12, "pattern": "gated_deltanet, gla(n_heads=2)"}),
-}
-CASES = {name: (name, fields) for name, fields in MODELS.items()} | HYBRIDS
-EVERY = pytest.mark.parametrize("case", CASES)
-
-PUBLISHED = [  # counted in the papers' official configurations
-    ("transformer", "340m", 373_867_520),
-    ("transformer", "1.3b", 1_364_297_728),
-    ("transformer", "7b", 7_241_732_096),
-    ("gla", "340m", 374_475_776),
-    ("gla", "1.3b", 1_365_514_240),
-    ("gla", "7b", 6_741_635_072),
-    ("deltanet", "340m", 374_362_112),
-    ("deltanet", "1.3b", 1_365_677_056),
-    ("gated_deltanet", "500m", 512_272_124),
-    ("gated_deltanet", "1.3b", 1_387_348_732),
-    ("mamba", "130m", 129_135_360),
-    ("mamba", "370m", 371_516_416),
-    ("mamba", "790m", 793_204_224),
-    ("mamba", "1.4b", 1_372_178_432),
-    ("mamba", "2.8b", 2_768_345_600),
-    ("mamba2", "130m", 128_989_632),
-    ("mamba2", "370m", 368_346_624),
-    ("mamba2", "780m", 780_161_280),
-    ("mamba2", "1.3b", 1_343_757_312),
-    ("mamba2", "2.7b", 2_702_599_680),
-    # printed: 406M, 1.42B, 2.90B, 6.76B
-    ("para_gru", "400m", 405_644_288),
-    ("para_gru", "1b", 1_415_268_352),
-    ("para_gru", "2.9b", 2_901_854_720),
-    ("para_gru", "7b", 6_756_896_768),
-    ("para_lstm", "400m", 405_693_440),
-    ("para_lstm", "1b", 1_415_366_656),
-    ("para_lstm", "2.9b", 2_902_018_560),
-    ("para_lstm", "7b", 6_757_158_912),
-]
+CAUSAL = models(CausalCase)
+EVERY = parametrize("case", CAUSAL)
+PUBLISHED = [(case.name or name, *size) for name, case in models().items() for size in case.published.items()]
 
 
-def build(case: str, **fields: object) -> torch.nn.Module:
-    name, own = CASES[case]
-    torch.manual_seed(0)
-    model = zoo.create_model(name, **SMALL, **own, **fields)
-    for parameter in model.parameters():  # far from the start's 0.02, so that every part of the model matters
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+def test_every_model_has_a_case() -> None:
+    ours = {path.stem for path in INDEX.glob("*.json")}  # not what other tests registered
+    missing = ours - {case.name or name for name, case in models().items()}
+    assert not missing, f"tests/cases/NAME.py says what a model's proofs need; {', '.join(sorted(missing))} has none"
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -96,7 +39,7 @@ def assert_same_logits(got: torch.Tensor, want: torch.Tensor) -> None:
 @EVERY
 def test_the_loss_without_logits_is_that_of_the_logits(case: str) -> None:
     for options in ({}, {"tie_embeddings": True}):
-        model, ids = build(case, **options).double(), tokens(2, 20)
+        model, ids = make_model(case, **options).double(), tokens(2, 20)
         targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([-1]), -100)
         found = []
         for loss in (
@@ -117,7 +60,7 @@ def test_published_parameter_counts(name: str, size: str, count: int) -> None:
 
 @EVERY
 def test_prefill_and_steps_equal_one_forward(case: str) -> None:
-    model, x = build(case), tokens(2, 40)
+    model, x = make_model(case), tokens(2, 40)
     whole, last = model(x)
     logits, state = model(x[:, :23])
     parts = [logits]
@@ -132,7 +75,7 @@ def test_prefill_and_steps_equal_one_forward(case: str) -> None:
 @pytest.mark.parametrize("gradients", [True, False])  # without them tokens may take a shorter way
 def test_in_float64_steps_equal_one_forward_exactly(case: str, gradients: bool) -> None:
     """What differs by 1e-5 of the largest logit in float32 is rounding: in float64 it is gone."""
-    model, x = build(case).double(), tokens(2, 40)
+    model, x = make_model(case).double(), tokens(2, 40)
     whole, _ = model(x)
     with torch.set_grad_enabled(gradients):
         logits, state = model(x[:, :23])
@@ -150,7 +93,7 @@ def test_in_float64_steps_equal_one_forward_exactly(case: str, gradients: bool) 
 @EVERY
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_equal_unpadded_ones(case: str, side: str) -> None:
-    model, lengths = build(case), (17, 5, 1, 9)
+    model, lengths = make_model(case), (17, 5, 1, 9)
     rows = [tokens(1, 17)[:, :length] for length in lengths]
     x, mask = torch.full((4, 17), 3), torch.zeros(4, 17, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -167,7 +110,7 @@ def test_padded_batches_equal_unpadded_ones(case: str, side: str) -> None:
 
 @EVERY
 def test_packed_documents_equal_separate_ones(case: str) -> None:
-    model, x, bounds = build(case), tokens(1, 30), [0, 11, 12, 30]
+    model, x, bounds = make_model(case), tokens(1, 30), [0, 11, 12, 30]
     logits, _ = model(x, cu_seqlens=torch.tensor(bounds))
     for left, right in itertools.pairwise(bounds):
         assert_same_logits(logits[:, left:right], model(x[:, left:right])[0])
@@ -176,7 +119,7 @@ def test_packed_documents_equal_separate_ones(case: str) -> None:
 @EVERY
 def test_generation_streams(case: str) -> None:
     """The first token is there before the last one is computed."""
-    model, calls = build(case), []
+    model, calls = make_model(case), []
     model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     stream = generate(model, [1, 2, 3], max_tokens=5, seed=0)
     first = next(stream)
@@ -188,7 +131,7 @@ def test_generation_streams(case: str) -> None:
 
 @EVERY
 def test_greedy_batches_equal_single_prompts(case: str) -> None:
-    model = build(case)
+    model = make_model(case)
     prompts = [[1, 2, 3, 4, 5, 6], [7], [8, 9]]
     rows = list(generate_batch(model, prompts, max_tokens=6, temperature=0))
     for i, prompt in enumerate(prompts):
@@ -198,7 +141,7 @@ def test_greedy_batches_equal_single_prompts(case: str) -> None:
 @EVERY
 def test_compiled_decoding_is_one_program(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens; whatever grows with them, nothing is compiled twice and no layer falls out of the program."""
-    model, prompts, graphs = build(case), [[1, 2, 3, 4, 5, 6], [7], [8, 9]], []
+    model, prompts, graphs = make_model(case), [[1, 2, 3, 4, 5, 6], [7], [8, 9]], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
         graphs.append(graph)
@@ -215,8 +158,9 @@ def test_compiled_decoding_is_one_program(case: str, monkeypatch: pytest.MonkeyP
     assert len(graphs) == 1
 
 
+@pytest.mark.everything
 def test_compiled_decoding_by_torchs_own_compiler() -> None:
-    model = build("mamba")
+    model = make_model("mamba")
     plain = list(generate(model, [1, 2, 3], max_tokens=12, temperature=0.7, seed=3))
     assert list(generate(model, [1, 2, 3], max_tokens=12, temperature=0.7, seed=3, compile=True)) == plain
 
@@ -227,13 +171,13 @@ def test_compiled_decoding_without_a_compiler(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-compiler")))
     with pytest.raises(UserError, match=r"compile needs a compiler.*leave compile out"):
-        list(generate(build("gla"), [1], max_tokens=3, compile=True))
+        list(generate(make_model("gla"), [1], max_tokens=3, compile=True))
 
 
-@pytest.mark.parametrize("case", [case for case in MODELS if not case.startswith("para")])
+@parametrize("case", CAUSAL, only=lambda case: CAUSAL[case].name is None and not case.startswith("para"))
 def test_torch_compile_takes_a_training_step_as_one_program(case: str) -> None:
     """Newton's method asks the host how far it is, and is compiled in pieces."""
-    model, x, found = build(case).train(), tokens(2, 20), []
+    model, x, found = make_model(case).train(), tokens(2, 20), []
     torch.compiler.reset()
     for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
         model.zero_grad()
@@ -246,7 +190,7 @@ def test_torch_compile_takes_a_training_step_as_one_program(case: str) -> None:
 def test_activation_checkpointing_changes_no_gradient(case: str) -> None:
     grads = []
     for on in (False, True):
-        model = build(case, activation_checkpointing=on).train()
+        model = make_model(case, activation_checkpointing=on).train()
         model(tokens(2, 20))[0].square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
@@ -254,7 +198,7 @@ def test_activation_checkpointing_changes_no_gradient(case: str) -> None:
 
 @EVERY
 def test_save_and_load(case: str, tmp_path: Path) -> None:
-    model, x = build(case), tokens(1, 9)
+    model, x = make_model(case), tokens(1, 9)
     zoo.save(model, tmp_path / "checkpoint")
     loaded = zoo.load(tmp_path / "checkpoint")
     assert loaded.config == model.config
@@ -263,9 +207,9 @@ def test_save_and_load(case: str, tmp_path: Path) -> None:
 
 @EVERY
 def test_the_loss_falls(case: str) -> None:
-    name, own = CASES[case]
     torch.manual_seed(0)
-    model, x = zoo.create_model(name, **SMALL, **own, tie_embeddings=True), tokens(4, 24)
+    model = zoo.create_model(CAUSAL[case].name or case, **SMALL, **CAUSAL[case].fields, tie_embeddings=True)
+    x = tokens(4, 24)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
@@ -278,12 +222,12 @@ def test_the_loss_falls(case: str) -> None:
 
 
 def test_tied_embeddings_share_one_matrix() -> None:
-    model = build("deltanet", tie_embeddings=True)
+    model = make_model("deltanet", tie_embeddings=True)
     assert model.lm_head.weight is model.embedding.weight
 
 
 def test_a_prompt_outside_the_vocabulary_is_refused_before_the_model_runs() -> None:
     with pytest.raises(ValueError, match=r"tokens must be in \[0, 50\).*got 50"):
-        next(generate(build("deltanet"), [50], max_tokens=1))
+        next(generate(make_model("deltanet"), [50], max_tokens=1))
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate(build("deltanet"), [], max_tokens=1))
+        next(generate(make_model("deltanet"), [], max_tokens=1))

@@ -63,13 +63,7 @@ def like(x: Tensor, seed: int) -> Tensor:
 def remembering(inputs: Inputs) -> Inputs:
     """Decays near 1 and weak corrections, so that the past matters everywhere."""
     gentle = {"g": 0.02, "beta": 0.1}
-    return {name: x * gentle.get(name, 1.0) for name, x in inputs.items()}
-
-
-def pair(outputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """(y, state), an empty one where there is none."""
-    y, *state = outputs
-    return y, state[0] if state else y.new_zeros(0)
+    return {name: x * gentle[name] if name in gentle else x for name, x in inputs.items()}
 
 
 def operator(
@@ -81,32 +75,35 @@ def operator(
     if cuts is not None:
         cuts = tuple(dict.fromkeys(min(c, length) for c in cuts))
     inputs = remembering(spec.inputs(2 if cuts is None else 1, length, sizes, documents=cuts and len(cuts) - 1))
-    given = given and "state" in inputs
+    given = given and bool(spec.state_names)
     if not given:
-        inputs.pop("state", None)
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        inputs = spec.without_state(inputs)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
     here = Slice(place, length, cuts)
 
-    y, after = pair(spec.run(leaves, backend=backend, cu_seqlens=here.cut()))
-    dy, dafter = like(y, 1), like(after, 2)
-    whole = torch.autograd.grad((y * dy).sum() + (after * dafter).sum(), list(leaves.values()))
+    outputs = spec.run(inputs, backend=backend, cu_seqlens=here.cut())
+    y, after = outputs[0], spec.states_after(outputs)
+    dy, dafter = like(y, 1), {name: like(x, 2) for name, x in after.items() if x.is_floating_point()}
+    whole = torch.autograd.grad([y, *(after[name] for name in dafter)], list(leaves.values()), [dy, *dafter.values()])
 
-    own = {name: here.of(x) if name in spec.time else x for name, x in leaves.items()}
-    if given and cuts is not None:
-        own["state"] = leaves["state"][here.rows]
-    elif given and place.rank:
-        own["state"] = torch.full_like(leaves["state"], torch.nan)  # the past is what earlier ranks send
+    own = {name: here.of(x) if name in spec.time else x for name, x in inputs.items()}
+    for name in spec.state_names if given else ():
+        if cuts is not None:
+            own[name] = inputs[name][here.rows]
+        elif place.rank and name in leaves:
+            own[name] = torch.full_like(inputs[name], torch.nan)  # the past is what earlier ranks send
     with within(place):
-        y_, after_ = pair(spec.run(own, backend=backend, cu_seqlens=here.cu))
+        outputs = spec.run(own, backend=backend, cu_seqlens=here.cu)
+    y_, after_ = outputs[0], spec.states_after(outputs)
     loss = (y_ * here.of(dy)).sum()
     errors = {"output": relative_error(y_, here.of(y))}
-    rows = [here.rows[i] for i in here.ended] if after.numel() else []
-    if cuts is not None and rows:
-        loss = loss + (after_[here.ended] * dafter[rows]).sum()
-        errors["state"] = relative_error(after_[here.ended], after[rows])
-    elif cuts is None and after.numel() and place.rank == place.size - 1:
-        loss = loss + (after_ * dafter).sum()
-        errors["state"] = relative_error(after_, after)
+    rows = [here.rows[i] for i in here.ended]
+    last = place.rank == place.size - 1
+    for name in after if (rows if cuts is not None else last) else ():
+        ends, exact = (after_[name], after[name]) if cuts is None else (after_[name][here.ended], after[name][rows])
+        errors[name] = relative_error(ends, exact)
+        if name in dafter:
+            loss = loss + (ends * (dafter[name] if cuts is None else dafter[name][rows])).sum()
     parts = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     for name, ours, exact in zip(leaves, summed(place, parts), whole, strict=True):
         errors[f"d {name}"] = relative_error(ours, exact)

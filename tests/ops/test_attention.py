@@ -145,7 +145,7 @@ def test_it_is_torchs_attention(form: str, causal: bool) -> None:
 @pytest.mark.parametrize("window", [1, 17, 39, 40])
 @pytest.mark.parametrize("form", FORMS)
 def test_its_window_is_that_of_flash_linear_attention(form: str, window: int) -> None:
-    naive = pytest.importorskip("fla.ops.attn.naive", reason="flash-linear-attention is not installed")
+    naive = pytest.importorskip("fla.ops.attn.naive", reason="needs flash-linear-attention; install the extra parity")
     args = inputs(1, 40, 40, K=16, V=16)
     want = gradients(lambda *a: (naive.naive_parallel_attn(*a, window_size=window)[0],), args)
     ours = gradients(lambda *a: (attention(*a, window=window, backend=form),), for_form(form, args))

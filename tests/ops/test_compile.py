@@ -9,7 +9,7 @@ import pytest
 from zoo.ops.core import dispatch
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.everything,
     pytest.mark.skipif(not dispatch.HAS_TRITON, reason="triton is not installed"),
 ]
 
@@ -19,6 +19,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_fits(target: str) -> None:
     done = run("-m", "zoo.ops.core.compile_kernels", "--first", "--targets", target)

@@ -151,7 +151,9 @@ def test_parity_of_bits_is_exact(backend: str) -> None:
 
 
 def test_agrees_with_flash_linear_attention() -> None:
-    naive = pytest.importorskip("fla.ops.delta_rule.naive")
+    naive = pytest.importorskip(
+        "fla.ops.delta_rule.naive", reason="needs flash-linear-attention; install the extra parity"
+    )
     given = {name: x.float() for name, x in inputs(64).items() if name != "g"}
     q, k, v, beta = (given[name].transpose(1, 2) for name in ("q", "k", "v", "beta"))
     o, S = delta_rule(**given)
@@ -166,7 +168,9 @@ def test_agrees_with_flash_linear_attention() -> None:
 
 @pytest.mark.parametrize("T", [1, 37, 130])
 def test_agrees_with_gated_flash_linear_attention(T: int) -> None:
-    naive = pytest.importorskip("fla.ops.gated_delta_rule.naive")
+    naive = pytest.importorskip(
+        "fla.ops.gated_delta_rule.naive", reason="needs flash-linear-attention; install the extra parity"
+    )
     given = {name: x.float() for name, x in inputs(T).items()}
     rest = {"initial_state": given["state"], "output_final_state": True}
     q, k, v, beta, g = (given[name] for name in ("q", "k", "v", "beta", "g"))

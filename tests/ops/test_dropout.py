@@ -9,7 +9,8 @@ import torch
 
 from zoo.ops import dropout
 from zoo.ops.core import dispatch
-from zoo.ops.core.spec import OperatorSpec, parity, randn, red
+from zoo.ops.core.spec import parity, red
+from zoo.ops.core.table import OPERATORS
 from zoo.ops.token_wise.dropout.philox import keep_mask, philox_words
 from zoo.ops.token_wise.dropout.reference import philox
 from zoo.train.data import _philox
@@ -104,23 +105,7 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
         dropout(**{"x": torch.zeros(1, 4, 8), "p": 0.1, "seed": 0, **changes})
 
 
-def dropped(x: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """With a rate, a seed beyond 32 bits and a stream."""
-    return dropout(x, 0.3, 0x1234_5678_9ABC_DEF1, stream=5, backend=backend)
-
-
-# Outside the table of operators, whose refusals are about several tensors; its proofs are the same.
-SPEC = OperatorSpec(
-    name="dropout",
-    function=dropped,
-    make=lambda B, T, sizes, generator: {"x": randn(generator, B, T, sizes["D"])},
-    state=None,
-    sizes=({"D": 8}, {"D": 13}),
-    time=("x",),
-    extremes={},
-    cp_kind="local",
-    packed=False,
-)
+SPEC = OPERATORS["dropout"]
 
 
 @pytest.mark.parametrize("sizes", SPEC.sizes)
@@ -133,11 +118,6 @@ def test_values_and_gradients_equal_the_loop(
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     errors = parity(SPEC, SPEC.inputs(2, length, sizes), backend=backend, dtype=dtype, device=device)
     assert not red(errors, dtype)
-
-
-def test_gradcheck() -> None:
-    x = SPEC.inputs(2, 5)["x"].requires_grad_()
-    assert torch.autograd.gradcheck(dropped, (x,))
 
 
 @pytest.mark.kernels

@@ -20,7 +20,7 @@ def inputs(T: int, *, B: int = 2, sizes: dict[str, int] = SIZES, seed: int = 0) 
 
 @pytest.mark.parametrize("T", [1, 37, 130])
 def test_agrees_with_flash_linear_attention(T: int) -> None:
-    naive = pytest.importorskip("fla.ops.gla.naive", reason="flash-linear-attention is not installed")
+    naive = pytest.importorskip("fla.ops.gla.naive", reason="needs flash-linear-attention; install the extra parity")
     given = {name: x.float() for name, x in inputs(T).items()}
     ours = gated_linear_attention(**given)
     theirs = naive.naive_recurrent_gla(

@@ -277,6 +277,7 @@ print((memory("VmHWM") - before - 4 * (x.numel() + weight.numel())) / (4 * N * V
 """
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_beyond_the_gradients_is_under_a_tenth_of_the_logits() -> None:
     def share(form: str, tokens: int) -> float:

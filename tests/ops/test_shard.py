@@ -24,13 +24,21 @@ sharded_latency = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(sharded_latency)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("suite", ["operators", "attention", "models", "between pairs"])
-def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str) -> None:
+@pytest.mark.parametrize(
+    ("suite", "part"),
+    [
+        pytest.param("operators", ", batch", id="operators-batch"),
+        *(
+            pytest.param(suite, "", id=suite, marks=pytest.mark.everything)
+            for suite in ("operators", "attention", "models", "between pairs")
+        ),
+    ],
+)
+def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: str, part: str) -> None:
     """Outputs, states and gradients; and where the exchange is dropped, the same comparisons must fail."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), suite],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), suite, part],
+        capture_output=True, text=True, timeout=1500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "errors.json").read_text())  # {ranks: {check: {what: error}}}
@@ -50,7 +58,7 @@ def test_a_sequence_cut_across_ranks_equals_one_process(tmp_path: Path, suite: s
     assert not unseen
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_all_scan_takes_the_time_of_its_model(tmp_path: Path) -> None:
     """On an emulated link: (P - 2 + b)(latency + t / b), least near the number of blocks that the link chooses."""
     done = subprocess.run(

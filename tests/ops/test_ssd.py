@@ -15,7 +15,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.mark.parametrize("T", [1, 37, 130])
 def test_agrees_with_flash_linear_attention(T: int) -> None:
-    naive = pytest.importorskip("fla.ops.simple_gla.naive", reason="flash-linear-attention is not installed")
+    naive = pytest.importorskip(
+        "fla.ops.simple_gla.naive", reason="needs flash-linear-attention; install the extra parity"
+    )
     i = {name: x.float() for name, x in SPEC.inputs(2, T).items()}
     repeats = i["x"].shape[2] // i["B"].shape[2]
     B, C = (i[name].repeat_interleave(repeats, dim=2) for name in "BC")
@@ -79,6 +81,7 @@ def test_kernels_sum_over_many_heads_and_cut_large_ones(dtype: torch.dtype, N: i
     assert not red(parity(SPEC, given, backend="triton", dtype=dtype, device=DEVICE), dtype)
 
 
+@pytest.mark.everything
 @pytest.mark.kernels
 def test_kernels_without_a_skip_and_through_one_output_alone() -> None:
     given = {name: x.float().to(DEVICE) for name, x in SPEC.inputs(2, 70).items() if name != "D"}

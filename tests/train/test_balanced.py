@@ -48,7 +48,7 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     return float((torch.tensor(one["weights"]) - torch.tensor(other["weights"])).abs().max())
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("case", COMPARED, ids=lambda case: case.name)
 def test_three_updates_by_plans_equal_one_process(case: Case, found: Found) -> None:
     """Losses, weights, metrics and tokens, with clipping, two batches an update, and documents on up to four ranks."""
@@ -67,7 +67,7 @@ def test_three_updates_by_plans_equal_one_process(case: Case, found: Found) -> N
         assert ranks[0]["weights"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_plans_were_uneven(found: Found) -> None:
     """Else the comparison says little."""
     for world, ring in ((3, 3), (4, 4)):
@@ -85,7 +85,7 @@ def test_the_plans_were_uneven(found: Found) -> None:
     assert any(tokens == 0 for batches in ranks for batch in batches for _, tokens in batch), "one without work"
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_comparison_can_fail(found: Found) -> None:
     """Without the states of earlier ranks, or with the ranks of rings in the wrong order, weights are others."""
     for name, world in (("dropped", "2"), ("turned round", "3")):
@@ -93,7 +93,7 @@ def test_the_comparison_can_fail(found: Found) -> None:
             assert apart(result, found["deltanet"]["1"][0]) > 1e-4, name
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("case", [c for c in CASES if c.refused], ids=lambda case: case.name)
 def test_what_cannot_be_run_is_refused_on_every_rank(case: Case, found: Found) -> None:
     """In one sentence and without a hang; so is a rank that died, by those that are left."""
@@ -104,7 +104,7 @@ def test_what_cannot_be_run_is_refused_on_every_rank(case: Case, found: Found) -
             assert case.refused in result["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_generators_stay_alike_whatever_the_micro_steps(found: Found) -> None:
     ranks = found["dropout"]["3"]
     assert len({result["drawn"] for result in ranks}) == 1

@@ -54,7 +54,7 @@ def settings(*more: str) -> dict[str, Any]:
     ])  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_small_encoder_learns_to_read(tmp_path: Path) -> None:
     config = settings("trainer.max_steps=80", "trainer.val_every=80", "optim.lr=1e-2", "optim.warmup_steps=10")
     assert fit.run(config, tmp_path / "run") == 0

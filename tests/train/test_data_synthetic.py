@@ -217,6 +217,7 @@ def test_says_what_it_is() -> None:
         assert int(batch["tokens"].max()) < data.vocab_size
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "data",
     [

@@ -20,6 +20,7 @@ print(faults(), keep_freed_arrays(), [faults() for _ in range(4)][-1])
 """
 
 
+@pytest.mark.everything
 def test_freed_arrays_are_used_again() -> None:
     if not sys.platform.startswith("linux"):
         pytest.skip("other systems keep freed arrays as they please; nothing is asked of them")

@@ -216,6 +216,7 @@ def test_the_measurement_runs_here() -> None:
 # -- the automatic plan -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.everything
 def test_auto_takes_the_first_plan_that_fits() -> None:
     model = build()
     sizes = {}
@@ -289,6 +290,7 @@ def test_knobs_are_held_against_the_models_own_plan() -> None:
 # -- runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.everything
 def test_a_run_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["model.n_layers=2", "data=copying", "trainer.max_steps=2", "trainer.accelerator=cpu"]
     losses = []
@@ -307,7 +309,7 @@ def test_a_run_of_before_the_group_goes_on() -> None:
     assert fit._memory(None, build("cpu"), None) == []  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_two_processes(tmp_path: Path) -> None:
     """DDP averages gradients as without tiles; under a sequence shard mixer_saved sends every message once."""
     done = subprocess.run(

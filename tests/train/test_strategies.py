@@ -40,7 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return json.loads((folder / "found.json").read_text()), folder
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("case", [c for c in CASES if not c.refused], ids=lambda case: case.name)
 def test_a_training_cut_along_time_equals_one_process(case: Any, found: tuple[dict[str, Any], Path]) -> None:
     """Losses and weights, with clipping, unequal numbers of targets and a stretch without any; metrics, too."""
@@ -60,14 +60,14 @@ def test_a_training_cut_along_time_equals_one_process(case: Any, found: tuple[di
         assert ranks[0]["weights"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_the_comparison_can_fail(found: tuple[dict[str, Any], Path]) -> None:
     """Other data give other weights: three updates move them far beyond the tolerance."""
     one, other = (torch.tensor(found[0][name]["1x1"][0]["weights"]) for name in ("gla", "longer"))
     assert (one - other).abs().max() > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("case", [c for c in CASES if c.refused], ids=lambda case: case.name)
 def test_what_cannot_be_cut_is_refused_on_every_rank(case: Any, found: tuple[dict[str, Any], Path]) -> None:
     for ranks in found[0][case.name].values():
@@ -76,7 +76,7 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(case: Any, found: tuple[dic
             assert case.refused in result["error"]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_groups_with_other_data_drop_other_numbers(found: tuple[dict[str, Any], Path]) -> None:
     """And dropout drops: the losses are not those without it."""
     for layout, ranks in found[0]["dropout groups"].items():
@@ -85,7 +85,7 @@ def test_groups_with_other_data_drop_other_numbers(found: tuple[dict[str, Any], 
     assert found[0]["dropout"]["1x1"][0]["losses"][0] != found[0]["gla"]["1x1"][0]["losses"][0]
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_whole_sequences_are_judged_across_ranks_and_counted_once(found: tuple[dict[str, Any], Path]) -> None:
     for ranks in found[0]["sequences"].values():
         for result in ranks:
@@ -95,7 +95,7 @@ def test_whole_sequences_are_judged_across_ranks_and_counted_once(found: tuple[d
             assert result["contiguous, True"][1][2] == 3  # right ones, of five with a token
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_no_group_outlives_a_fit(found: tuple[dict[str, Any], Path]) -> None:
     for case in CASES:
         if not case.refused and not case.fsdp:
@@ -104,7 +104,7 @@ def test_no_group_outlives_a_fit(found: tuple[dict[str, Any], Path]) -> None:
                 assert all(result["groups"] <= opened for result in ranks), (case.name, layout)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_checkpoints_carry_no_trace_of_the_ranks(found: tuple[dict[str, Any], Path]) -> None:
     def shape(value: Any) -> Any:
         if isinstance(value, dict):
@@ -121,6 +121,7 @@ def test_checkpoints_carry_no_trace_of_the_ranks(found: tuple[dict[str, Any], Pa
         assert shape(one[key]) == shape(fsdp[key])
 
 
+@pytest.mark.everything
 def test_every_preset_is_a_file_and_a_name() -> None:
     for name in (*PRESETS, *(f"{name}_fsdp" for name in PRESETS)):
         settings = yaml.safe_load((ROOT / "strategy" / f"{name}.yaml").read_text())

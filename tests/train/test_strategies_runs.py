@@ -50,7 +50,7 @@ def measured(run: Path, *settings: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     """And with weights cut over the ranks every number is the same, too."""
     made = settings("ContextParallelStrategy", accumulate_grad_batches=2)
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     assert measured(tmp_path / "whole", "strategy=lasp2_fsdp", "trainer.devices=2") == alone
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_a_killed_rank_ends_the_others_with_a_reason(tmp_path: Path) -> None:
     start = time.monotonic()
     done = launch(tmp_path / "run", settings("ContextParallelStrategy"), "9 5 1")

@@ -91,6 +91,7 @@ def test_a_process_group_of_ones_own_is_refused(tmp_path: object) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.everything
 def test_the_command() -> None:
     words = ["cp", "model=gla", "ranks=2,64", "local=0.1", "latency=1e-5", "bandwidth=5e10", "tokens=8192"]
     done = subprocess.run([sys.executable, "-m", "zoo", "bench", *words], capture_output=True, text=True, timeout=120)

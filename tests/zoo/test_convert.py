@@ -161,6 +161,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.everything
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory by /proc")
 def test_loading_needs_little_more_memory_than_the_weights(folder, tmp_path):
     """At most 1.2 times the weights at the peak, in a fresh process: ours, theirs, in shards, pickled."""
@@ -251,7 +252,7 @@ def edit(folder, **changes):
         ("hidden_size", 0, "'hidden_size' in "),
         ("num_key_value_heads", 3, "holds a model that cannot be built here"),
         ("quantization_config", {"bits": 4}, "(quantization_config = {'bits': 4}); none is ignored"),
-        ("model_type", "t5", "says model_type 't5', which zoo does not read; it reads llama, mistral, gla"),
+        ("model_type", "t5", "says model_type 't5', which zoo does not read; it reads gla, delta_net"),
         ("model_type", "gated_deltanett", "did you mean 'gated_deltanet'?"),
         ("model_type", "gla", "must say 'num_heads', and does not"),
         ("num_hidden_layers", 3, "9 tensors are missing (model.layers.2.input_layernorm.weight, "),
@@ -442,19 +443,49 @@ def test_refusals_of_the_command_line(folder, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("words", [["convert"], ["export", "--to", "hf"]])
+def test_nothing_is_written_into_a_run_or_among_other_files(folder, tmp_path, capsys, words):
+    model = zoo.load(folder)
+    a_run = tmp_path / "run"
+    zoo.save(model, a_run / "checkpoint")
+    (a_run / "config.yaml").write_text("seed: 0\n")
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("x")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    verb, *options = words
+    for source, place, sentence in (
+        (a_run, a_run, "holds a run"),
+        (a_run, a_run / "checkpoint", "cannot be read and written at once"),
+        (folder, a_run, "holds a run"),
+        (folder, full, "holds other files"),
+        (folder, full / "thesis.tex", "is a file"),
+    ):
+        code, _, said = run(capsys, verb, source, place, *options)
+        assert (code, said.count("\n"), sentence in said) == (1, 1, True), said
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert run(capsys, verb, a_run, tmp_path / "empty", *options)[0] == 0
+
+
 def test_no_space_keeps_what_was_there(folder, tmp_path, capsys):
-    kept = tmp_path / "kept"
+    kept, new = tmp_path / "kept", tmp_path / "new"
     small = zoo.create_model("gla", d_model=16, n_layers=1, n_heads=1, vocab_size=7, hidden_size=8)
     zoo.save(small, kept)
     before = {path.name: path.read_bytes() for path in kept.iterdir()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))  # no file may grow past this: as a full disk
     try:
-        for words in (("convert", folder, kept), ("export", folder, kept, "--to", "hf")):
+        for write in (zoo.save, checkpoint.export):
+            with pytest.raises(UserError) as refused:
+                write(zoo.load(folder), kept)
+            assert str(refused.value).startswith(f"no checkpoint could be written to {kept} (")
+            assert str(refused.value).endswith("; the checkpoint that was there is kept")
+        for words in (("convert", folder, new), ("export", folder, new, "--to", "hf")):
             code, _, said = run(capsys, *words)
             assert code == 1
-            assert said.startswith(f"zoo: no checkpoint could be written to {kept} (")
-            assert said.endswith("; the checkpoint that was there is kept\n")
+            assert said.startswith(f"zoo: no checkpoint could be written to {new} (")
+            assert said.endswith("; nothing was left behind\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before

@@ -16,8 +16,9 @@ import zoo
 from zoo import checkpoint
 from zoo.errors import UserError
 
-models = pytest.importorskip("fla.models")
-modules = pytest.importorskip("fla.modules")
+NEEDS = "needs flash-linear-attention; install the extra parity"
+models = pytest.importorskip("fla.models", reason=NEEDS)
+modules = pytest.importorskip("fla.modules", reason=NEEDS)
 attn, delta_net, gated_deltanet, gla = (
     pytest.importorskip(f"fla.layers.{name}") for name in ("attn", "delta_net", "gated_deltanet", "gla")
 )

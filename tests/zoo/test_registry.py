@@ -1,5 +1,6 @@
 """Names, fields and sizes of models."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import zoo
-from zoo import registry
+from zoo import _stubs, registry
 from zoo._types import fit, is_opaque, spell
 from zoo.configs import choices
 from zoo.errors import UsageError, UserError
@@ -21,6 +22,15 @@ TINY = 11 * 8 + 2 * (8 * 8 + 8)  # embedding (shared with the head) and two line
 def test_the_index_is_fresh():
     written = {path.stem: path.read_text(encoding="utf-8") for path in registry.INDEX.glob("*.json")}
     assert registry.build_index() == written, "python -m zoo.registry writes it"
+
+
+@pytest.mark.parametrize("name", _stubs.PACKAGES)
+def test_the_stubs_are_fresh(name):
+    package = importlib.import_module(name)
+    written = _stubs.stub_of(package).read_text(encoding="utf-8")
+    assert sorted(_stubs.build(package).splitlines()) == sorted(written.splitlines()), (
+        "python -m zoo.registry writes it"
+    )
 
 
 def test_every_model_of_the_package_has_its_yaml():

@@ -8,7 +8,7 @@
 
 `PackedStream` is the plan of models without attention. With attention, `Flexible` divides the ranks of every step into
 groups of different sizes, all ranks in step (FSDP); `Hybrid` uses any number of ranks per sequence and unequal numbers
-of micro-steps (DDP). `execute` runs a plan, `exact` solves small steps exactly (and needs scipy).
+of micro-steps (DDP). `execute` runs a plan in plain torch; a strategy runs it in training.
 """
 
 from zoo.train.balance.cost import PUBLISHED, AllToAll, CostModel, Measured, Ring, StateHandOff, refit

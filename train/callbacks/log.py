@@ -10,14 +10,25 @@ from zoo.train.callbacks.limits import update_done
 from zoo.train.loggers import CsvLog
 from zoo.train.tasks.task import Task
 
-__all__ = ["LogMetrics"]
+__all__ = ["LogMetrics", "row_due"]
+
+
+def row_due(step: int, every: int) -> bool:
+    """Whether `step` has a training row: every multiple of `every`, and before it 1, 2, 3, 4, 6, 8, 12, 16, 24, ...
+
+    The early rows say at once that a run learns, and they are the plot of a short one.
+    """
+    if step >= every:
+        return step % every == 0
+    power = step & -step  # the largest power of two that divides it
+    return step > 0 and step // power in (1, 3)
 
 
 class LogMetrics(Callback):
-    """Asks the task for a row every `every` updates, so that the device is read only then.
+    """Asks the task for a row when `row_due` says so, so that the device is read only then.
 
     Args:
-        every: updates between two rows.
+        every: updates between two rows, but for the early ones.
         table: the run's metrics.csv, whose length is part of the run's state; None to do without.
         show: called with (step, row) for each row, on rank 0.
     """
@@ -32,14 +43,14 @@ class LogMetrics(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What is measured for a row alone is measured in the update before it."""
         assert isinstance(pl_module, Task)
-        pl_module.watch((trainer.global_step + 1) % self.every == 0)
+        pl_module.watch(row_due(trainer.global_step + 1, self.every))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A training row, when it is time, and always a last one."""
         step = trainer.global_step
-        if update_done(trainer, batch_idx) and (step % self.every == 0 or trainer.should_stop):
+        if update_done(trainer, batch_idx) and (row_due(step, self.every) or trainer.should_stop):
             assert isinstance(pl_module, Task)
             self._log(trainer, step, pl_module.training_row())
 

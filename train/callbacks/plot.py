@@ -1,8 +1,12 @@
 """loss.png from metrics.csv, when matplotlib is there."""
 
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from typing import Any
 
+from zoo.errors import UserError
 from zoo.train.loggers import read_csv
+from zoo.train.run_folder import RunFolder
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,24 +14,48 @@ try:
 except ImportError:  # the extra "plots" is not installed
     Figure = None  # type: ignore[assignment,misc]
 
-__all__ = ["plot_loss"]
+__all__ = ["plot_loss", "title"]
+
+FEW = 30  # training points: so few are marked one by one
+CURVES = (("loss", "training", "-"), ("val_loss", "validation", "o-"))
 
 
-def plot_loss(table: Path, image: Path) -> bool:
-    """Draw training and validation loss over steps; False when matplotlib is not installed or there are no rows."""
-    if Figure is None or not table.exists():
-        return False
-    rows = read_csv(table)
+def plot_loss(folder: RunFolder) -> None:
+    """Draw the training and validation loss of a run over its steps into `folder.plot`; nothing without any row.
+
+    Raises:
+        UserError: matplotlib is not installed.
+        OSError: the image could not be written.
+    """
+    if Figure is None:
+        raise UserError(
+            f"{folder.plot.name} needs matplotlib, which is not installed; pip install 'seqzoo[plots]', "
+            f"{folder.table.name} holds the numbers"
+        )
+    rows = read_csv(folder.table) if folder.table.exists() else []
+    curves = {column: [(row["step"], row[column]) for row in rows if column in row] for column, _, _ in CURVES}
+    if not any(curves.values()):
+        return
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for column, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(row["step"], row[column]) for row in rows if column in row]
+    for column, label, style in CURVES:
+        points = curves[column]
         if points:
-            axes.plot([x for x, _ in points], [y for _, y in points], style, label=label, linewidth=1, markersize=3)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+            steps, losses = zip(*points, strict=True)
+            marked = "." if column == "loss" and len(points) < FEW else ""
+            axes.plot(steps, losses, marked + style, label=label, linewidth=1, markersize=4)
+    axes.set_title(title(folder.read_config()), loc="left", fontsize=10)
+    axes.set_xlabel("step (updates of the weights)")
+    axes.set_ylabel("loss (cross entropy, nats per target)")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(image, dpi=120)
-    return True
+    figure.savefig(folder.plot, dpi=120)
+
+
+def title(config: Mapping[str, Any]) -> str:
+    """Model, task and data of a run: "deltanet tiny: language modelling on PyDocs, seed 0"."""
+    task = config["task"]["_target_"].rpartition(".")[2]
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", task).lower()
+    data = config["data"]["_target_"].rpartition(".")[2]
+    return f"{config['model']['name']} {config['model']['size']}: {words} on {data}, seed {config['seed']}"

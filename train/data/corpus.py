@@ -7,6 +7,7 @@ target is the symbol, in both ways of packing; they differ in what a row is and 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch
 from zoo.tokenizers import Tokenizer
 from zoo.train.data.loader import Batch
 
+Packing = Literal["cut", "packed"]
 IGNORE = -100  # target of a position that is not scored
 
 
@@ -109,10 +111,27 @@ class PackedSource:
 
     A document goes on in the next row where a row ends, with a fresh state. Training leaves out the last, short row of
     an epoch; validation fills it up with a stretch of its own that scores nothing.
+
+    Args:
+        corpus: the documents.
+        lengths: the tokenizer's `byte_lengths()`.
+        seq_len, batch_size: a row has seq_len * batch_size tokens.
+        seed: of the order of documents; None keeps theirs and has them all, for validation.
+        longest: documents also begin anew at every multiple of so many tokens of the whole text. When it divides the
+            row, all numbers are the same for every batch_size and every number of ranks, since no cut depends on them.
     """
 
-    def __init__(self, corpus: Corpus, lengths: np.ndarray, *, seq_len: int, batch_size: int, seed: int | None):
-        self.corpus, self.lengths, self.seed = corpus, lengths, seed
+    def __init__(
+        self,
+        corpus: Corpus,
+        lengths: np.ndarray,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int | None,
+        longest: int | None = None,
+    ):
+        self.corpus, self.lengths, self.seed, self.longest = corpus, lengths, seed, longest
         self.row = seq_len * batch_size
         self._order: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -145,6 +164,9 @@ class PackedSource:
             tokens[position - begin : stop - begin] = here[:-1]
             targets[position - begin : stop - begin] = here[1:]
             n_bytes += self.corpus.n_bytes(self.lengths, position + shift + 1, stop + shift + 1)
+            if self.longest is not None:
+                first = (position // self.longest + 1) * self.longest  # the next place after position
+                borders += [at - begin for at in range(first, stop, self.longest)]
             borders.append(stop - begin)
             position, i = stop, i + 1
         if borders[-1] < self.row:
@@ -155,3 +177,12 @@ class PackedSource:
             "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
             "n_bytes": torch.tensor(n_bytes),
         }
+
+
+def validation_source(
+    packing: Packing, corpus: Corpus, lengths: np.ndarray, *, seq_len: int, batch_size: int
+) -> CutSource | PackedSource:
+    """Every target once, in order, with at most seq_len tokens of context: the same for every batch_size and ranks."""
+    if packing == "cut":
+        return CutSource(corpus, lengths, seq_len=seq_len, batch_size=batch_size, seed=None)
+    return PackedSource(corpus, lengths, seq_len=seq_len, batch_size=batch_size, seed=None, longest=seq_len)

@@ -10,9 +10,9 @@ import numpy as np
 from zoo import tokenizers
 from zoo.errors import UserError, did_you_mean
 from zoo.train.data.base import at_least
-from zoo.train.data.corpus import Corpus, CutSource, PackedSource
+from zoo.train.data.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
 from zoo.train.data.loader import Batch, Source
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, Packing, TextSettings
+from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, TextSettings
 
 
 class Hub(TextSettings):
@@ -110,7 +110,8 @@ class Hub(TextSettings):
         """The stream, and the held-out documents."""
         held = list(islice(self.texts(), self.val_documents))
         corpus, lengths = Corpus.of(held, self.tokenizer), self.tokenizer.byte_lengths()
-        return _Stream(self, lengths), self.batches(corpus, lengths)
+        held_out = validation_source(self.packing, corpus, lengths, seq_len=self.seq_len, batch_size=self.batch_size)
+        return _Stream(self, lengths), held_out
 
     def batches(self, corpus: Corpus, lengths: np.ndarray) -> CutSource | PackedSource:
         """A finished corpus as batches, in its own order."""

@@ -5,7 +5,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,10 +13,9 @@ from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.files import cache_folder, keep_in_cache
 from zoo.train.data.base import DataModule, Metric, at_least
-from zoo.train.data.corpus import Corpus, CutSource, PackedSource
+from zoo.train.data.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
 from zoo.train.data.loader import Source
 
-Packing = Literal["cut", "packed"]
 SEQ_LEN, BATCH_SIZE, VAL_FRACTION = 256, 8, 0.1  # defaults of every text source
 CACHED_TOKENS = 4 << 20  # smaller corpora tokenise in about a second, and are not worth a file
 
@@ -74,7 +73,9 @@ class TextData(TextSettings):
         tokenizer: "bytes", "sentencepiece" (trained on the training part, cached), or a folder with a tokenizer.
         vocab_size: size of the SentencePiece model; 1024 when omitted.
         packing: "cut" joins documents by the end symbol and cuts them to length, batches (B, T); "packed" makes one
-            row of batch_size * seq_len tokens with `cu_seqlens`, in which no document sees another.
+            row of batch_size * seq_len tokens with `cu_seqlens`, in which no document sees another. In training a
+            document begins anew where a row ends; in validation every seq_len tokens, as in "cut", so that what is
+            measured does not depend on batch_size.
         num_workers: processes that prepare batches ahead.
         seed: the run's seed: the order of training sequences, not what is held out.
         val_fraction: share of the bytes held out for validation.
@@ -147,11 +148,10 @@ class TextData(TextSettings):
             )
         lengths = self.tokenizer.byte_lengths()
         kind = CutSource if self.packing == "cut" else PackedSource
-
-        def source(corpus: Corpus, seed: int | None) -> Source:
-            return kind(corpus, lengths, seq_len=self.seq_len, batch_size=self.batch_size, seed=seed)
-
-        return source(train, self.seed), source(val, None)
+        return (
+            kind(train, lengths, seq_len=self.seq_len, batch_size=self.batch_size, seed=self.seed),
+            validation_source(self.packing, val, lengths, seq_len=self.seq_len, batch_size=self.batch_size),
+        )
 
     def corpora(self) -> tuple[Corpus, Corpus]:
         """Training and held-out text as tokens."""
@@ -169,7 +169,7 @@ class TextData(TextSettings):
         if fingerprint is None or self.tokenizer_name == "sentencepiece":  # it needs the texts in any case
             return None
         lengths = self.tokenizer.byte_lengths().tobytes()
-        probe = self.tokenizer.encode("The quick brown fox: 0123456789, naïve\n\tdéjà vu")
+        probe = self.tokenizer.encode("The quick brown fox: 0123456789, naïve\n\tdéjà vu \u2581")
         key = json.dumps([1, fingerprint, self.val_fraction, self.tokenizer.eos_id, probe]).encode()
         return hashlib.blake2b(key + lengths, digest_size=16).hexdigest()
 

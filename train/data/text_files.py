@@ -1,5 +1,6 @@
 """Text of one's own: plain files, JSON lines, parquet."""
 
+import codecs
 import glob
 import hashlib
 import json
@@ -10,8 +11,15 @@ from typing import Any
 import datasets
 
 from zoo.errors import UserError, did_you_mean
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, Packing, TextData
+from zoo.train.data.corpus import Packing
+from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, TextData
 
+# The mark that a file begins with, and how Python calls what follows; UTF-32's begins with UTF-16's.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+ZEROS = 0.1  # no text has so many; half of plain UTF-16 and three quarters of UTF-32 are zero bytes
 TEXT, LINES, TABLES = {".txt", ".text", ".md", ".rst"}, {".jsonl", ".ndjson"}, {".parquet"}
 
 
@@ -78,11 +86,11 @@ class TextFiles(TextData):
             return self._rows(file)
         if file.suffix.lower() in LINES:
             return self._lines(file)
-        text = _read_utf8(file)
+        text = _read_text(file)
         return iter([text] if self.separator is None else text.split(self.separator))
 
     def _lines(self, file: Path) -> Iterator[str]:
-        for number, line in enumerate(_read_utf8(file).split("\n"), 1):
+        for number, line in enumerate(_read_text(file).split("\n"), 1):
             if not line.strip():
                 continue
             try:
@@ -149,18 +157,28 @@ def find_files(path: str) -> list[Path]:
     return found
 
 
-def _read_utf8(file: Path) -> str:
+def _read_text(file: Path) -> str:
+    """The text of a file: UTF-8, or UTF-16 and UTF-32 when it begins with their mark, as Windows writes them."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"text files must be UTF-8; {str(file)!r} is not (byte {error.start}): convert it, for example by "
-            f"iconv -f latin1 -t utf-8"
-        ) from error
+        content = file.read_bytes()
     except OSError as error:
         raise UserError(
             f"text files must be readable; {str(file)!r} is not ({error.strerror}): check its permissions"
         ) from error
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"text files must be UTF-8; {str(file)!r} is not (byte {error.start}): convert it, for example by "
+            "iconv -f latin1 -t utf-8"
+        ) from error
+    if (zeros := text.count("\0")) > len(text) * ZEROS:
+        raise UserError(
+            f"text files must be UTF-8; {str(file)!r} has {zeros} zero bytes, as UTF-16 without its mark has: convert "
+            "it, for example by iconv -f utf-16le -t utf-8"
+        )
+    return text
 
 
 def _count(files: list[Path]) -> str:

@@ -7,12 +7,11 @@ from torch import nn
 
 from zoo.errors import UserError
 from zoo.ops.core.call import Choice, Operator, declared, watched
+from zoo.ops.shard.torch_modules import looks_along_time
 
 __all__ = ["CONTIGUOUS", "kinds", "refuse_uncuttable", "refuse_undeclared"]
 
 CONTIGUOUS = frozenset({"affine", "reduce", "halo", "serial", "frontier"})  # need one stretch of time in one piece
-# Modules of torch that go along time and know nothing of ranks: each would take its stretch for the whole sequence.
-_FOREIGN = (nn.RNNBase, nn.MultiheadAttention, nn.Conv1d, nn.MaxPool1d, nn.AvgPool1d)
 
 
 def kinds(model: nn.Module) -> dict[str, set[str]]:
@@ -56,7 +55,7 @@ def refuse_uncuttable(model: nn.Module, layout: str) -> None:
             contiguous.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _FOREIGN) and getattr(module, "kernel_size", 0) not in (1, (1,)):
+        if looks_along_time(module):
             raise UserError(
                 f"{name or 'the model'} ({type(module).__name__}) goes along time and cannot go on from another rank's "
                 "stretch; build it from zoo.ops or use a strategy without context parallelism, such as ddp"

@@ -1,9 +1,12 @@
 """Names for `Trainer(strategy=...)`: the files of configs/strategy, so that a preset is written once."""
 
-import yaml
-from lightning.pytorch.strategies import StrategyRegistry
+from functools import partial
 
-from zoo.configs import ROOT
+import yaml
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from zoo._deprecation import current_name
+from zoo.configs import RENAMED, ROOT
 from zoo.train.strategies.balanced_ddp import BalancedStrategy
 from zoo.train.strategies.balanced_fsdp import BalancedFSDPStrategy
 from zoo.train.strategies.ddp import ContextParallelStrategy
@@ -34,4 +37,13 @@ def register() -> list[str]:
         names.append(path.stem)
         if path.stem not in StrategyRegistry:
             StrategyRegistry.register(path.stem, strategy, description=f"{what}: {settings}", **settings)
+    for old, new in RENAMED.get("strategy", {}).items():
+        if old not in StrategyRegistry:
+            StrategyRegistry.register(old, partial(_by_old_name, old), description=f"the old name of {new}")
     return names
+
+
+def _by_old_name(name: str) -> Strategy:
+    """The strategy that an old name stands for, with a warning that names the new one."""
+    strategy: Strategy = StrategyRegistry.get(current_name("strategy", name, RENAMED["strategy"]))
+    return strategy

@@ -183,7 +183,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
         UserError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a plot needs matplotlib; pip install matplotlib, or read the table alone")
+        raise UserError("a plot needs matplotlib; pip install 'seqzoo[plots]', or read the table alone")
     figures: Any = importlib.import_module("matplotlib.figure")
     panels = [
         (case, phase)

@@ -46,6 +46,7 @@ OWN_SIZES: Mapping[str, Sizes] = {
     "linear_cross_entropy": {"D": 512, "V": 50_000},
     "quasiseparable": {"P": 64, "G": 1, "N": 64},  # Hydra's
     "fft_convolution": {"L": 16384},
+    "grid_scan": {"W": 16, "D": 64},  # T is rows; the loop that proves it goes cell by cell
     "s4": {"H": 256, "N": 32},  # channels, and half of the state
     "s4d": {"H": 256, "N": 32},
     "ssd": {"P": 64, "G": 1, "N": 128},  # Mamba-2's

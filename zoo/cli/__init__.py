@@ -6,12 +6,16 @@ Exit codes: 0 done, 1 failed, 2 the words of the command are off, 130 interrupte
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
 import zoo
+from zoo._deprecation import RenamedWarning
+from zoo.cli.threads import limit_spinning
 from zoo.errors import UsageError, UserError, remedy
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -79,6 +83,7 @@ def _train(args: argparse.Namespace) -> int:
         return sweep_command(args.settings, args.config_dir, args.metric)
     if args.metric is not None:
         raise UsageError("--metric sorts the table of a sweep; add -m")
+    limit_spinning()
     from zoo.cli.runs import train_command
 
     return train_command(args.settings, args.config_dir)
@@ -89,6 +94,7 @@ def _resume_arguments(parser: Parser) -> None:
 
 
 def _resume(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.runs import resume_command
 
     return resume_command(args.run)
@@ -100,6 +106,7 @@ def _eval_arguments(parser: Parser) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.runs import eval_command
 
     return eval_command(args.path, args.settings)
@@ -120,6 +127,7 @@ def _generate_arguments(parser: Parser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    limit_spinning()
     from zoo.cli.generate import Sampling, generate_command
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -191,6 +199,7 @@ def _bench_arguments(parser: Parser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    limit_spinning()
     _silence_profiler()
     from zoo.cli.bench import bench_command
 
@@ -198,6 +207,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _profile(args: argparse.Namespace) -> int:
+    limit_spinning()
     _silence_profiler()
     from zoo.cli.bench import profile_command
 
@@ -270,9 +280,13 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     parser = Parser(prog=f"zoo {name}", description=verb.line, allow_abbrev=False)
     verb.arguments(parser)
     options = [option for action in parser._actions for option in action.option_strings]
-    for word in rest:
-        option = word.partition("=")[0]
+    takes_settings = any(action.dest == "settings" for action in parser._actions)
+    for word, following in zip(rest, [*rest[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
         if word.startswith("--") and len(word) > 2 and option not in options:
+            value = value if equals or following.startswith("-") or "=" in following else following
+            if takes_settings and value and not get_close_matches(option, options, cutoff=0.8):
+                raise UsageError(f"zoo {name} takes settings without dashes; write {option[2:]}={value}, not {option}")
             raise UsageError(
                 f"zoo {name} has no option {option!r}{remedy(option, options, f'zoo {name} --help lists them')}"
             )
@@ -281,6 +295,7 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; see the module for the exit codes."""
+    warnings.simplefilter("default", RenamedWarning)  # Python hides deprecations outside of scripts
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(words)

@@ -3,6 +3,7 @@
 The words are written into the script, so that completing a word starts no Python; after an update, print it anew.
 """
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ def completion_command(shell: str) -> int:
 
 
 def settings_words() -> list[str]:
-    """group=choice, model.FIELD=, and the keys that the YAML files name."""
+    """group=choice, model.FIELD=, and the settings of the other groups."""
     known = choices()
     known["model"] = sorted({*known["model"], *list_models()})
     words = [f"{group}={name}" for group, names in known.items() for name in names]
@@ -35,6 +36,8 @@ def settings_words() -> list[str]:
         if path.parent.name not in ("model", "experiment"):
             keys = re.findall(r"^([a-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
             words += [f"{path.parent.name}.{key}=" for key in keys]
+    for path in sorted(ROOT.glob("*/*.json")):  # the index of settings, see zoo.settings
+        words += [f"{path.parent.name}.{key}=" for key in json.loads(path.read_text(encoding="utf-8"))]
     return list(dict.fromkeys(words))
 
 

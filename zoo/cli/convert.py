@@ -31,8 +31,14 @@ def export_command(path: str, folder: Path, dtype: str | None) -> int:
 
 
 def _other(found: Path, folder: Path) -> Path:
+    """The source, when it is not also the place to write, and that place holds nothing yet."""
     if found.resolve() == folder.resolve():
         raise UserError(f"{folder} cannot be read and written at once; give another folder to write")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"a checkpoint is written into a folder, and {folder} is a file; give another folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "a run" if (folder / "config.yaml").is_file() else "other files"
+        raise UserError(f"a checkpoint is written into an empty folder, and {folder} holds {what}; give another folder")
     return found
 
 

@@ -15,7 +15,7 @@ from zoo.errors import UsageError
 from zoo.ops.convolutions.causal_conv1d import external
 from zoo.ops.core import dispatch
 from zoo.ops.core.call import Choice, Operator, watched
-from zoo.ops.core.spec import OperatorSpec, convert, parity, red
+from zoo.ops.core.spec import OperatorSpec, convert, parity
 from zoo.ops.core.table import OPERATORS
 
 PACKAGES = (
@@ -59,7 +59,7 @@ def check(spec: OperatorSpec, backend: str, dtype: torch.dtype, device: torch.de
         name = max(errors, key=errors.__getitem__)
         if errors[name] >= error:
             worst, error = name, errors[name]
-        if wrong := red(errors, dtype):
+        if wrong := spec.red(errors, dtype):
             return worst, error, f"over the tolerance with {dict(sizes)}: {', '.join(wrong)}"
     return worst, error, None
 

@@ -15,6 +15,7 @@ from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
 from zoo.config import parse_fields
 from zoo.errors import UsageError
+from zoo.ranges import Range
 from zoo.registry import create_model, model_info
 
 
@@ -69,12 +70,13 @@ def parameter_table(model: nn.Module) -> Table:
 
 
 def _config_table(model: nn.Module, fields: Any) -> Table:
-    table = Table("field", "value", "type", box=None, pad_edge=False)
+    table = Table("field", "value", "type", "range", box=None, pad_edge=False)
     for field, known in fields.items():
         value = getattr(model.config, field)
         plain = list(value) if isinstance(value, tuple) else value
         shown = f"{value}" if plain == known["default"] else f"{value}  (default {known['default']})"
-        table.add_row(field, shown, known["type"].replace("[", r"\["))
+        allowed = str(Range(**known["range"])) if "range" in known else ""
+        table.add_row(field, shown, known["type"].replace("[", r"\["), allowed.replace("[", r"\["))
     return table
 
 

@@ -1,8 +1,9 @@
 """Stored tensors into a model, one at a time, and every difference between the two named."""
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from zoo.convert.format import Format, as_stored, same_shape
 from zoo.convert.stored import Stored
 from zoo.errors import UserError
 
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes that models compute in
 _SHOWN = 6  # groups of names in one sentence
 
 
@@ -21,6 +23,7 @@ def fill(
     format: Format | None = None,
     *,
     dtype: torch.dtype | None = None,
+    declared: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> None:
     """Give a model, which may be on the meta device, the stored tensors as its own.
@@ -31,11 +34,14 @@ def fill(
         model: every parameter and persistent buffer is replaced.
         stored: where the tensors come from.
         format: how they are called and shaped there; as in the model when omitted.
-        dtype: of the floating-point tensors; as stored when omitted.
+        dtype: of the floating-point tensors. When omitted, that of the file; where a file mixes several, the declared
+            one, else the widest of them, so that nothing is rounded.
+        declared: the dtype that the file's config gives, if it gives one.
         device: the CPU when omitted.
 
     Raises:
-        UserError: tensors are missing, unknown or of another shape; all are named, grouped by layers.
+        UserError: tensors are missing, unknown, of another shape (all are named, grouped by layers), or of another
+            kind than the model's: integers where it has weights.
     """
     names = format.names if format else lambda name: name
     stands_for = format.stands_for if format else as_stored
@@ -60,6 +66,17 @@ def fill(
             wanted = (len(parts) * wanted[0], *wanted[1:]) if len(parts) > 1 else wanted
             if wanted != shapes[name]:
                 raise UserError(f"{what}: {name!r} is {shapes[name]} in the file and must be {wanted}")
+    dtypes = {name: kind for name, kind in stored.dtypes().items() if held[name]}
+    for name, kind in dtypes.items():
+        own_kind = tensors[ours[held[name][0]]].dtype
+        if kind.is_floating_point != own_kind.is_floating_point or kind.is_complex != own_kind.is_complex:
+            raise UserError(
+                f"{what}: {name!r} is {_spelled(kind)} in the file and must be "
+                f"{'floating-point numbers' if own_kind.is_floating_point else _spelled(own_kind)}; quantised weights "
+                "must be stored as the numbers that they stand for"
+            )
+    if dtype is None:
+        dtype = _common(dtypes, declared, what)
 
     done: dict[int, Tensor] = {}
     taken: set[int] = set()
@@ -67,7 +84,7 @@ def fill(
         piece = tensor
         for part, piece in zip(held[name], tensor.chunk(max(1, len(held[name]))), strict=False):
             own = tensors[ours[part]]
-            kind = dtype if piece.is_floating_point() else None
+            kind = dtype if piece.is_floating_point() else own.dtype
             new = _own_copy(piece.reshape(own.shape), kind, device, taken, mapped=stored.mapped)
             if id(own) not in done:
                 done[id(own)] = new
@@ -75,6 +92,24 @@ def fill(
             elif not torch.equal(done[id(own)], new):
                 raise UserError(f"{what}: {name!r} must equal the tensor that it is tied to, and does not")
         del tensor, piece  # what lies in a file must not outlive its turn
+
+
+def _common(dtypes: Mapping[str, torch.dtype], declared: torch.dtype | None, what: str) -> torch.dtype | None:
+    """One dtype for all floating-point tensors; None where there are none."""
+    kinds = {kind: name for name, kind in dtypes.items() if kind.is_floating_point}
+    for kind, name in kinds.items():
+        if kind not in WEIGHTS and declared is None:
+            raise UserError(
+                f"{what}: {name!r} is {_spelled(kind)}, which no operator computes in; give the dtype to load it in, "
+                "such as bfloat16"
+            )
+    if declared is not None and (len(kinds) > 1 or not kinds.keys() <= set(WEIGHTS)):
+        return declared
+    return functools.reduce(torch.promote_types, kinds) if kinds else None
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:

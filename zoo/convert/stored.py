@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +34,10 @@ class Stored(Protocol):
 
     def shapes(self) -> dict[str, Shape]:
         """Every name and shape, without reading the tensors."""
+        ...
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Every name and dtype, without reading the tensors."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -84,19 +90,25 @@ def load_pickle(path: Path, *, device: str = "cpu") -> Any:
         UserError: the file is damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"Detected pickle protocol")  # the file is refused or it is not
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch's unpickler has no common base for what a damaged file does to it
         text = str(error)
-        if "Unsupported" in text or "GLOBAL" in text:
-            what = text.partition("GLOBAL ")[2].split(" was not")[0].split()
-            named = f" ({what[0]})" if what else ""
+        if isinstance(error, pickle.UnpicklingError) and ("Unsupported" in text or "GLOBAL" in text):
+            named = re.search(r"GLOBAL ([\w.]+)", text)
+            what = f" ({named[1]})" if named else ""
             raise UserError(
-                f"{path} holds objects other than tensors{named}, which could run code; it was refused and nothing "
+                f"{path} holds objects other than tensors{what}, which could run code; it was refused and nothing "
                 "of it was run: ask its author for safetensors"
             ) from error
-        raise UserError(f"{path} is damaged or cut short ({first_line(error)}); take another copy") from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is damaged or cut short ({first_line(error)}); take another copy") from error
+        raise UserError(f"{path} is damaged or cut short{_reason(text)}; take another copy") from error
+
+
+def _reason(text: str) -> str:
+    """What torch says of a damaged file, in brackets, but never its advice to load the file without the safety."""
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "").partition(". ")[0]
+    return f" ({first})" if first and "weights" not in first.lower() else ""
 
 
 class Held:
@@ -109,6 +121,9 @@ class Held:
 
     def shapes(self) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         while self._tensors:
@@ -125,6 +140,9 @@ class _Safetensors:
     def shapes(self) -> dict[str, Shape]:
         return {name: shape for path in self._paths for name, shape in self.file_shapes(path).items()}
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: dtype for path in self._paths for name, dtype in self.file_dtypes(path).items()}
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path in self._paths:
             yield from self.file_tensors(path)
@@ -133,6 +151,11 @@ class _Safetensors:
     def file_shapes(path: Path) -> dict[str, Shape]:
         with _reading(path), safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no dict
+
+    @staticmethod
+    def file_dtypes(path: Path) -> dict[str, torch.dtype]:
+        with _reading(path), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118 - no dict
 
     @staticmethod
     def file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -173,6 +196,10 @@ class _Pickled(_Safetensors):
     @staticmethod
     def file_shapes(path: Path) -> dict[str, Shape]:
         return {name: tuple(tensor.shape) for name, tensor in _tensors_of(path, "meta").items()}
+
+    @staticmethod
+    def file_dtypes(path: Path) -> dict[str, torch.dtype]:
+        return {name: tensor.dtype for name, tensor in _tensors_of(path, "meta").items()}
 
     @staticmethod
     def file_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -218,6 +245,9 @@ class _Indexed:
                 )
             found |= inside
         return found
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: dtype for path in self._paths for name, dtype in self._kind.file_dtypes(path).items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for path in self._paths:

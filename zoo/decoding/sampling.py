@@ -66,6 +66,15 @@ def refuse_unless_causal(model: nn.Module) -> None:
         )
 
 
+def _refuse_not_a_number(logits: Tensor) -> None:
+    """Refuse scores from which nothing can be drawn; minus infinity is a token that cannot come."""
+    if not bool((logits < float("inf")).all()):  # nor is NaN
+        raise UserError(
+            "the model's scores of the next token are not numbers, so its weights are broken or its training diverged; "
+            "take an earlier checkpoint, or train again with a lower optim.lr"
+        )
+
+
 @torch.inference_mode()
 def generate_batch(
     model: SequenceModel,
@@ -97,7 +106,7 @@ def generate_batch(
 
     Raises:
         ValueError: the model is not causal, no prompt, an empty prompt, or a token outside the vocabulary.
-        UserError: compile=True where torch cannot compile.
+        UserError: compile=True where torch cannot compile, or scores that are not numbers: the weights are broken.
     """
     refuse_unless_causal(model)
     vocab = model.config.vocab_size
@@ -127,6 +136,7 @@ def generate_batch(
         hidden, state = model.encode(tokens, mask=None if bool(mask.all()) else mask)
         logits = model.head(hidden[:, -1:])[:, -1]
         for n in range(max_tokens):
+            _refuse_not_a_number(logits)
             drawn = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             values = drawn.tolist()
             yield [value if alive else None for value, alive in zip(values, running, strict=True)]

@@ -2,24 +2,26 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import DeltaNet, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(SequenceConfig):
-    n_heads: int = 2
-    expand_k: float = 1.0
-    expand_v: float = 1.0
-    conv_size: int | None = 4
+    n_heads: Annotated[int, Range(1)] = 2
+    expand_k: Annotated[float, Range(above=0)] = 1.0
+    expand_v: Annotated[float, Range(above=0)] = 1.0
+    conv_size: Annotated[int | None, Range(1)] = 4
     qk_activation: str = "silu"
     qk_norm: str = "l2"
     use_beta: bool = True
     allow_neg_eigval: bool = False
     use_gate: bool = False
     use_output_norm: bool = True
-    output_norm_eps: float = 1e-5  # of the norm over each head's output
+    output_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head's output
 
 
 _340M = {"d_model": 1024, "n_layers": 24, "n_heads": 8}

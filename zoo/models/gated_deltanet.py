@@ -2,21 +2,23 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import GatedDeltaNet, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(SequenceConfig):
-    n_heads: int = 6
-    n_v_heads: int | None = None  # None: as many as n_heads
-    head_dim: int = 256
-    expand_v: float = 2.0
-    conv_size: int | None = 4
+    n_heads: Annotated[int, Range(1)] = 6
+    n_v_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
+    head_dim: Annotated[int, Range(1)] = 256
+    expand_v: Annotated[float, Range(above=0)] = 2.0
+    conv_size: Annotated[int | None, Range(1)] = 4
     allow_neg_eigval: bool = False
     use_gate: bool = True
-    output_norm_eps: float = 1e-5  # of the norm over each head's output
+    output_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head's output
 
 
 @register(

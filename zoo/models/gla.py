@@ -2,22 +2,24 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import GatedLinearAttention, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class GLAConfig(SequenceConfig):
-    n_heads: int = 4
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    expand_k: float = 0.5
-    expand_v: float = 1.0
-    gate_rank: int = 16
-    temperature: float = 16.0  # the paper's tau
-    gate_floor: float | None = None
-    conv_size: int | None = None  # the paper's models have no short convolution
-    output_norm_eps: float = 1e-5  # of the norm over each head's output
+    n_heads: Annotated[int, Range(1)] = 4
+    n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
+    expand_k: Annotated[float, Range(above=0)] = 0.5
+    expand_v: Annotated[float, Range(above=0)] = 1.0
+    gate_rank: Annotated[int, Range(1)] = 16
+    temperature: Annotated[float, Range(above=0)] = 16.0  # the paper's tau
+    gate_floor: Annotated[float | None, Range(most=0)] = None
+    conv_size: Annotated[int | None, Range(1)] = None  # the paper's models have no short convolution
+    output_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head's output
 
 
 @register(

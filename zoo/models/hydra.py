@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import Encoder, EncoderConfig, Hydra, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class HydraConfig(EncoderConfig):
-    d_state: int = 64
-    expand: int = 2
-    head_dim: int = 64
-    n_groups: int = 1
-    d_conv: int = 7
+    d_state: Annotated[int, Range(1)] = 64
+    expand: Annotated[int, Range(1)] = 2
+    head_dim: Annotated[int, Range(1)] = 64
+    n_groups: Annotated[int, Range(1)] = 1
+    d_conv: Annotated[int, Range(1)] = 7
 
 
 @register(

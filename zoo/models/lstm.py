@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import LSTM, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class LSTMConfig(SequenceConfig):
-    n_heads: int = 4
-    head_norm_eps: float = 1e-5  # of the norm over each head
+    n_heads: Annotated[int, Range(1)] = 4
+    head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head
 
 
 @register(

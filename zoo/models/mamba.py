@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import Mamba, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
@@ -13,10 +15,10 @@ class MambaConfig(SequenceConfig):
     vocab_size: int = 50280  # GPT-NeoX's 50277, up to a multiple of 8
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
-    d_state: int = 16
-    expand: int = 2
-    d_conv: int = 4
-    dt_rank: int | None = None  # None: a sixteenth of d_model, rounded up
+    d_state: Annotated[int, Range(1)] = 16
+    expand: Annotated[int, Range(1)] = 2
+    d_conv: Annotated[int, Range(1)] = 4
+    dt_rank: Annotated[int | None, Range(1)] = None  # None: a sixteenth of d_model, rounded up
     selective: bool = True  # False: the same block around constant parameters
 
 

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import Mamba2, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
@@ -13,11 +15,11 @@ class Mamba2Config(SequenceConfig):
     vocab_size: int = 50288  # GPT-NeoX's 50277, up to a multiple of 16
     tie_embeddings: bool = True
     norm_eps: float = 1e-5
-    d_state: int = 128
-    expand: int = 2
-    head_dim: int = 64
-    n_groups: int = 1
-    d_conv: int = 4
+    d_state: Annotated[int, Range(1)] = 128
+    expand: Annotated[int, Range(1)] = 2
+    head_dim: Annotated[int, Range(1)] = 64
+    n_groups: Annotated[int, Range(1)] = 1
+    d_conv: Annotated[int, Range(1)] = 4
 
 
 @register(

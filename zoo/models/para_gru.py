@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import ParaGRU, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
@@ -11,10 +13,10 @@ from zoo.registry import register
 class ParaGRUConfig(SequenceConfig):
     vocab_size: int = 50432  # GPT-NeoX's, padded
     residual_scale: bool = True
-    n_heads: int = 4
-    d_conv: int = 4
-    recurrent_clip: float | None = 0.5  # None: no bound, for tasks that count
-    iterations: int | None = None  # Newton steps, unchecked; None: as many as it takes
+    n_heads: Annotated[int, Range(1)] = 4
+    d_conv: Annotated[int, Range(1)] = 4
+    recurrent_clip: Annotated[float | None, Range(above=0)] = 0.5  # None: no bound, for tasks that count
+    iterations: Annotated[int | None, Range(1)] = None  # Newton steps, unchecked; None: as many as it takes
 
 
 @register(

@@ -2,23 +2,30 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import S4, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class S4Config(SequenceConfig):
     hidden_size: int | None = 0
-    d_state: int = 64
+    d_state: Annotated[int, Range(2)] = 64
     mode: str = "diag"  # diag: S4D; dplr: S4
     init: str | None = None  # legs, lin, inv or real; None: lin for diag, legs for dplr
     rule: str | None = None  # zoh or bilinear; None: zoh for diag, bilinear for dplr
-    n_ssm: int | None = None  # None: every channel has its own A and B
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
+    n_ssm: Annotated[int | None, Range(1)] = None  # None: every channel has its own A and B
+    dt_min: Annotated[float, Range(above=0)] = 1e-3
+    dt_max: Annotated[float, Range(above=0)] = 1e-1
     dropout: float = 0.0  # on the residual branch, and inside the mixer of whole channels, the same at all times
-    ssm_lr: float | None = 1e-3  # A, B, P and dt learn no faster than this
+    ssm_lr: Annotated[float | None, Range(0)] = 1e-3  # A, B, P and dt learn no faster than this
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min must be at most dt_max = {self.dt_max}, got {self.dt_min}")
 
 
 @register(

@@ -2,18 +2,20 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from torch import nn
 
 from zoo.layers import SLSTM, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class SLSTMConfig(SequenceConfig):
-    n_heads: int = 4
-    conv_size: int | None = 4
-    head_norm_eps: float = 1e-5  # of the norm over each head
+    n_heads: Annotated[int, Range(1)] = 4
+    conv_size: Annotated[int | None, Range(1)] = 4
+    head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head
 
 
 @register(

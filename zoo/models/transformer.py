@@ -2,20 +2,22 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 from zoo.layers import Attention, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
 from zoo.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(SequenceConfig):
-    n_heads: int = 2
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    head_dim: int | None = None  # None: d_model / n_heads
-    window: int | None = None  # None: every layer sees the whole past
-    rope_base: float = 10000.0
+    n_heads: Annotated[int, Range(1)] = 2
+    n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
+    head_dim: Annotated[int | None, Range(1)] = None  # None: d_model / n_heads
+    window: Annotated[int | None, Range(1)] = None  # None: every layer sees the whole past
+    rope_base: Annotated[float, Range(above=0)] = 10000.0
     qk_norm: bool = False
-    qk_norm_eps: float = 1e-6
+    qk_norm_eps: Annotated[float, Range(0)] = 1e-6
 
 
 @register(

@@ -71,5 +71,6 @@ SPECS = (
         extremes=_GATED_DELTA_EXTREMES,
         cp_kind="affine",
         summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"g": i["g"].masked_fill(where.unsqueeze(-1), float("-inf"))},
     ),
 )

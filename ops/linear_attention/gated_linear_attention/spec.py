@@ -41,5 +41,6 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: gated_linear_attention_summary(i["k"], i["v"], i["g"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"g": i["g"].masked_fill(where[..., None, None], float("-inf"))},
     ),
 )

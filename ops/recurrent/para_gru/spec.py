@@ -27,5 +27,6 @@ SPECS = (
         },
         cp_kind="affine",
         iterated=True,
+        resets=lambda i, where: i | {"resets": where},
     ),
 )

@@ -30,5 +30,6 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"a": i["a"].masked_fill(where.unsqueeze(-1), 0)},
     ),
 )

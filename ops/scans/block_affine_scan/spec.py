@@ -29,5 +29,6 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: block_affine_scan_summary(i["A"], i["b"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"A": i["A"].masked_fill(where[..., None, None, None], 0)},
     ),
 )

@@ -43,6 +43,7 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: complex_affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"resets": where},
     ),
     OperatorSpec(
         name="complex_affine_scan constant",
@@ -54,5 +55,6 @@ SPECS = (
         extremes={"a-i": lambda i: i | {"a": i["a"] * 0 + torch.tensor([0.0, 1.0])}},
         cp_kind="affine",
         summary=lambda i, cu: complex_affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
+        resets=lambda i, where: i | {"resets": where},
     ),
 )

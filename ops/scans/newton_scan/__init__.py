@@ -80,7 +80,7 @@ def newton_scan(
         h: all states, (B, T, D) or (B, T, D, 2), in the dtype of u. Without `iterations` those of the loop to rounding:
             Newton stops at a correction of at most 3e-3 (1e-7 in float64), which leaves less than its square. A
             recurrence that it does not solve in 12 corrections is walked step by step, and a warning says so once. On a
-            CPU, where one step of time is wide (320 numbers of state), walking is faster to begin with.
+            CPU, where one step of time is wide (512 numbers of state), walking is faster to begin with.
         last: the state after the last step, (B, D) or (B, D, 2), float32 (float64 for float64 inputs).
         residual, where asked for: `newton_residual` of h, a number without a gradient.
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from exact_plans import best_step
 
 from zoo.train.balance import PUBLISHED, CostModel, Ring, StateHandOff, lower_bound
 from zoo.train.balance.assignment import best_assignment, powers_of_two
-from zoo.train.balance.exact import best_step
 from zoo.train.balance.lengths import CORPORA
 
 SEVEN = PUBLISHED["7b"].cost()

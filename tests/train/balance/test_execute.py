@@ -13,7 +13,7 @@ from zoo.train.balance import Group, Plan
 from zoo.train.balance.execute import IGNORED, micro_batch
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_plans_on_four_ranks_equal_one_process(tmp_path: Path) -> None:
     """Loss and gradients, with unequal numbers of steps and rings of any size; and 200 random plans do not hang."""
     done = subprocess.run(

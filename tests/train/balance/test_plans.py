@@ -227,7 +227,7 @@ def test_a_rank_waits_for_its_ring() -> None:
 # -- against what was published ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_plans_beat_static_ones_as_published() -> None:
     """FlexSP (arXiv 2412.01523): up to 1.72x over static groups of 64, up to 1.42x over the best size of each batch.
 
@@ -251,6 +251,7 @@ def test_plans_beat_static_ones_as_published() -> None:
     assert ours.mean() / bounds.mean() < 1.12
 
 
+@pytest.mark.timing
 def test_plans_for_512_sequences_take_under_a_second() -> None:
     s = CORPORA["wikipedia"].sample(512, np.random.default_rng(3), 192 * 1024)
     partitions(64)
@@ -263,7 +264,7 @@ def test_plans_for_512_sequences_take_under_a_second() -> None:
         assert min(spent) < 1.0, planner
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_longer_contexts_gain_more_from_hybrid_plans() -> None:
     """The shape of ByteScale's results: static groups take about twice as long with every doubling of the context."""
     cost = CostModel(a1=SEVEN.a1, a2=SEVEN.a2, b1=0.0, capacity=8192, communication=Ring(0.035))

@@ -1,6 +1,6 @@
-"""The integer programme of one step, solved exactly: the check and the bound of zoo.train.balance.assignment.
+"""The integer programme of one step, solved exactly by scipy: the oracle of zoo.train.balance.assignment.
 
-Needs scipy (`pip install "seqzoo[exact]"`). For small instances: sequences times groups are its integers.
+For small instances: sequences times groups are its integers.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,1 @@
+"""Recurrences over the two dimensions of a picture."""
