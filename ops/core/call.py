@@ -389,23 +389,15 @@ def _quick(whole: Callable[P, R], step: Callable[P, R]) -> Callable[P, R]:
 
     On a CPU most of such a call's time goes into the way to the arithmetic. The first call of each kind (shapes,
     dtypes, devices and options) goes the long way, on which what does not fit is refused; the next ones call `step`.
+    All that a kind says is asked once, so that the common way is a look-up.
     """
     passed: set[tuple[object, ...]] = set()
 
     @functools.wraps(whole)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        x = args[0] if args else None
-        # one float32 or float64 token a row on a CPU, outside autograd, autocast, shards and packed documents; written
-        # out and in this order for speed: every decoded token comes here several times a layer
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or not isinstance(x, Tensor)
-            or x.ndim < 3
-            or x.shape[1] != 1
-            or not x.is_cpu
-            or x.dtype not in _WIDE
-            or (kwargs and (kwargs.get("cu_seqlens") is not None or kwargs.get("backend", "auto") not in _TORCH))
             or _WATCHERS
             or torch.is_autocast_enabled("cpu")
             or scope() is not None
@@ -418,10 +410,14 @@ def _quick(whole: Callable[P, R], step: Callable[P, R]) -> Callable[P, R]:
             else:
                 parts.append(x)
         kind = tuple(parts)
-        if kind in passed:
+        try:
+            known = kind in passed
+        except TypeError:  # a list in a tensor's place is refused on the long way
+            return whole(*args, **kwargs)
+        if known:
             return step(*args, **kwargs)
         result = whole(*args, **kwargs)
-        if len({x.dtype for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}) == 1:  # a mix is converted
+        if _decodes(args, kwargs):
             if len(passed) >= MOST_KINDS:
                 passed.clear()
             passed.add(kind)
@@ -430,5 +426,15 @@ def _quick(whole: Callable[P, R], step: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-_WIDE = frozenset({torch.float32, torch.float64})
-_TORCH = ("auto", "torch")  # the requests that the torch form answers on a CPU
+def _decodes(args: tuple[object, ...], options: Mapping[str, object]) -> bool:
+    """Whether a call that was not refused is one token a row on a CPU, all tensors float32, or all float64."""
+    tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
+    return (
+        bool(args)
+        and tensors[0] is args[0]
+        and tensors[0].shape[1] == 1
+        and all(x.is_cpu for x in tensors)
+        and {x.dtype for x in tensors} in ({torch.float32}, {torch.float64})
+        and options.get("cu_seqlens") is None
+        and options.get("backend", "auto") in ("auto", "torch")
+    )

@@ -183,6 +183,8 @@ def test_what_does_not_fit_is_refused_after_tokens_that_did() -> None:
             causal_conv1d(u, w.double(), None, s)
         with pytest.raises(ValueError, match="causal_conv1d: activation must be"):
             causal_conv1d(u, w, None, s, activation="relu")
+        with pytest.raises(ValueError, match="causal_conv1d: state must be a tensor"):
+            causal_conv1d(u, w, None, s.tolist())
         for _ in range(2):  # a mix is converted, every time
             assert causal_conv1d(u, w, None, s.double())[1].dtype == torch.float32
 
