@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -27,8 +28,8 @@ LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(\))")
 BARE = re.compile(r"\[([^\]]*)\]\((?:\.\./)*(CITATION\.cff)\)")
 
 
-def on_config(config: MkDocsConfig) -> None:
-    """Lay the sources out as the package installs; what reads them follows no links."""
+def on_startup(command: Literal["build", "gh-deploy", "serve"], dirty: bool) -> None:
+    """Lay the sources out as the package installs, before mkdocstrings looks for them; it follows no links."""
     shutil.rmtree(PACKAGE, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "zoo", PACKAGE, ignore=ignored)

@@ -97,7 +97,7 @@ class EncoderLayer(nn.Module):
             return mixed
         apart = []
         for row, (place, cuts) in zip(x.split(1), rows, strict=True):
-            with shard.seen_as(place):
+            with shard.use_view(place):
                 apart.append(self.mixer(row, cu_seqlens=cuts)[0])
         return torch.cat(apart)
 

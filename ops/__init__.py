@@ -8,9 +8,9 @@ here, under a flat name: `zoo.ops.delta_rule`, wherever its folder lies. `__init
 import sys
 
 from zoo import _discover
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute, runs_once
 
-__all__ = ["runs_once"]
+__all__ = ["no_recompute", "runs_once"]
 
 for _operator in _discover.load_packages(sys.modules[__name__], depth=2):
     for _name in _discover.public_names(_operator):

@@ -4,6 +4,7 @@ from zoo.ops.convolutions.causal_conv1d import causal_conv1d as causal_conv1d
 from zoo.ops.convolutions.causal_conv1d import causal_conv1d_summary as causal_conv1d_summary
 from zoo.ops.convolutions.depthwise_conv1d import depthwise_conv1d as depthwise_conv1d
 from zoo.ops.convolutions.fft_convolution import fft_convolution as fft_convolution
+from zoo.ops.core.recompute import no_recompute as no_recompute
 from zoo.ops.core.recompute import runs_once as runs_once
 from zoo.ops.grids.grid_scan import grid_scan as grid_scan
 from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule

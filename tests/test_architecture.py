@@ -25,9 +25,11 @@ FLOORS = {
     "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges", "zoo._deprecation"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry"},
+    "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs"},
+    "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry", "zoo.targets"},
     "zoo.config": {
-        "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo._deprecation",
+        "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo.targets",
+        "zoo._deprecation",
     },
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
@@ -36,7 +38,7 @@ FLOORS = {
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
-        "zoo",
+        "zoo.targets", "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",
@@ -44,7 +46,7 @@ FLOORS = {
 }  # fmt: skip
 ANYTHING = ("zoo.cli", "zoo.__main__")
 OPERATOR = re.compile(r"zoo\.ops\.(?!core\b|shard\b)\w+\.\w+")  # zoo.ops.FAMILY.NAME
-NO_TORCH = ("zoo", "zoo.registry", "zoo.config", "zoo.settings", "zoo.errors")
+NO_TORCH = ("zoo", "zoo.registry", "zoo.targets", "zoo.config", "zoo.settings", "zoo.errors")
 
 
 def modules() -> dict[str, ast.Module]:

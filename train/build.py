@@ -11,8 +11,10 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from zoo.errors import UserError
-from zoo.registry import create_model, model_info, resolve
+from zoo.errors import UsageError, UserError
+from zoo.registry import create_model, model_info
+from zoo.targets import TARGET, load_class
+from zoo.train.optim import Recipe
 from zoo.train.run_folder import RunFolder
 from zoo.train.tasks.task import Task
 from zoo.train.trainer import TrainerConfig
@@ -23,11 +25,21 @@ LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE",
 
 def build_data(config: Mapping[str, Any]) -> Any:
     """The data module of a composed config, with the run's seed where it takes one and the user gave none."""
-    owner = resolve(config["data"]["_target_"])
+    owner = load_class("data", config["data"][TARGET])
     settings = settings_of(config["data"])
     if "seed" in inspect.signature(owner).parameters:
         settings.setdefault("seed", config["seed"])
-    return owner(**settings)
+    with refused_settings():
+        return owner(**settings)
+
+
+@contextmanager
+def refused_settings() -> Iterator[None]:
+    """Around a constructor that takes a group's settings: what it refuses is a UsageError, and the exit code is 2."""
+    try:
+        yield
+    except UserError as error:
+        raise UsageError(str(error)) from error
 
 
 def build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.Module:
@@ -60,13 +72,13 @@ def check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
 
 @contextmanager
 def readable_refusals() -> Iterator[None]:
-    """Around the making of a Trainer: what Lightning refuses becomes a UserError of one line."""
+    """Around the making of a Trainer: what Lightning refuses becomes a UsageError of one line."""
     try:
         yield
     except UserError:
         raise
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error
 
 
 def cluster_environment() -> list[ClusterEnvironment]:
@@ -78,10 +90,27 @@ def cluster_environment() -> list[ClusterEnvironment]:
 
 def trainer_config_of(section: Mapping[str, Any]) -> TrainerConfig:
     """The checked settings of the config's `trainer`."""
-    owner = resolve(section["_target_"]) if "_target_" in section else TrainerConfig
-    options = owner(**settings_of(section))
+    owner = load_class("trainer", section[TARGET]) if TARGET in section else TrainerConfig
+    with refused_settings():
+        options = owner(**settings_of(section))
     assert isinstance(options, TrainerConfig)
     return options
+
+
+def task_class(section: Mapping[str, Any]) -> type[Task]:
+    """The class of the config's `task`."""
+    owner = load_class("task", section[TARGET])
+    assert issubclass(owner, Task)
+    return owner
+
+
+def recipe_of(section: Mapping[str, Any]) -> Recipe:
+    """The checked settings of the config's `optim`."""
+    owner = load_class("optim", section[TARGET])
+    with refused_settings():
+        recipe = owner(**settings_of(section))
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def precision_of(options: TrainerConfig) -> str:
@@ -95,13 +124,14 @@ def precision_of(options: TrainerConfig) -> str:
 def strategy_of(section: Any) -> Any:
     """Lightning's `strategy`: an instance of what the config names, or "auto"."""
     if isinstance(section, Mapping):
-        return resolve(section["_target_"])(**settings_of(section)) if "_target_" in section else "auto"
+        with refused_settings():
+            return load_class("strategy", section[TARGET])(**settings_of(section)) if TARGET in section else "auto"
     return section or "auto"
 
 
 def settings_of(section: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that a section holds beside its `_target_`."""
-    return {key: value for key, value in section.items() if key != "_target_"}
+    return {key: value for key, value in section.items() if key != TARGET}
 
 
 @contextmanager

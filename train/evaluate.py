@@ -5,15 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Trainer
 from torch import nn
 
 from zoo import tokenizers
 from zoo.checkpoint import load, locate, run_of
-from zoo.config import compose
+from zoo.config import check, compose, parse_fields
 from zoo.errors import UsageError, UserError, remedy
-from zoo.registry import model_info, resolve
+from zoo.registry import model_info
+from zoo.targets import TARGET
 from zoo.train.build import (
     build_data,
     check_fields,
@@ -21,8 +21,10 @@ from zoo.train.build import (
     launch_environment,
     precision_of,
     readable_refusals,
+    recipe_of,
     settings_of,
     strategy_of,
+    task_class,
     trainer_config_of,
 )
 from zoo.train.optim import Limits
@@ -54,10 +56,10 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
     data = build_data(config)
-    kind = resolve(config["task"]["_target_"])
+    kind = task_class(config["task"])
     check_fields(model, data, kind)
     trainer_config = trainer_config_of(config["trainer"])
-    optim = resolve(config["optim"]["_target_"])(**settings_of(config["optim"]))
+    optim = recipe_of(config["optim"])
     task = kind(model, optim, Limits(), data, **settings_of(config["task"]))
     with launch_environment(), quiet_lightning():
         with readable_refusals():
@@ -92,24 +94,51 @@ def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -
 def _overridden(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:
     if known is None:
         return compose(list(overrides))
+    overrides = [word for word in overrides if not _is_own_task(word, known)]
     if any(override.startswith("data=") for override in overrides):
-        composed = compose(list(overrides))
+        for override in overrides:
+            key = override.partition("=")[0]
+            if key.partition(".")[0] not in ("data", "trainer", "strategy", "seed"):
+                raise UsageError(
+                    f"no setting {key!r} for an evaluation; data, trainer and strategy can be chosen, and the rest is "
+                    "the run's"
+                )
+        composed = compose(overrides)
         return {**known, **{group: composed[group] for group in ("data", "trainer", "strategy")}}
     ranks = [override for override in overrides if override.startswith(("strategy=", "strategy."))]
     config = {**known, "data": dict(known["data"]), "trainer": dict(known["trainer"])}
     config["strategy"] = compose(ranks)["strategy"]  # not the run's: it may have had other devices
+    typed = {}
     for override in overrides:
         key, _, text = override.partition("=")
         group, _, name = key.partition(".")
         if override in ranks:
             continue
-        if group not in ("data", "trainer") or name not in config[group]:
-            known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g]]
+        if group not in ("data", "trainer") or name not in config[group] or name == TARGET:
+            known_keys = [f"{g}.{k}" for g in ("data", "trainer") for k in config[g] if k != TARGET]
             raise UsageError(
                 f"no setting {key!r} for an evaluation{remedy(key, known_keys, 'data=NAME takes other data')}"
             )
-        config[group][name] = yaml.safe_load(text)
-    return config
+        config[group][name] = parse_fields([override])[key]
+        typed[key] = text
+    return check(config, typed)
+
+
+def _is_own_task(override: str, known: Mapping[str, Any]) -> bool:
+    """Whether an override chooses the task that the run was trained for.
+
+    Raises:
+        UsageError: it chooses another one, for which this run's model was not made.
+    """
+    if not override.startswith("task="):
+        return False
+    own, asked = (task_class(section) for section in (known["task"], compose([override])["task"]))
+    if own is not asked:
+        raise UsageError(
+            f"a run is measured by the task that it was trained for, {own.__name__}, and {override} asks for another; "
+            f"choose data for {own.__name__}, or train a model with {override}"
+        )
+    return True
 
 
 def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:

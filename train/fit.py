@@ -1,5 +1,6 @@
 """From a composed config to a trained model in a run's folder, and back to it after an interruption."""
 
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,8 @@ from torch import nn
 
 from zoo.checkpoint import save
 from zoo.decoding import generate
-from zoo.errors import UserError
-from zoo.registry import resolve
+from zoo.errors import UsageError, UserError
+from zoo.targets import TARGET, load_class
 from zoo.train.build import (
     RUN_DIR,
     build_data,
@@ -24,8 +25,11 @@ from zoo.train.build import (
     launch_environment,
     precision_of,
     readable_refusals,
+    recipe_of,
+    refused_settings,
     settings_of,
     strategy_of,
+    task_class,
     trainer_config_of,
 )
 from zoo.train.callbacks.checkpoints import Checkpoints
@@ -67,7 +71,8 @@ def run(config: Mapping[str, Any], run_dir: str | os.PathLike[str], *, callbacks
         the exit code: 0 done, 1 the final model could not be written, 130 interrupted with a checkpoint written.
 
     Raises:
-        UserError: what a user can cause; the run's log has it, too.
+        UserError: what a user can cause; the run's log has it, too. A run that is refused before its first update
+            leaves no folder behind.
     """
     if is_main_process():
         folder = RunFolder(Path(run_dir))
@@ -83,12 +88,20 @@ def resume(run_dir: str | os.PathLike[str]) -> int:
     if folder.finished:
         folder.say(f"the run {folder.path} is finished; its model is in {folder.final}")
         return DONE
+    config = folder.read_config()
+    try:
+        return _go_on(config, folder)
+    except UsageError as error:  # the settings are those of the folder, not of the command
+        raise UserError(f"the run {folder.path} cannot go on with the settings in its config.yaml: {error}") from error
+
+
+def _go_on(config: Mapping[str, Any], folder: RunFolder) -> int:
     if not folder.last.is_file():
         folder.say(f"the run {folder.path} has no checkpoint yet and starts from the beginning")
         if is_main_process():
             folder.table.unlink(missing_ok=True)
-        return _train(folder.read_config(), folder, checkpoint=None)
-    return _train(folder.read_config(), folder, checkpoint=folder.last)
+        return _train(config, folder, checkpoint=None)
+    return _train(config, folder, checkpoint=folder.last)
 
 
 # -- one sitting ------------------------------------------------------------------------------------------------
@@ -134,14 +147,15 @@ def _fit(
     data = build_data(config)
     data.prepare_data()
     data.setup("fit")  # bad data are refused before there is a folder for the run
-    kind = resolve(config["task"]["_target_"])
+    kind = task_class(config["task"])
     model = build_model(config["model"], data, kind)
     per_epoch = None
     if options.max_epochs is not None:
         per_epoch = _batches_per_epoch(options, data, strategy_of(config.get("strategy")))
     limits = options.limits(per_epoch)
-    optim = resolve(config["optim"]["_target_"])(**settings_of(config["optim"]))
-    task = kind(model, optim, limits, data, **settings_of(config["task"]))
+    optim = recipe_of(config["optim"])
+    with refused_settings():
+        task = kind(model, optim, limits, data, **settings_of(config["task"]))
     assert isinstance(task, Task)
 
     keeps = not options.fast_dev_run
@@ -175,7 +189,7 @@ def _fit(
         folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
     if checkpoint is None:
         parameters = sum(p.numel() for p in model.parameters())
-        what = config["task"]["_target_"].rpartition(".")[2]
+        what = kind.__name__
         folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
     else:
         folder.say(f"going on with {folder.path}")
@@ -183,8 +197,21 @@ def _fit(
         trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
     except OSError as error:
         raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
+    except UserError:
+        if trainer.global_step == 0:
+            folder.discard()
+        raise
+    sound = task.weights_are_finite()
     weights = whole_weights(model) if keeps else None
-    if not trainer.is_global_zero or not keeps:
+    if not trainer.is_global_zero:
+        return DONE
+    if not sound or not math.isfinite(log.final.get("val_loss", 0.0)):
+        what = "the validation loss" if sound else "the model's weights"
+        raise UserError(
+            f"the run in {folder.path} ended with a model that is of no use, {what} being not finite; lower optim.lr "
+            "and start a new run (the checkpoints are kept)"
+        )
+    if not keeps:
         return DONE
     if weights is not None:
         model = build_model(config["model"], data, kind)
@@ -230,7 +257,8 @@ def _show_bar(folder: RunFolder, bar: Bar, step: int, row: dict[str, float]) -> 
 
 def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]:
     """What chooses how activations are kept, where anything is asked for; runs of before had no such settings."""
-    options = MemoryConfig(**settings_of(section or {}))
+    with refused_settings():
+        options = MemoryConfig(**settings_of(section or {}))
     if not options.changes:
         return []
     if not hasattr(model, "use_memory"):
@@ -286,12 +314,12 @@ def _build_trainer(
 def _loggers(config: Mapping[str, Any], folder: RunFolder) -> list[Logger]:
     """The chosen logger beside metrics.csv, writing into the run's folder unless told otherwise."""
     section = config.get("logger")
-    if not isinstance(section, Mapping) or "_target_" not in section:
+    if not isinstance(section, Mapping) or TARGET not in section:
         return []
     settings = settings_of(section)
     if settings.get("save_dir") in (None, "."):
         settings["save_dir"] = str(folder.path)
-    return [resolve(section["_target_"])(**settings)]
+    return [load_class("logger", section[TARGET])(**settings)]
 
 
 def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:

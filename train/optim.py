@@ -1,6 +1,7 @@
 """The optimiser's recipe: which parameters decay, and how the learning rate moves."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.ranges import Range, check_fields
 
-__all__ = ["AdamW", "Limits", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
+__all__ = ["AdamW", "Limits", "Recipe", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,20 @@ def learning_rate_limits(model: nn.Module) -> dict[int, float]:
     return limits
 
 
+class Recipe(ABC):
+    """How weights are updated: an optimiser and its learning rate. What `optim` of a config names inherits from it."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimiser for `model`; its update can be skipped on the device by setting `found_inf`."""
+
+    @abstractmethod
+    def lr_at(self, step: int, progress: float) -> float:
+        """The learning rate of the update that follows `step` updates, at `progress` in [0, 1] of the training."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Recipe):
     """AdamW with weight decay on matrices only, linear warm-up and a cosine to a floor.
 
     Args:

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import zoo
-from zoo.config import read_yaml, to_yaml
+from zoo.config import read_run, to_yaml
 from zoo.errors import UserError
 from zoo.ops.core.call import Choice
 from zoo.train.callbacks.operators import describe_choices
@@ -42,6 +43,8 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.final = path / "checkpoint"
         self.log = path / "log.txt"
+        self._made: list[Path] = []  # the folders that `create` made, the innermost first
+        self._fresh = False
 
     def check_free(self) -> None:
         """Refuse a folder that holds something already."""
@@ -57,6 +60,8 @@ class RunFolder:
     @rank_zero_only
     def create(self, config: Mapping[str, Any]) -> None:
         """Make the folder and write down what is about to run."""
+        self._fresh = True
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "command.txt").write_text(command_line() + "\n", encoding="utf-8")
@@ -87,8 +92,8 @@ class RunFolder:
         return folder
 
     def read_config(self) -> dict[str, Any]:
-        """What was asked."""
-        return read_yaml(self.config)
+        """What was asked; checked, since the folder may be anybody's."""
+        return read_run(self.config)
 
     @property
     def finished(self) -> bool:
@@ -97,13 +102,16 @@ class RunFolder:
 
     @rank_zero_only
     def say(self, text: str) -> None:
-        """Print a line and keep it."""
-        print(text, flush=True)
+        """Print a line and keep it; a reader that has left does not end a run."""
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
         self.note(text)
 
     @rank_zero_only
     def note(self, text: str) -> None:
-        """Keep a line; a full disk does not end a run over its log."""
+        """Keep a line, once there is a run to keep it for; a full disk does not end a run over its log."""
+        if not self.config.is_file():
+            return
         with contextlib.suppress(OSError), self.log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 

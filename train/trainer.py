@@ -1,5 +1,6 @@
 """The trainer's options: a handful of our own, and Lightning's by their own names."""
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,10 +52,10 @@ class TrainerConfig:
     devices: int | str | list[int] = "auto"
     num_nodes: Annotated[int, Range(1)] = 1
     precision: str | None = None  # None: bf16-mixed on CUDA, 32-true elsewhere
-    fast_dev_run: int | bool = False
+    fast_dev_run: Annotated[int | bool, Range(0)] = False
     limit_val_batches: Annotated[int | float, Range(0)] = 1.0
     accumulate_grad_batches: Annotated[int, Range(1)] = 1
-    gradient_clip_val: float | None = 1.0
+    gradient_clip_val: Annotated[float | None, Range(0)] = 1.0
     gradient_clip_algorithm: str = "norm"
     deterministic: bool = False
     benchmark: bool | None = None
@@ -66,6 +67,14 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_fields(self, "trainer.")
         self._check_processes()
+        most = 1.0 if isinstance(self.limit_val_batches, float) else math.inf
+        if self.limit_val_batches > most:
+            raise UsageError(
+                "trainer.limit_val_batches must be a number of batches, or a part of them in [0.0, 1.0]; got "
+                f"{self.limit_val_batches}"
+            )
+        if self.fast_dev_run < 0:
+            raise UsageError(f"trainer.fast_dev_run must be true, false or a number of steps; got {self.fast_dev_run}")
         if self.precision is not None and str(self.precision).startswith("16"):
             raise UserError(
                 f"trainer.precision={self.precision} is not supported, since float16 needs its loss scaled and our "

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.checkpoint import load, save
     from zoo.registry import create_model, list_models, model_info, register
+    from zoo.targets import allow_package
 
 __version__ = "0.1.0.dev0"
-__all__ = ["create_model", "list_models", "load", "model_info", "register", "save"]
+__all__ = ["allow_package", "create_model", "list_models", "load", "model_info", "register", "save"]
 
 # Looked up on first use (PEP 562): `import zoo` and `zoo.list_models()` cost no torch.
 _HOMES = {
@@ -16,6 +17,7 @@ _HOMES = {
     "list_models": "zoo.registry",
     "model_info": "zoo.registry",
     "register": "zoo.registry",
+    "allow_package": "zoo.targets",
     "load": "zoo.checkpoint",
     "save": "zoo.checkpoint",
 }

@@ -2,6 +2,7 @@
 
 A group's YAML names its class in `_target_` (a model: `name` and `size`) and holds only what differs from the defaults
 of that class. So the keys that a group takes are the parameters of its class, and their defaults live in one place.
+Which classes may be named is for `zoo.targets` to say. The folder of a run is read back through the same checks.
 """
 
 import itertools
@@ -9,6 +10,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -23,16 +25,18 @@ from omegaconf.errors import OmegaConfBaseException
 from zoo._deprecation import current_name
 from zoo._types import fit
 from zoo.configs import GROUPS, RENAMED, ROOT, choices
-from zoo.errors import UsageError, remedy
+from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
-from zoo.registry import check_fields, check_size, current_model, list_models, model_info, resolve
-from zoo.settings import NO_DEFAULT, TARGET, Setting, as_plain, indexed, is_plain, settings_of
+from zoo.registry import check_fields, check_size, current_model, list_models, model_info
+from zoo.settings import NO_DEFAULT, Setting, as_plain, indexed, is_plain, settings_of
+from zoo.targets import KINDS, TARGET, load_class, refuse_nested
 
 MISSING = "???"  # Hydra's mark for a value that the user must give
 REQUIRES = (
     "_requires_"  # in a YAML file: the packages that its choice needs, any one of them; they are an extra of its name
 )
 NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
+RUN_HAS = ("model", "data", "task", "optim", "trainer", "seed")  # what the config of every run has had
 SEEDS = Range(0, 2**63 - 1)
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
@@ -67,6 +71,27 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
     _check_keys(config, {*GROUPS, *base, *extra}, "", config)
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
+    for group in GROUPS:
+        section = config.get(group)
+        if group != "model" and isinstance(section, dict) and TARGET not in section:
+            _check_keys(section, base.get(group) or (), f"{group}.", config)
+        elif isinstance(section, dict):
+            _check_packages(group, section.pop(REQUIRES, []), parsed)
+    return check(config, raw)
+
+
+def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """A config with every default filled in and every class, key, type and range checked.
+
+    Args:
+        config: as `compose` or a run's folder has it.
+        raw: {key: what the user typed}, for text that reads as a number.
+
+    Raises:
+        UsageError: a setting that cannot stand, or one that is missing.
+    """
+    config = dict(config)
+    refuse_nested(config)
     config["seed"] = _fit("seed", config.get("seed"), "int", raw)
     SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
@@ -78,13 +103,10 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
         elif section is None and group in NEEDED:
             raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
-            _check_packages(group, section.pop(REQUIRES, []), config, parsed)
-            config[group] = _fill(group, section, parameters(section[TARGET]), raw, config)
+            config[group] = _fill(group, section, raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
-        elif isinstance(section, dict):
-            _check_keys(section, base.get(group) or (), f"{group}.", config)
-        elif section is not None:
+        elif not isinstance(section, dict | None):
             raise UsageError(f"{group} must be a group of settings, got {section!r}; zoo config --groups lists them")
     _check_missing(config, "")
     return config
@@ -132,36 +154,55 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not a config: {_first_line(error)}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a config: it holds {type(config).__name__}, not settings by name")
     return {str(key): value for key, value in config.items()}
 
 
-def parameters(target: str) -> dict[str, Setting]:
-    """The settings that a class takes from a config; from the index, or by importing a class that is in none.
+def read_run(path: Path) -> dict[str, Any]:
+    """The config.yaml of a run's folder, which may be anybody's, checked like settings from a command line.
+
+    Settings that are newer than the run have their defaults.
+
+    Raises:
+        UserError: it is not the config of a run, or it names what may not be made.
+    """
+    command = path.with_name("command.txt")
+    again = f", or start a new run with the command in {command}" if command.is_file() else ", or start a new run"
+    mend = f"put the run's own {path.name} back{again}"
+    try:
+        config = read_yaml(path)
+    except UsageError as error:
+        raise UserError(f"{error}; {mend}") from error
+    lacking = [key for key in RUN_HAS if config.get(key) in (None, {}, [])]
+    unnamed = [g for g in ("data", "task", "optim") if isinstance(config.get(g), dict) and TARGET not in config[g]]
+    lacking += [f"{group}.{TARGET}" for group in unnamed if group not in lacking]
+    if lacking:
+        what = "is empty" if not config else f"is not the config of a run: it has no {', '.join(lacking)}"
+        raise UserError(f"{path} {what}; {mend}")
+    for group in ("trainer", "memory"):  # a section of either may leave out its class: there is one
+        if isinstance(config.get(group), dict):
+            config[group] = {TARGET: KINDS[group].base, **config[group]}
+    try:
+        return check(config)
+    except UsageError as error:
+        raise UserError(f"{path} does not describe a run that can be made here: {error}") from error
+
+
+def parameters(group: str, target: object) -> dict[str, Setting]:
+    """The settings that a group's class takes; from the index, or by importing a class that may be named there.
 
     Raises:
         UsageError: the class cannot be imported.
     """
-    settings = indexed(target)
-    if settings is not None:
-        return settings
-    try:
-        owner = resolve(target)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{TARGET}: {target} cannot be imported: {_first_line(error)}") from error
-    return settings_of(owner)
+    settings = indexed(group, target)
+    return settings_of(load_class(group, target)) if settings is None else settings
 
 
-def _fill(
-    group: str,
-    section: dict[str, Any],
-    known: Mapping[str, Setting],
-    raw: Mapping[str, str],
-    config: Mapping[str, Any],
-) -> dict[str, Any]:
+def _fill(group: str, section: dict[str, Any], raw: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    known = parameters(group, section[TARGET])
     given = {key: value for key, value in section.items() if key != TARGET}
     if "**" not in known:
         _check_keys(given, known, f"{group}.", config)
@@ -204,8 +245,9 @@ def _check_keys(given: Iterable[str], known: Iterable[str], prefix: str, config:
             otherwise = "zoo config prints all settings"
             homes = " or ".join(_homes(key, config))
             end = f"; did you mean {homes}? {otherwise}" if homes else ""
-            end = end or remedy(prefix + key, [prefix + k for k in known], otherwise)
-            raise UsageError(f"no setting {prefix + key!r}{end}")
+            end = end or remedy(f"{prefix}{key}", [f"{prefix}{k}" for k in known], otherwise)
+            named = f"{prefix}{key}"
+            raise UsageError(f"no setting {named!r}{end}")
 
 
 def _homes(key: str, config: Mapping[str, Any]) -> list[str]:
@@ -216,7 +258,7 @@ def _homes(key: str, config: Mapping[str, Any]) -> list[str]:
         if group == "model" and isinstance(section, dict) and section.get("name") in list_models():
             keys[group] = {"size", *model_info(section["name"]).fields}
         elif isinstance(section, dict) and TARGET in section:
-            keys[group] = parameters(section[TARGET])
+            keys[group] = parameters(group, section[TARGET])
     return [f"{group}.{key}=" for group, names in keys.items() if key in names]
 
 
@@ -228,7 +270,7 @@ def _check_path(key: str, path: str | None) -> None:
             raise UsageError(f"the names in {key} must have at most {LONGEST_NAME} bytes each, got one of {size}")
 
 
-def _check_packages(group: str, packages: Sequence[str], config: Mapping[str, Any], parsed: Sequence[Override]) -> None:
+def _check_packages(group: str, packages: Sequence[str], parsed: Sequence[Override]) -> None:
     """Refuse a choice whose package is not installed; the extra of the choice's name brings it."""
     if packages and not any(map(find_spec, packages)):
         choice = next((o.value() for o in reversed(parsed) if o.key_or_group == group), packages[0])

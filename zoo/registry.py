@@ -239,6 +239,13 @@ def packages_of_models() -> dict[str, str]:
     return {name: point.dist.name if point.dist else point.module for name, point in _entry_points().items()}
 
 
+def packages_with_models() -> set[str]:
+    """Top-level packages that have registered a model in this process or offer one by an entry point."""
+    registered = {entry.build.__module__ for entry in _registered.values()}
+    offered = {point.module for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return {module.partition(".")[0] for module in registered | offered}
+
+
 def resolve(target: str) -> Any:
     """The object that "module:attribute" or "module.attribute" or "module" names."""
     module, _, attribute = target.partition(":")

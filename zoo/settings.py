@@ -23,10 +23,10 @@ from zoo.configs import GROUPS, ROOT
 from zoo.files import write_text
 from zoo.ranges import Range, ranges_of
 from zoo.registry import resolve
+from zoo.targets import TARGET
 
 __all__ = [
     "NO_DEFAULT",
-    "TARGET",
     "Setting",
     "as_plain",
     "build_index",
@@ -41,7 +41,6 @@ class _Mark(enum.Enum):
     NO_DEFAULT = enum.auto()
 
 
-TARGET = "_target_"
 NO_DEFAULT = _Mark.NO_DEFAULT  # None is a default
 OPEN = "**"  # the class takes any further setting
 
@@ -70,9 +69,9 @@ def settings_of(owner: Any) -> dict[str, Setting]:
     return settings
 
 
-def indexed(target: str) -> dict[str, Setting] | None:
-    """The settings of a class as the index has them; None for a class that is in no index. Imports nothing."""
-    path = _files().get(target)
+def indexed(group: str, target: object) -> dict[str, Setting] | None:
+    """The settings of a group's class as the index has them; None for a class that is not in it. Imports nothing."""
+    path = _files().get((group, target)) if isinstance(target, str) else None
     if path is None:
         return None
     entries = json.loads(path.read_text(encoding="utf-8"))
@@ -122,8 +121,8 @@ def as_plain(value: Any) -> Any:
 
 
 @functools.cache
-def _files() -> Mapping[str, Path]:
-    return {path.stem: path for path in ROOT.glob("*/*.json")}
+def _files() -> Mapping[tuple[str, str], Path]:
+    return {(path.parent.name, path.stem): path for path in ROOT.glob("*/*.json")}
 
 
 def _hints(init: Any) -> dict[str, str]:

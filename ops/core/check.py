@@ -63,8 +63,8 @@ def same_dtype(operator: str, **args: Tensor | None) -> None:
     """Refuse a mix of float dtypes among the named arguments; None is passed over."""
     if len({x.dtype for x in args.values() if x is not None}) > 1:
         given = {name: x.dtype for name, x in args.items() if x is not None}
-        found = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
-        raise ValueError(f"{operator}: {', '.join(given)} must share one dtype; got {found}")
+        dtypes = ", ".join(f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items())
+        raise ValueError(f"{operator}: {', '.join(given)} must share one dtype; got {dtypes}")
 
 
 def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tuple[int, ...]:

@@ -129,8 +129,8 @@ class ChunkedTime:
     def rows_of(self, document: int, positions: tuple[int, int], heads: int) -> list[slice]:
         """The same for one document alone, at the positions of the range where it runs."""
         first = self._places[document] * heads
-        found = self.rows(positions, heads)
-        return [slice(x.start + first, x.start + first + heads) for x in found if x.stop - x.start > first]
+        rows = self.rows(positions, heads)
+        return [slice(x.start + first, x.start + first + heads) for x in rows if x.stop - x.start > first]
 
     def order(self, state: Tensor) -> Tensor:
         """States by document -> states in the order of the scan."""

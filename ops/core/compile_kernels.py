@@ -82,9 +82,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), int(found[2])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert usage is not None, text
+    return int(usage[1]), int(usage[2])
 
 
 def _amd_resources(assembly: str) -> tuple[int, int]:

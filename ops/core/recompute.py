@@ -3,9 +3,9 @@
 Activation checkpointing runs a block a second time in the backward pass. The operator over time is the dear part of it,
 and it makes its own intermediate values again in its own backward: running its forward twice buys nothing. Inside
 
-    checkpoint(block, x, use_reentrant=False, context_fn=once.contexts())
+    checkpoint(block, x, use_reentrant=False, context_fn=recompute.contexts())
 
-an operator that is marked by `@runs_once` builds its graph in the first pass, and of that graph the inputs are taken
+an operator that is marked by `@no_recompute` builds its graph in the first pass, and of that graph the inputs are taken
 out: they come from token-wise layers and are recomputed. What is kept is the output, the state, and what the operator
 saves besides its inputs. The recomputation reads the outputs back instead of calling the operator.
 
@@ -15,9 +15,9 @@ inside the operator are sent once, too.
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from contextvars import ContextVar, Token
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from zoo.ops import shard
+from zoo.ops.core.replay import Setting, Tape
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -97,7 +98,9 @@ class _Call:
             with _alone():
                 flat, self.spec = tree_flatten(operator(*args, **kwargs))
         if not all(isinstance(x, Tensor) for x in flat):
-            raise TypeError(f"an operator that runs once returns tensors; {operator.__name__} returned {flat!r}")
+            raise TypeError(
+                f"an operator that is not recomputed returns tensors; {operator.__name__} returned {flat!r}"
+            )
         self.graph = [_edge(x) for x in flat], [_edge(x) for x in leaves]
         self.differentiable = [edge is not None for edge in self.graph[0]]
         flat = [x.detach() for x in flat]
@@ -139,14 +142,14 @@ class _Call:
             return [None] * len(inputs)
         self.inputs = inputs
         try:
-            found = torch.autograd.grad(
+            made = torch.autograd.grad(
                 [e for e, _ in pairs], wanted, [g for _, g in pairs], retain_graph=again, allow_unused=True
             )
         finally:
             self.inputs = ()
             if not again:
                 self.graph = [], []
-        supply = iter(found)
+        supply = iter(made)
         return [None if e is None else next(supply) for e in entries]
 
 
@@ -191,43 +194,20 @@ class _Once(torch.autograd.Function):
 class _Scope(NamedTuple):
     """Inside a checkpointed block: calls are written down, or read back when it is recomputed."""
 
-    tape: list[_Call]
+    tape: Tape[_Call]
     keeping: Keeping
-    replay: Iterator[_Call] | None = None
 
 
-_SCOPE: ContextVar[_Scope | None] = ContextVar("zoo_runs_once", default=None)
-_ENTERED: list[None] = []  # one entry per scope open on any thread: torch.compile can read a list, not a ContextVar
-
-
-class _Entering(AbstractContextManager[None]):
-    """Sets the scope; may be entered again, as recomputation does."""
-
-    def __init__(self, scope: Callable[[], _Scope | None], *others: AbstractContextManager[None]):
-        self._scope, self._others = scope, others
-        self._open: list[tuple[Token[_Scope | None], ExitStack]] = []
-
-    def __enter__(self) -> None:
-        stack = ExitStack()
-        for other in self._others:
-            stack.enter_context(other)
-        self._open.append((_SCOPE.set(self._scope()), stack))
-        _ENTERED.append(None)
-
-    def __exit__(self, *error: object) -> None:
-        _ENTERED.pop()
-        token, stack = self._open.pop()
-        _SCOPE.reset(token)
-        stack.close()
+_SCOPE: Setting[_Scope] = Setting("zoo_recompute")
 
 
 def _alone() -> AbstractContextManager[None]:
     """Inside an operator nothing is written down: neither marked operators nor what other ranks send."""
     here = shard.current()
-    return _Entering(lambda: None, nullcontext() if here is None else shard.use(here))
+    return _SCOPE.inside(lambda: None, lambda: nullcontext() if here is None else shard.use(here))
 
 
-def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
+def no_recompute(operator: Callable[P, R]) -> Callable[P, R]:
     """Mark an operator over time: recomputation inside `contexts` reads its outputs back instead of calling it.
 
     The operator takes tensors (None and nested tuples allowed) and what autograd does not see, and returns a tensor or
@@ -236,24 +216,31 @@ def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(operator)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        scope = _SCOPE.get() if _ENTERED else None
+        scope = _SCOPE.get()
         if scope is None:
             return operator(*args, **kwargs)
         given, spec = tree_flatten((args, kwargs))
         inputs = [x for x in given if isinstance(x, Tensor)]
-        if scope.replay is None:
-            record = _Call(scope.keeping)
-            scope.tape.append(record)
-            flat = _Once.apply(record, lambda wanted: record.run(operator, spec, given, wanted), *inputs)
-        else:
-            record = next(scope.replay)
-            flat = _Once.apply(record, None, *inputs)
+        record = scope.tape.value(lambda: _Call(scope.keeping))
+        again = record.spec is not None
+        flat = _Once.apply(record, None if again else functools.partial(record.run, operator, spec, given), *inputs)
         assert record.spec is not None
         result: R = tree_unflatten(list(flat), record.spec)
         return result
 
-    call.runs_once = True  # type: ignore[attr-defined]
+    call.no_recompute = True  # type: ignore[attr-defined]
     return call
+
+
+def runs_once(operator: Callable[P, R]) -> Callable[P, R]:
+    """The former name of `no_recompute`; it says so once."""
+    _say_renamed()
+    return no_recompute(operator)
+
+
+@functools.cache
+def _say_renamed() -> None:
+    warnings.warn("zoo.ops.runs_once is now called no_recompute; rename it", DeprecationWarning, stacklevel=3)
 
 
 def contexts(
@@ -268,11 +255,12 @@ def contexts(
     """
 
     def make() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        first, again = (nullcontext(), nullcontext()) if shard.current() is None else shard.checkpoint_contexts()
-        tape: list[_Call] = []
+        around, own = _SCOPE.get(), list[_Call]()
+        first = (Tape() if around is None else around.tape).first_pass(own)
+        arrivals = (nullcontext(), nullcontext()) if shard.current() is None else shard.checkpoint_contexts()
         return (
-            _Entering(lambda: _Scope(tape, keeping), first),
-            _Entering(lambda: _Scope(tape, keeping, iter(tape)), again),
+            _SCOPE.inside(lambda: _Scope(first, keeping), lambda: arrivals[0]),
+            _SCOPE.inside(lambda: _Scope(Tape.second_pass(own), keeping), lambda: arrivals[1]),
         )
 
     return make

@@ -24,7 +24,7 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `scope.py` | the shard in use here; recomputation that reads arrivals back and sends nothing |
 | `exchange.py` | messages and collectives, the only calls of torch.distributed; who counts them |
 | `prefix_scan.py` | `incoming_state`: the state at the left edge; `crossing`: inside an operator's own node |
-| `edge_ranks.py` | `across`: the same for operators whose element costs a run; the ranks at both ends make none |
+| `edge_ranks.py` | `run_from_incoming`: the same where an element costs a run; the ranks at both ends make none |
 | `bidirectional.py` | `incoming_states`: the states at both edges, from either side at once |
 | `fold.py` | `incoming_fold`: the state at the left edge where states join by any associative rule |
 | `frontier.py` | `frontier`: the edge of a picture's strip, handed on in blocks of columns |
@@ -38,15 +38,24 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 
 from zoo.ops.shard.all_reduce import total, whole
 from zoo.ops.shard.bidirectional import incoming_states
-from zoo.ops.shard.edge_ranks import across
+from zoo.ops.shard.edge_ranks import run_from_incoming
 from zoo.ops.shard.exchange import Message, observed
 from zoo.ops.shard.fold import incoming_fold
 from zoo.ops.shard.frontier import frontier
 from zoo.ops.shard.halo import halo, mirrored, rows_after, rows_before
 from zoo.ops.shard.heads import over_heads
-from zoo.ops.shard.layout import LocalBoundaries, held, local_boundaries, owners, positions, stretch, tokens_of
-from zoo.ops.shard.prefix_scan import Crossing, crossing, incoming_state, largest
-from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
+from zoo.ops.shard.layout import LocalBoundaries, local_boundaries, owners, positions, stretch, token_indices, tokens_of
+from zoo.ops.shard.prefix_scan import Crossing, all_reduce_max, crossing, incoming_state
+from zoo.ops.shard.scope import (
+    checkpoint_contexts,
+    current,
+    from_the_right,
+    refuse,
+    unsharded,
+    use,
+    use_view,
+    with_arrivals,
+)
 from zoo.ops.shard.sequence_shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.serial import serial
 from zoo.ops.shard.tied import tied
@@ -60,20 +69,16 @@ __all__ = [
     "LocalBoundaries",
     "Message",
     "SequenceShard",
-    "across",
-    "alone",
-    "arrived",
+    "all_reduce_max",
     "checkpoint_contexts",
     "crossing",
     "current",
     "from_the_right",
     "frontier",
     "halo",
-    "held",
     "incoming_fold",
     "incoming_state",
     "incoming_states",
-    "largest",
     "local_boundaries",
     "mirrored",
     "observed",
@@ -83,12 +88,16 @@ __all__ = [
     "refuse",
     "rows_after",
     "rows_before",
-    "seen_as",
+    "run_from_incoming",
     "serial",
     "stretch",
     "tied",
+    "token_indices",
     "tokens_of",
     "total",
+    "unsharded",
     "use",
+    "use_view",
     "whole",
+    "with_arrivals",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
-from zoo.ops.shard.layout import held
+from zoo.ops.shard.layout import token_indices
 from zoo.ops.shard.scope import Scope, scope
 from zoo.ops.shard.sequence_shard import SequenceShard
 
@@ -20,10 +20,10 @@ def total(x: Tensor) -> Tensor:
 
     Cost: (P - 1) x received, each way.
     """
-    found = scope()
-    if found is None or found.shard.size == 1:
+    active = scope()
+    if active is None or active.shard.size == 1:
         return x
-    summed: Tensor = _Total.apply(found, x)
+    summed: Tensor = _Total.apply(active, x)
     return summed
 
 
@@ -33,7 +33,7 @@ def whole(x: Tensor, shard: SequenceShard, dim: int = 1) -> Tensor:
     Cost: P times the whole received; for masks and other small things.
     """
     length = x.shape[dim] * shard.size if shard.length is None else shard.length
-    own = held(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk).to(x.device)
+    own = token_indices(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk).to(x.device)
     shape = list(x.shape)
     shape[dim] = length
     mine = x.detach().to(torch.uint8 if x.dtype == torch.bool else x.dtype)
@@ -43,9 +43,9 @@ def whole(x: Tensor, shard: SequenceShard, dim: int = 1) -> Tensor:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, found: Scope, x: Tensor) -> Tensor:
-        ctx.shard = found.shard
-        return found.arrival(lambda: _sum(found.shard, x))
+    def forward(ctx: Any, active: Scope, x: Tensor) -> Tensor:
+        ctx.shard = active.shard
+        return active.arrival(lambda: _sum(active.shard, x))
 
     @staticmethod
     @once_differentiable

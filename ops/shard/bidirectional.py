@@ -38,11 +38,11 @@ def incoming_states(elements: tuple[Affine, Affine], states: tuple[Tensor, Tenso
 
     Cost: the bytes of two `incoming_state`, the time of one.
     """
-    found = cut_here()
-    if found is None:
+    active = cut_here()
+    if active is None:
         return states
     left, right = elements
-    arrived: tuple[Tensor, Tensor] = _Scans.apply(found, type(left), *states, *left, *right)
+    arrived: tuple[Tensor, Tensor] = _Scans.apply(active, type(left), *states, *left, *right)
     return arrived
 
 
@@ -57,12 +57,12 @@ class _Lane(NamedTuple):
 class _Scans(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, found: Scope, kind: Kind, left: Tensor, right: Tensor, A: Tensor, b: Tensor, A_: Tensor, b_: Tensor
+        ctx: Any, active: Scope, kind: Kind, left: Tensor, right: Tensor, A: Tensor, b: Tensor, A_: Tensor, b_: Tensor
     ) -> tuple[Tensor, ...]:
-        shard = found.shard
+        shard = active.shard
         lanes = [_Lane(shard, kind(A, b), left), _Lane(shard.reversed(), kind(A_, b_), right)]
         ctx.shard, ctx.kind, ctx.transitions = shard, kind, []
-        Z = found.arrivals(lambda: tuple(_cross(lanes, ctx.transitions)), 2)
+        Z = active.arrivals(lambda: tuple(_cross(lanes, ctx.transitions)))
         ctx.save_for_backward(A, A_, *Z)
         return Z
 
@@ -107,15 +107,15 @@ def _uncross(lanes: Sequence[_Lane], transitions: list[list[Tensor]]) -> list[Te
     if not transitions:  # another method, or a recomputation, which read Z back and met nobody
         return _cross(lanes, [])
     everyone = _gather(lanes[0].shard, [lane.element.b for lane in lanes])
-    found = []
+    entering = []
     for i, (lane, noted) in enumerate(zip(lanes, transitions, strict=True)):
         gradients = [own[i] for own in everyone]
         if lane.shard.backwards != lanes[0].shard.backwards:
             gradients.reverse()
         kind = type(lane.element)
         pairs = zip(reversed(noted), gradients, strict=True)
-        found.append(_entering(lane, [kind(A, dZ).transposed(dZ) for A, dZ in pairs]))
-    return found
+        entering.append(_entering(lane, [kind(A, dZ).transposed(dZ) for A, dZ in pairs]))
+    return entering
 
 
 def _led(lane: _Lane) -> Any:

@@ -14,7 +14,7 @@ from zoo.ops.shard.scope import Scope
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def across(
+def run_from_incoming(
     kind: type[Any],
     element: Callable[[], Affine],
     run: Run,
@@ -38,13 +38,13 @@ def across(
     Returns:
         What `run` does.
     """
-    found = cut_here()
-    if found is None:
+    active = cut_here()
+    if active is None:
         return run(state)
-    rank, size = found.shard.rank, found.shard.size
+    rank, size = active.shard.rank, active.shard.size
     if rank == 0:
         y, after = run(state)
-        handed_on: tuple[Tensor, Tensor] = _HandOn.apply(found, kind, several, y, after)
+        handed_on: tuple[Tensor, Tensor] = _HandOn.apply(active, kind, several, y, after)
         return handed_on
     if rank + 1 < size:
         return run(incoming_state(element(), state, several, inputs=inputs))
@@ -57,12 +57,12 @@ class _HandOn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, found: Scope, kind: type[Any], several: bool, y: Tensor, after: Tensor
+        ctx: Any, active: Scope, kind: type[Any], several: bool, y: Tensor, after: Tensor
     ) -> tuple[Tensor, Tensor]:
         leaving = after[-1:] if several else after
         element = kind.identity(leaving).reset_to(leaving)
-        ctx.method, ctx.kind, ctx.several = SCANS[found.shard.method](found.shard, kind), kind, several
-        found.arrival(lambda: ctx.method.forward(element, torch.zeros_like(leaving)))
+        ctx.method, ctx.kind, ctx.several = SCANS[active.shard.method](active.shard, kind), kind, several
+        active.arrival(lambda: ctx.method.forward(element, torch.zeros_like(leaving)))
         ctx.save_for_backward(element[0])
         return y.view_as(y), after.view_as(after)
 

@@ -128,7 +128,7 @@ class _Fold(torch.autograd.Function):
         count = len(rule.floating)
         state, element = tensors[:count], [x.contiguous() for x in tensors[count : 2 * count]]
         way = _WAYS[active.shard.method]
-        Z = active.arrivals(lambda: tuple(way.forward(active.shard, rule, several, element, state)), count)
+        Z = active.arrivals(lambda: tuple(way.forward(active.shard, rule, several, element, state)))
         ctx.shard, ctx.rule, ctx.several, ctx.way, ctx.others = active.shard, rule, several, way, len(tensors) - count
         ctx.save_for_backward(*element, *Z)
         ctx.mark_non_differentiable(*(x for x, floating in zip(Z, rule.floating, strict=True) if not floating))

@@ -21,13 +21,13 @@ def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
     Cost: one message to the next rank and one from the previous one, forward and backward. Stretches shorter than the
     width pass on what they received, one rank after the other.
     """
-    found = scope()
-    if found is None or found.shard.size == 1 or tail.width == 0:
+    active = scope()
+    if active is None or active.shard.size == 1 or tail.width == 0:
         return state
-    found.shard.require_contiguous("a convolution over time")
+    active.shard.require_contiguous("a convolution over time")
     if several:
         tail = tail.reset_to(tail.apply(state[-1:]))
-    first = _Halo.apply(found, state[:1] if several else state, tail.rows)
+    first = _Halo.apply(active, state[:1] if several else state, tail.rows)
     return torch.cat([first, state[1:]]) if several else first
 
 
@@ -67,8 +67,8 @@ class _Halo(torch.autograd.Function):
     """The last rows of [what arrived, rows] go to the next rank; their gradient comes back and is added."""
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, state: Tensor, rows: Tensor) -> Tensor:
-        shard, width = found.shard, state.shape[1]
+    def forward(ctx: Any, active: Scope, state: Tensor, rows: Tensor) -> Tensor:
+        shard, width = active.shard, state.shape[1]
         missing = width - rows.shape[1]
 
         def bring() -> Tensor:
@@ -83,7 +83,7 @@ class _Halo(torch.autograd.Function):
             return arrived
 
         ctx.shard, ctx.missing = shard, missing
-        return found.arrival(bring)
+        return active.arrival(bring)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +105,7 @@ def _shift(shard: SequenceShard, x: Tensor | None, like: Tensor | None, *, step:
     to, source = shard.rank + step, shard.rank - step
     sends = {to: x} if x is not None and to in ends else {}
     receives = {source: like} if like is not None and source in ends else {}
-    found = exchange.swap(shard, sends, receives, "halo")
-    if source in found:
-        return found[source]
+    received = exchange.swap(shard, sends, receives, "halo")
+    if source in received:
+        return received[source]
     return torch.zeros(()) if like is None else torch.zeros_like(like, memory_format=torch.contiguous_format)

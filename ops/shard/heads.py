@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
-from zoo.ops.shard.prefix_scan import largest
+from zoo.ops.shard.prefix_scan import all_reduce_max
 from zoo.ops.shard.scope import Scope, scope, use
 from zoo.ops.shard.sequence_shard import SequenceShard
 
@@ -46,11 +46,11 @@ def over_heads(
 
         @functools.wraps(operator)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            found = scope()
-            if found is None or found.shard.method != "heads" or found.shard.size == 1:
+            active = scope()
+            if active is None or active.shard.method != "heads" or active.shard.size == 1:
                 return operator(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
-            return _run(found, operator, given, split, grouped or {}, shared)  # type: ignore[return-value]
+            return _run(active, operator, given, split, grouped or {}, shared)  # type: ignore[return-value]
 
         run.over_heads = True  # type: ignore[attr-defined]
         return run
@@ -69,14 +69,14 @@ _Turn = Callable[[SequenceShard, Tensor, _Cut], Tensor]
 
 
 def _run(
-    found: Scope,
+    active: Scope,
     operator: Callable[..., Any],
     given: Mapping[str, Any],
     split: Mapping[str, int],
     grouped: Mapping[str, int],
     shared: Sequence[str],
 ) -> Tensor | tuple[Tensor, ...]:
-    shard, name = found.shard, getattr(operator, "__name__", "operator")
+    shard, name = active.shard, getattr(operator, "__name__", "operator")
     shard.require_contiguous(name)
     shard.require_forward("slices of heads")
     first = next(given[key].movedim(dim, 2) for key, dim in split.items() if dim >= 2)
@@ -88,29 +88,29 @@ def _run(
             continue
         dim = split.get(key, 0)
         if dim >= 2 and x.shape[dim] == first.shape[2]:
-            taken[key] = _Turned.apply(found, x.movedim(dim, 2), cut, _to_heads, _to_time).movedim(2, dim)
+            taken[key] = _Turned.apply(active, x.movedim(dim, 2), cut, _to_heads, _to_time).movedim(2, dim)
         elif key in split and dim < 2:
             taken[key] = x.movedim(dim, 0)[own].movedim(0, dim)
         elif key in grouped:
-            everyone = _ToAll.apply(found, x, cut).movedim(grouped[key], 2)
+            everyone = _ToAll.apply(active, x, cut).movedim(grouped[key], 2)
             taken[key] = _groups_of(everyone, first.shape[2], own).movedim(2, grouped[key])
         elif key in shared or key in split:  # one number for all heads
-            taken[key] = _everywhere(found, x, cut)
+            taken[key] = _everywhere(active, x, cut)
     if given.get("cu_seqlens") is not None:
         taken["cu_seqlens"] = _documents(shard, name, given)
     if given.get("state") is not None:
-        taken["state"] = _FromFirst.apply(found, given["state"], first, cut)
+        taken["state"] = _FromFirst.apply(active, given["state"], first, cut)
     with use(None):
         result = operator(**taken)
     if isinstance(result, Tensor):
-        back: Tensor = _Turned.apply(found, result, cut, _to_time, _to_heads)
+        back: Tensor = _Turned.apply(active, result, cut, _to_time, _to_heads)
         return back
     y, state, *numbers = result
-    y, state = _Back.apply(found, y, state, cut)
+    y, state = _Back.apply(active, y, state, cut)
     if shard.documents is not None and given.get("cu_seqlens") is not None:
         local = local_boundaries(taken["cu_seqlens"], shard.rank, shard.size, cut.time[-1][1])
         state = state[list(local.documents)]
-    return (y, state, *map(largest, numbers))
+    return (y, state, *map(all_reduce_max, numbers))
 
 
 def _cut(shard: SequenceShard, name: str, x: Tensor) -> _Cut:
@@ -148,10 +148,10 @@ def _groups_of(x: Tensor, heads: int, own: slice) -> Tensor:
     return x[:, :, torch.arange(own.start, own.stop, device=x.device) // each]
 
 
-def _everywhere(found: Scope, x: Tensor, cut: _Cut) -> Tensor:
+def _everywhere(active: Scope, x: Tensor, cut: _Cut) -> Tensor:
     if x.dtype != torch.bool:
-        return _ToAll.apply(found, x, cut)
-    return _ToAll.apply(found, x.to(torch.uint8), cut).bool()
+        return _ToAll.apply(active, x, cut)
+    return _ToAll.apply(active, x.to(torch.uint8), cut).bool()
 
 
 def _widths(spans: Sequence[tuple[int, int]]) -> list[int]:
@@ -184,9 +184,9 @@ class _Turned(torch.autograd.Function):
     """From time to heads, or from heads to time; the gradient the other way."""
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, x: Tensor, cut: _Cut, there: _Turn, back: _Turn) -> Tensor:
-        ctx.shard, ctx.cut, ctx.back = found.shard, cut, back
-        return found.arrival(lambda: there(found.shard, x, cut))
+    def forward(ctx: Any, active: Scope, x: Tensor, cut: _Cut, there: _Turn, back: _Turn) -> Tensor:
+        ctx.shard, ctx.cut, ctx.back = active.shard, cut, back
+        return active.arrival(lambda: there(active.shard, x, cut))
 
     @staticmethod
     @once_differentiable
@@ -202,16 +202,15 @@ class _Back(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, y: Tensor, state: Tensor, cut: _Cut) -> tuple[Tensor, ...]:
-        shard = found.shard
+    def forward(ctx: Any, active: Scope, y: Tensor, state: Tensor, cut: _Cut) -> tuple[Tensor, ...]:
+        shard = active.shard
         ctx.shard, ctx.cut = shard, cut
         likes = [_shaped(state, d1=n) for n in _widths(cut.heads)]
-        return found.arrivals(
+        return active.arrivals(
             lambda: (
                 _to_time(shard, y, cut),
                 torch.cat(exchange.all_to_all(shard, [state] * len(likes), likes), dim=1),
-            ),
-            2,
+            )
         )
 
     @staticmethod
@@ -227,10 +226,10 @@ class _ToAll(torch.autograd.Function):
     """(B, own T, ...) -> (B, T, ...) on every rank; its gradients are added up."""
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, x: Tensor, cut: _Cut) -> Tensor:
-        ctx.shard, ctx.cut = found.shard, cut
+    def forward(ctx: Any, active: Scope, x: Tensor, cut: _Cut) -> Tensor:
+        ctx.shard, ctx.cut = active.shard, cut
         likes = [_shaped(x, d1=n) for n in _widths(cut.time)]
-        return found.arrival(lambda: torch.cat(exchange.all_to_all(found.shard, [x] * len(likes), likes), dim=1))
+        return active.arrival(lambda: torch.cat(exchange.all_to_all(active.shard, [x] * len(likes), likes), dim=1))
 
     @staticmethod
     @once_differentiable
@@ -247,8 +246,8 @@ class _FromFirst(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, state: Tensor, _: Tensor, cut: _Cut) -> Tensor:
-        shard = found.shard
+    def forward(ctx: Any, active: Scope, state: Tensor, _: Tensor, cut: _Cut) -> Tensor:
+        shard = active.shard
         ctx.shard, ctx.cut = shard, cut
         parts = state.split(_widths(cut.heads), dim=1)
 
@@ -257,7 +256,7 @@ class _FromFirst(torch.autograd.Function):
             back = exchange.swap(shard, others, {} if shard.rank == 0 else {0: parts[shard.rank]}, "state")
             return back[0] if shard.rank else parts[0].clone()
 
-        return found.arrival(bring)
+        return active.arrival(bring)
 
     @staticmethod
     @once_differentiable

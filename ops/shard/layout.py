@@ -18,7 +18,7 @@ def stretch(length: int, rank: int, size: int, chunk: int = 1) -> tuple[int, int
     return min(length, chunk * (chunks * rank // size)), min(length, chunk * (chunks * (rank + 1) // size))
 
 
-def held(length: int, rank: int, size: int, layout: str = "contiguous", chunk: int = 1) -> Tensor:
+def token_indices(length: int, rank: int, size: int, layout: str = "contiguous", chunk: int = 1) -> Tensor:
     """Which of `length` tokens a rank holds, in the order in which it holds them, int64; `chunk` as in `stretch`.
 
     Raises:
@@ -73,7 +73,7 @@ def tokens_of(shard: SequenceShard, tokens: int) -> Tensor:
     """
     shard.require_forward("positions")
     length = tokens * shard.size if shard.length is None else shard.length
-    own = held(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk)
+    own = token_indices(length, shard.rank, shard.size, shard.layout or "contiguous", shard.chunk)
     if len(own) != tokens:
         raise ValueError(
             f"rank {shard.rank} of {shard.size} holds {len(own)} of {length} tokens; got {tokens}, give SequenceShard "

@@ -51,47 +51,47 @@ def incoming_state(
 
     Cost: by the shard's method, see the table of this file.
     """
-    found = cut_here()
-    if found is None:
+    active = cut_here()
+    if active is None:
         return state
     if several:
         element = element.reset_to(element.apply(state[-1:]))
     transition, b = element
-    first = _Scan.apply(found, type(element), state[:1] if several else state, transition, b, *inputs)
+    first = _Scan.apply(active, type(element), state[:1] if several else state, transition, b, *inputs)
     return torch.cat([first, state[1:]]) if several else first
 
 
 def cut_here() -> Scope | None:
     """The scope in use, or None where a state crosses no edge."""
-    found = scope()
-    if found is None or found.shard.size == 1:
+    active = scope()
+    if active is None or active.shard.size == 1:
         return None
-    found.shard.require_contiguous("an operator with a state")
-    if found.shard.method not in SCANS:
+    active.shard.require_contiguous("an operator with a state")
+    if active.shard.method not in SCANS:
         raise ValueError(
-            f"method {found.shard.method!r} sends heads from rank to rank, and this operator has none to send; "
+            f"method {active.shard.method!r} sends heads from rank to rank, and this operator has none to send; "
             f"use one of {', '.join(SCANS)}"
         )
-    return found
+    return active
 
 
-def largest(x: Tensor) -> Tensor:
+def all_reduce_max(x: Tensor) -> Tensor:
     """The largest of all ranks' x, a number; NaN where one is NaN. Without a shard, x."""
-    found = scope()
-    if found is None or found.shard.size == 1:
+    active = scope()
+    if active is None or active.shard.size == 1:
         return x
-    shard = found.shard
-    return found.arrival(lambda: torch.cat(exchange.all_gather(shard, x.reshape(1), "state")).amax())
+    shard = active.shard
+    return active.arrival(lambda: torch.cat(exchange.all_gather(shard, x.reshape(1), "state")).amax())
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, found: Scope, kind: Kind, state: Tensor, transition: Tensor, b: Tensor, *inputs: Tensor | None
+        ctx: Any, active: Scope, kind: Kind, state: Tensor, transition: Tensor, b: Tensor, *inputs: Tensor | None
     ) -> Tensor:
-        shard = found.shard
+        shard = active.shard
         ctx.method = SCANS[shard.method](shard, kind)
-        Z = found.arrival(lambda: ctx.method.forward(kind(transition, b), state))
+        Z = active.arrival(lambda: ctx.method.forward(kind(transition, b), state))
         ctx.first, ctx.kind, ctx.inputs = shard.rank == 0, kind, len(inputs)
         ctx.save_for_backward(transition, Z)
         return Z
@@ -124,8 +124,8 @@ def crossing(kind: type[Any], several: bool = False) -> "Crossing | None":
     Raises:
         ValueError: as `incoming_state`.
     """
-    found = cut_here()
-    return None if found is None else Crossing(found, kind, several)
+    active = cut_here()
+    return None if active is None else Crossing(active, kind, several)
 
 
 class Crossing:
@@ -135,10 +135,10 @@ class Crossing:
     the last only receives; backward the other way round.
     """
 
-    def __init__(self, found: Scope, kind: type[Any], several: bool):
-        self._found, self._kind, self._several = found, kind, several
-        self._scanner = SCANS[found.shard.method](found.shard, kind)
-        self._first, self._last = found.shard.rank == 0, found.shard.rank + 1 == found.shard.size
+    def __init__(self, active: Scope, kind: type[Any], several: bool):
+        self._scope, self._kind, self._several = active, kind, several
+        self._scanner = SCANS[active.shard.method](active.shard, kind)
+        self._first, self._last = active.shard.rank == 0, active.shard.rank + 1 == active.shard.size
 
     def forward(
         self,
@@ -167,14 +167,14 @@ class Crossing:
 
         if self._first:
             leaving = passing.reset_to(self._of_last(run(state)))
-            _, transition = self._found.arrivals(lambda: exchange(leaving), 2)
+            _, transition = self._scope.arrivals(lambda: exchange(leaving))
             rest()
             return transition
         if self._last:
             rest()
-            Z, transition = self._found.arrivals(lambda: exchange(passing), 2)
+            Z, transition = self._scope.arrivals(lambda: exchange(passing))
         else:
-            Z, transition = self._found.arrivals(lambda: exchange(self._leaving(element(), state)), 2)
+            Z, transition = self._scope.arrivals(lambda: exchange(self._leaving(element(), state)))
         run(torch.cat([Z, state[1:]]) if self._several else Z)
         if not self._last:
             rest()

@@ -35,19 +35,19 @@ def serial(
 
     Cost: one state received and one sent each way, in `groups` messages.
     """
-    found = scope()
-    if found is None or found.shard.size == 1:
+    active = scope()
+    if active is None or active.shard.size == 1:
         return run(*inputs, state)
-    found.shard.require_contiguous("a nonlinear memory")
+    active.shard.require_contiguous("a nonlinear memory")
     rows = state.shape[0]
-    groups = max(1, min(rows, 4 * found.shard.size if groups is None else groups))
+    groups = max(1, min(rows, 4 * active.shard.size if groups is None else groups))
     cut = [x.tensor_split(groups) for x in (*inputs, state)]
     outputs, states = [], []
     for *parts, before in zip(*cut, strict=True):
-        before = _Receive.apply(found, before, *parts)
+        before = _Receive.apply(active, before, *parts)
         with use(None):
             y, after = run(*parts, before)
-        y, after = _Send.apply(found, y, after)
+        y, after = _Send.apply(active, y, after)
         outputs.append(y)
         states.append(after)
     return torch.cat(outputs), torch.cat(states)
@@ -60,12 +60,12 @@ class _Receive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, state: Tensor, *inputs: Tensor) -> Tensor:
-        shard = found.shard
+    def forward(ctx: Any, active: Scope, state: Tensor, *inputs: Tensor) -> Tensor:
+        shard = active.shard
         ctx.shard, ctx.count = shard, len(inputs)
         if shard.rank == 0:
             return state.clone()
-        return found.arrival(lambda: exchange.receive(shard, state, shard.rank - 1, "state").wait())
+        return active.arrival(lambda: exchange.receive(shard, state, shard.rank - 1, "state").wait())
 
     @staticmethod
     @once_differentiable
@@ -80,10 +80,10 @@ class _Send(torch.autograd.Function):
     """The state to the rank after; the gradient that comes back is added to its own."""
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, y: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        shard = found.shard
+    def forward(ctx: Any, active: Scope, y: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        shard = active.shard
         ctx.shard = shard
-        if shard.rank + 1 < shard.size and found.replay is None:
+        if shard.rank + 1 < shard.size and active.tape.replay is None:
             exchange.send(shard, state, shard.rank + 1, "state").wait()
         return y.view_as(y), state.view_as(state)
 

@@ -5,7 +5,8 @@ every strip with zeros instead. The dimension that is cut is the first one after
 a Conv2d, frames of a Conv3d. Windows that do not overlap, as those of a patch embedding, stay within a stretch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,6 @@ from torch.nn.modules.pooling import (
     _MaxPoolNd,
     _MaxUnpoolNd,
 )
-from torch.utils.hooks import RemovableHandle
 
 # these see all tokens, whatever their settings are
 _EVERYTHING = (
@@ -86,14 +86,19 @@ def refuse_call(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         )
 
 
-def watch(cut: Callable[[], bool]) -> RemovableHandle:
-    """Hold every call of a module against `refuse_call` where time is cut, until the handle is removed."""
+@contextmanager
+def watched(cut: Callable[[], bool]) -> Iterator[None]:
+    """Inside, every call of a module is held against `refuse_call` where time is cut."""
 
     def check(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if cut():
             refuse_call(module, inputs)
 
-    return hooks.register_module_forward_pre_hook(check)
+    handle = hooks.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _window(module: Any) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from zoo.layers import Block
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.offload import Host, Layout, offload, to_host
-from zoo.ops import gated_linear_attention, runs_once
+from zoo.ops import gated_linear_attention, no_recompute
 
 SMALL = {"d_model": 16, "n_layers": 3, "n_heads": 2, "hidden_size": 24, "vocab_size": 11, "init_std": 0.3}
 MODELS = {
@@ -112,7 +112,7 @@ class Mixer(nn.Module):
         self.proj, self.out = nn.Linear(d_model, 4 * d_model), nn.Linear(d_model, d_model)
         self.calls = 0
 
-        @runs_once
+        @no_recompute
         def operator(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
             self.calls += 1
             return gated_linear_attention(q, k, v, g)

@@ -49,7 +49,7 @@ def placed(place: shard.SequenceShard, way: str, length: int, *, packed: bool = 
 
 
 def own(place: shard.SequenceShard, length: int, rank: int | None = None) -> Tensor:
-    return shard.held(length, place.rank if rank is None else rank, place.size, place.layout or "contiguous")
+    return shard.token_indices(length, place.rank if rank is None else rank, place.size, place.layout or "contiguous")
 
 
 def qkv(length: int, heads: tuple[int, int], batch: int) -> list[Tensor]:

@@ -81,7 +81,7 @@ def model_check(place: shard.SequenceShard, name: str, way: dict[str, Any], pack
     here = replace(place, layout=way.get("layout"), length=LENGTH, documents=documents, **{
         key: value for key, value in way.items() if key != "layout"
     })  # fmt: skip
-    own = shard.held(LENGTH, place.rank, place.size, here.layout or "contiguous")
+    own = shard.token_indices(LENGTH, place.rank, place.size, here.layout or "contiguous")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(VOCABULARY, (1 if packed else 2, LENGTH), generator=generator)
     targets = torch.randint(VOCABULARY, tokens.shape, generator=generator)

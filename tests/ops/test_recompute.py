@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from zoo.ops import runs_once
+from zoo.ops import no_recompute, runs_once
+from zoo.ops.core import recompute
 from zoo.ops.core.recompute import Keeping, contexts
 from zoo.ops.core.spec import OperatorSpec
 from zoo.ops.core.table import OPERATORS
@@ -22,7 +23,7 @@ class Sum(nn.Module):
         self.into, self.out = nn.Linear(D, 2 * D), nn.Linear(D, D)
         self.calls = 0
 
-        @runs_once
+        @no_recompute
         def operator(q: Tensor, k: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
             self.calls += 1
             k = (k * k).sigmoid()
@@ -85,12 +86,41 @@ def test_the_backward_may_be_repeated(inputs: tuple[Sum, Tensor, Tensor]) -> Non
     assert module.calls == 1
 
 
+def test_a_block_inside_a_block_runs_its_operator_once(inputs: tuple[Sum, Tensor, Tensor]) -> None:
+    """The inner block's first pass is run again by the outer one, and reads what the first of all made."""
+    module, x, state = inputs
+    plain = gradients(module, x, state)
+    calls = module.calls
+
+    def outer(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(module, x * 1.0, state * 1.0, use_reentrant=False, context_fn=contexts())
+
+    torch.manual_seed(3)
+    y, after = checkpoint(outer, x, state, use_reentrant=False, context_fn=contexts())
+    loss = y.square().sum() + after.sin().sum()
+    nested = [y, after, *torch.autograd.grad(loss, [x, state, *module.parameters()])]
+    assert module.calls == calls + 1
+    for got, want in zip(nested, plain, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_result_that_is_no_tensor_is_refused() -> None:
-    operator = runs_once(lambda x: (x, 3))
+    operator = no_recompute(lambda x: (x, 3))
     x = torch.ones(2, requires_grad=True)
     assert operator(x)[1] == 3
     with pytest.raises(TypeError, match="returns tensors"):
         checkpoint(lambda x: operator(x)[0], x, use_reentrant=False, context_fn=contexts())
+
+
+def test_the_former_name_works_and_says_so_once() -> None:
+    recompute._say_renamed.cache_clear()
+    with pytest.warns(DeprecationWarning, match="runs_once is now called no_recompute; rename it") as said:
+        first, second = runs_once(torch.sin), runs_once(torch.cos)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert torch.equal(first(torch.ones(2)), torch.ones(2).sin())
+    assert first.no_recompute
+    assert second.no_recompute
 
 
 OVER_TIME = [spec for spec in OPERATORS.values() if spec.cp_kind not in ("local", "halo")]
@@ -99,7 +129,7 @@ OVER_TIME = [spec for spec in OPERATORS.values() if spec.cp_kind not in ("local"
 @pytest.mark.parametrize("spec", OVER_TIME, ids=lambda spec: spec.name)
 def test_every_operator_over_time_runs_once(spec: OperatorSpec) -> None:
     """Values and gradients bit by bit those of the plain call. A convolution is cheaper than what it would keep."""
-    assert hasattr(getattr(spec.function, "func", spec.function), "runs_once"), f"{spec.name}: add @runs_once"
+    assert hasattr(getattr(spec.function, "func", spec.function), "no_recompute"), f"{spec.name}: add @no_recompute"
     given = spec.inputs(2, 70)
     names = [name for name, x in given.items() if x.is_floating_point()]
 

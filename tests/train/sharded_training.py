@@ -108,7 +108,7 @@ def sequences(size: int) -> dict[str, list[float]]:
     for layout in shard.LAYOUTS:
         for packed in (None, bounds):
             place = shard.SequenceShard(layout=layout, length=24, documents=tuple(bounds.tolist()))
-            own = shard.held(24, place.rank, place.size, layout)
+            own = shard.token_indices(24, place.rank, place.size, layout)
             with shard.use(place):
                 counts = torch.stack(count_right(logits[:, own], targets[:, own], packed))
             dist.all_reduce(counts)

@@ -33,7 +33,7 @@ SETTINGS = {
 }
 # SIGKILL before any checkpoint; mid-epoch; right after a checkpoint and a validation; at an epoch's first batch
 POINTS = [2, 9, 12, 14]
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 SLURM = {
     "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "localhost",
     "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",

@@ -16,6 +16,7 @@ from tiny import config
 import zoo
 
 HERE = Path(__file__).parent
+ALLOWED = {"ZOO_ALLOW_PACKAGES": "sharded_data"}  # the package of the data that the runs' configs name
 UNEQUAL = ("tokens_per_second", "elapsed")
 
 
@@ -32,7 +33,8 @@ def launch(run: Path, made: dict[str, Any] | None, signal: str = "0 -1 0") -> su
     """As a console script is started: Lightning starts the second process with the same command."""
     return subprocess.run(
         [sys.executable, str(HERE / "console_script.py"), str(run), json.dumps(made)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "SIGNAL_RANK": signal},
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, **ALLOWED, "OMP_NUM_THREADS": "1", "SIGNAL_RANK": signal},
     )  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def measured(run: Path, *settings: str) -> str:
     """What `zoo eval` prints."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, **ALLOWED, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     words = [sys.executable, "-m", "zoo", "eval", str(run), *settings]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

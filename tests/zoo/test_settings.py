@@ -51,7 +51,7 @@ def test_the_index_is_fresh() -> None:
 def test_the_index_says_what_the_class_says() -> None:
     for path in ROOT.glob("*/*.json"):
         asked = settings.settings_of(resolve(path.stem))
-        known = settings.indexed(path.stem)
+        known = settings.indexed(path.parent.name, path.stem)
         assert known is not None
         assert set(known) == set(asked)
         for name, setting in asked.items():
@@ -62,8 +62,15 @@ def test_the_index_says_what_the_class_says() -> None:
 
 
 def test_a_class_in_no_index_is_asked_itself() -> None:
-    assert settings.indexed("lightning.pytorch.Trainer") is None
-    assert parameters("lightning.pytorch.Trainer")["max_steps"].type == "int"
+    target = "lightning.pytorch.strategies.DDPStrategy"
+    assert settings.indexed("strategy", target) is None
+    assert "**" in parameters("strategy", target)
+
+
+def test_the_index_of_one_group_serves_no_other() -> None:
+    target = "zoo.train.optim.AdamW"
+    assert settings.indexed("optim", target) is not None
+    assert settings.indexed("data", target) is None
 
 
 def test_ranges_of_a_constructor_are_read() -> None:

@@ -22,8 +22,9 @@ class Checkpoints(Checkpoint):
     """Writes last.ckpt every `every` updates, after every validation, at the end and on an interrupt.
 
     A save always falls between two updates and after the validation that belongs to the update, so that a resumed run
-    repeats and skips neither. best.ckpt is the save with the lowest validation loss. A save that fails leaves the old
-    file, warns once, and the run goes on; `failed` says whether the newest save failed.
+    repeats and skips neither. Weights that are not finite end the run instead of being written. best.ckpt is the save
+    with the lowest validation loss. A save that fails leaves the old file, warns once, and the run goes on; `failed`
+    says whether the newest save failed.
     """
 
     def __init__(
@@ -105,6 +106,8 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start = time.monotonic()
+        if isinstance(pl_module, Task):
+            pl_module.refuse_nonfinite_weights()
         self._saved_step = trainer.global_step
         trainer.save_checkpoint(self.last, weights_only=False)
         if self.io.error is not None:

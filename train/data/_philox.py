@@ -32,6 +32,7 @@ class Draws:
 
     def __init__(self, seed: int, stream: int, indices: np.ndarray):
         index = indices.astype(np.uint64)[:, None]
+        self.count = len(indices)
         self._key, self._stream = seed & 0xFFFFFFFFFFFFFFFF, np.uint64(stream)
         self._low, self._high = index & _LOW, index >> _SHIFT
         self._used = 0

@@ -1,5 +1,6 @@
 """Copying, plain and selective: remember tokens in their order, with or without blanks to be told apart."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -63,6 +64,11 @@ class Copying(SyntheticData):
         if variant not in ("selective", "plain"):
             raise UserError(f"data.variant must be selective or plain; got {variant!r}: choose one of the two")
         self.n_tokens, self.variant = n_tokens, variant
+
+    def variety(self) -> float:
+        """All contents, and where they may stand."""
+        places = math.comb(self.seq_len - self.n_tokens - 1, self.n_tokens) if self.variant == "selective" else 1
+        return self.n_tokens * math.log2(self.vocab_size - 2) + math.log2(places)
 
     def generate(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences, and the tokens to remember as targets of the last n_tokens positions."""

@@ -18,8 +18,9 @@ from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, TextSettings
 class Hub(TextSettings):
     """A data set of the hub, read as it streams, in its own order, from its start again when it ends.
 
-    The first documents are held out for validation, and the stream for training starts behind them. Every rank reads
-    the whole stream and keeps its own batches. After a restart the stream is read again up to where training was.
+    The first documents are held out for validation, and the stream for training starts behind them. Copies of them in
+    the rest of the stream are not looked for. Every rank reads the whole stream and keeps its own batches. After a
+    restart the stream is read again up to where training was.
 
     Args:
         name: the data set, "owner/name"; a local folder of data files works too.

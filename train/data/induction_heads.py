@@ -1,5 +1,7 @@
 """Induction heads: what followed the special token the first time must follow it the second time."""
 
+import math
+
 import numpy as np
 
 from zoo.errors import UserError
@@ -51,6 +53,10 @@ class InductionHeads(SyntheticData):
                 "induction heads need two ordinary tokens beside the special one, and room for it, its successor and "
                 f"its return; got data.vocab_size={vocab_size}, data.seq_len={seq_len}: raise both to at least 3"
             )
+
+    def variety(self) -> float:
+        """All places of the special token, and all other tokens."""
+        return math.log2(self.seq_len - 2) + (self.seq_len - 2) * math.log2(self.vocab_size - 1)
 
     def generate(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences, and the token after the first special one as the target of the last position."""

@@ -1,5 +1,6 @@
 """Multi-query associative recall: the recall test of the Zoology paper (arXiv 2312.04927)."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -72,6 +73,13 @@ class MQAR(SyntheticData):
         if power <= 0:
             raise UserError(f"data.power must be above 0; got {power}: the paper has 0.01")
         self.n_pairs, self.n_passes, self.power, self.filler = n_pairs, n_passes, power, filler
+
+    def variety(self) -> float:
+        """All keys and values in their order, and all that fills up; slots, which are not alike, are not counted."""
+        half = self.vocab_size // 2
+        pairs = math.log2(math.perm(half - 1, self.n_pairs) * math.perm(half, self.n_pairs))
+        filled = self.seq_len - self.n_pairs * (2 * self.n_passes + 1) if self.filler == "random" else 0
+        return pairs + filled * math.log2(self.vocab_size)
 
     def generate(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences and their values at the keys' second places."""

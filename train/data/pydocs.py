@@ -12,8 +12,9 @@ class PyDocs(TextData):
     """The English documentation topics of the standard library: about 79 documents, 0.46 MB; nothing to download.
 
     One topic is one document. About a tenth of the bytes is held out in whole topics; topics that share a paragraph
-    (many are sections of a longer one) stay on one side, so that nothing held out was read in training. The text
-    differs a little from one Python version to the next: compare numbers of one version.
+    (many are sections of a longer one) stay on one side. Single sentences still occur on both: of the held-out words
+    0.8 % lie in a run of twelve that training has too (50 of 6,251 in Python 3.11; runs of 30: none). The text differs
+    a little from one Python version to the next: compare numbers of one version.
     """
 
     def documents(self) -> list[Document]:

@@ -1,6 +1,7 @@
 """Tasks in which every token changes a hidden state: parity, words of a group, and two of memory, at any length."""
 
 import itertools
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal, Self
@@ -12,7 +13,7 @@ from zoo.train.data._philox import Draws
 from zoo.train.data.base import Metric
 from zoo.train.data.corpus import IGNORE
 from zoo.train.data.loader import Source
-from zoo.train.data.synthetic import SyntheticData, ValidationSets
+from zoo.train.data.synthetic import APART, SPLIT, SyntheticData, ValidationSets
 
 Labels = Literal["all", "last"]
 
@@ -91,9 +92,34 @@ class StateTracking(SyntheticData):
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels of full length, both (count, seq_len); the label of a position looks at none after it."""
 
+    def variety(self) -> float:
+        """All sequences of the shortest length."""
+        return self.min_len * math.log2(self.vocab_size)
+
+    def lengths(self, draws: Draws) -> np.ndarray:
+        """Uniform between min_len and seq_len, (count, 1)."""
+        return self.min_len + draws.integers(self.seq_len - self.min_len + 1, 1)
+
+    def splits(self, lengths: np.ndarray) -> np.ndarray:
+        """By each length's own number of sequences: a sequence is on one side in training of any lengths."""
+        variety = lengths * math.log2(self.vocab_size)
+        return (variety >= SPLIT) & (variety < APART)
+
+    def shared(self) -> float:
+        """Share of the validated lengths that are trained and have too few sequences."""
+        trained = range(self.min_len, self.seq_len + 1)
+        validated = self.val_lengths or trained
+        return sum(n in trained and n * math.log2(self.vocab_size) < SPLIT for n in validated) / len(validated)
+
+    def again(self, draws: Draws, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Other sequences of the same lengths, so that lengths stay uniform."""
+        return self._cut(draws, lengths)
+
     def generate(self, draws: Draws, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequences of random lengths, and their labels as targets."""
-        lengths = self.min_len + draws.integers(self.seq_len - self.min_len + 1, 1)
+        return self._cut(draws, self.lengths(draws))
+
+    def _cut(self, draws: Draws, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         tokens, targets = self.sequences(draws)
         at = np.arange(self.seq_len)
         scored = at == lengths - 1 if self.labels == "last" else at < lengths

@@ -181,6 +181,9 @@ def hold_out(documents: list[Document], fraction: float) -> tuple[list[str], lis
     of the bytes, first those below a quarter of it, for variety: the order of the documents plays no part. When they
     are so few or so long that less than half of the fraction can be met, the end of every document is held out instead,
     from a line break on where there is one.
+
+    Only the groups keep like texts on one side. Texts of different groups that repeat each other, as copies with small
+    changes do, may be parted, and the ends of documents may repeat their beginnings: remove duplicates before.
     """
     sizes: dict[str, int] = {}
     for group, text in documents:

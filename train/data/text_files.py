@@ -26,8 +26,9 @@ TEXT, LINES, TABLES = {".txt", ".text", ".md", ".rst"}, {".jsonl", ".ndjson"}, {
 class TextFiles(TextData):
     """Files on this machine. A plain file is one document, and so is every row of JSON lines or parquet.
 
-    Documents are held out whole where there are enough of them, else the end of each (see `hold_out`). Documents are
-    read into memory once; the tokens of large corpora are kept in the cache folder and mapped from there.
+    Documents are held out whole where there are enough of them, else the end of each (see `hold_out`). Equal documents
+    stay on one side; others that repeat each other are not looked for. Documents are read into memory once; the tokens
+    of large corpora are kept in the cache folder and mapped from there.
 
     Args:
         path: a file, a folder (every .txt, .text, .md, .rst, .jsonl, .ndjson and .parquet below it), or a glob.

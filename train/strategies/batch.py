@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.errors import UserError
-from zoo.ops.shard import SequenceShard, held, local_boundaries
+from zoo.ops.shard import SequenceShard, local_boundaries, token_indices
 from zoo.ops.shard.exchange import all_gather
 from zoo.train.data.base import Part
 
@@ -59,7 +59,7 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
     documents = next((batch[key] for key, part in schema.items() if part == "documents" and key in batch), None)
     place = replace(place, length=length, documents=None if documents is None else tuple(documents.tolist()))
     try:
-        own = held(length, place.rank, place.size, place.layout or "contiguous")
+        own = token_indices(length, place.rank, place.size, place.layout or "contiguous")
     except ValueError as error:
         raise UserError(str(error)) from error
     local = LocalBatch()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
-from zoo.train.optim import AdamW, Limits
+from zoo.train.optim import Limits, Recipe
 from zoo.train.tasks.task import Batch, Task, summed_loss
 
 __all__ = ["Classification"]
@@ -32,7 +32,7 @@ class Classification(Task):
     """
 
     def __init__(
-        self, model: nn.Module, optim: AdamW, limits: Limits, data: Any, *, max_nonfinite_steps: int = 10
+        self, model: nn.Module, optim: Recipe, limits: Limits, data: Any, *, max_nonfinite_steps: int = 10
     ) -> None:
         if getattr(model, "classifier", None) is None:
             raise UserError(

@@ -16,7 +16,7 @@ from zoo.train.metrics import (
     SequenceAccuracy,
     count_right,
 )
-from zoo.train.optim import AdamW, Limits
+from zoo.train.optim import Limits, Recipe
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
 
 __all__ = ["LanguageModelling"]
@@ -47,7 +47,7 @@ class LanguageModelling(Task):
     def __init__(
         self,
         model: nn.Module,
-        optim: AdamW,
+        optim: Recipe,
         limits: Limits,
         data: Measured,
         *,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
-from zoo.train.optim import AdamW, Limits
+from zoo.train.optim import Limits, Recipe
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
 
 __all__ = ["MaskedLanguageModelling"]
@@ -44,7 +44,7 @@ class MaskedLanguageModelling(Task):
     def __init__(
         self,
         model: nn.Module,
-        optim: AdamW,
+        optim: Recipe,
         limits: Limits,
         data: Any,
         *,
@@ -95,7 +95,7 @@ class MaskedLanguageModelling(Task):
         place = shard.current()
         if place is not None:  # draws are those of the whole row, of which this rank holds a part
             length = length * place.size if place.length is None else place.length
-            own = shard.held(length, place.rank, place.size, place.layout or "contiguous").to(tokens.device)
+            own = shard.token_indices(length, place.rank, place.size, place.layout or "contiguous").to(tokens.device)
         # float32 by name: under another precision the default is another, and so would be what is hidden
         chance, fate = torch.rand(2, rows, length, generator=draw, device=tokens.device, dtype=torch.float32)
         others = torch.randint(self.n_tokens, (rows, length), generator=draw, device=tokens.device)

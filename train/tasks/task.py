@@ -16,7 +16,7 @@ from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
 from zoo.train.clock import Clock
 from zoo.train.metrics import IGNORED, MeanLoss
-from zoo.train.optim import AdamW, Limits, gradients, set_lr
+from zoo.train.optim import Limits, Recipe, gradients, set_lr
 
 __all__ = ["LOSS_UNIT", "Task", "summed_loss"]
 
@@ -47,8 +47,10 @@ class Task(LightningModule):
 
     continues_text = False  # whether a text can be sampled from the model
 
-    def __init__(self, model: nn.Module, optim: AdamW, limits: Limits, *, max_nonfinite_steps: int = 10) -> None:
+    def __init__(self, model: nn.Module, optim: Recipe, limits: Limits, *, max_nonfinite_steps: int = 10) -> None:
         super().__init__()
+        if max_nonfinite_steps < 1:
+            raise UserError(f"task.max_nonfinite_steps must be at least 1, got {max_nonfinite_steps}")
         self.model = model
         self.optim = optim
         self.limits = limits
@@ -119,10 +121,7 @@ class Task(LightningModule):
         grads = gradients(inner)
         # Data-parallel strategies average over ranks; the mean over tokens wants the sum.
         scale = self.trainer.world_size * LOSS_UNIT / totals[1].clamp(min=1.0)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if isinstance(norm, DTensor):  # gradients that are cut across ranks
-            norm = norm.full_tensor()
-        norm = norm * scale
+        norm = _whole(torch.nn.utils.get_total_norm(grads)) * scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(totals[0]))
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
@@ -150,6 +149,26 @@ class Task(LightningModule):
             raise UserError(
                 f"the loss or its gradient was not finite for {in_a_row} steps in a row, up to step "
                 f"{self.trainer.global_step + 1}; lower optim.lr or look for bad input (the checkpoints are kept)"
+            )
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight is a finite number; reads each once and waits for the device once. Same on all ranks.
+
+        A sum is finite only if all its terms are, and costs a tenth of asking each: on one core 0.2 ms for 735,000
+        weights, 126 ms for 60 million, 7 % of torch.save's time for them. It may overflow: then each is asked.
+        """
+        weights = [p.detach() for p in self.model.parameters()]
+        total = _whole(torch.stack([weight.sum() for weight in weights]).sum())
+        if bool(torch.isfinite(total)):
+            return True
+        return bool(torch.isfinite(_whole(torch.nn.utils.get_total_norm(weights, norm_type=math.inf))))
+
+    def refuse_nonfinite_weights(self) -> None:
+        """Give up when a weight is not finite: no later step can mend it, and nobody wants it kept."""
+        if not self.weights_are_finite():
+            raise UserError(
+                f"the model's weights are not finite after step {self.trainer.global_step}; lower optim.lr and start a "
+                "new run (the checkpoints from before are kept)"
             )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -255,10 +274,31 @@ class Task(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Take it up again.
+
+        Raises:
+            UserError: the checkpoint is of another model than the run's config describes.
+        """
+        now, then = describe(self.model), checkpoint[IN_TRAINER]
+        if now["model"] != then["model"]:
+            raise UserError(
+                f"the run cannot go on: its config.yaml says model.name={now['model']} and its checkpoint holds a "
+                f"{then['model']}; put the run's own config.yaml back"
+            )
+        for field, value in now["config"].items():
+            if field in then["config"] and then["config"][field] != value:
+                raise UserError(
+                    f"the run cannot go on: its config.yaml says model.{field}={value} and its checkpoint was trained "
+                    f"with {then['config'][field]}; put the run's own config.yaml back, or start a new run"
+                )
         state = checkpoint["zoo"]
         self.clock.now = state["elapsed"]
         self._window, self._skipped = state["window"].clone(), state["skipped"].clone()
+
+
+def _whole(number: Tensor) -> Tensor:
+    """A number that was computed from tensors cut across ranks, on every rank."""
+    return number.full_tensor() if isinstance(number, DTensor) else number
 
 
 def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 the words of the command are off, 130 interrupte
 """
 
 import argparse
+import itertools
 import os
 import sys
 import warnings
@@ -220,6 +221,15 @@ def _silence_profiler() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def _silence_libraries() -> None:
+    """Keep what datasets and the hub's client log off the terminal: what matters of it is in our own sentence.
+
+    They read these variables when they are imported, and so do the processes that a run starts.
+    """
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
 def _doctor_arguments(parser: Parser) -> None:
     parser.add_argument("--device", help="check operators there only: cpu, cuda, cuda:1")
 
@@ -281,7 +291,7 @@ def parse(arguments: Sequence[str]) -> tuple[Verb, argparse.Namespace]:
     verb.arguments(parser)
     options = [option for action in parser._actions for option in action.option_strings]
     takes_settings = any(action.dest == "settings" for action in parser._actions)
-    for word, following in zip(rest, [*rest[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*rest, ""]):
         option, equals, value = word.partition("=")
         if word.startswith("--") and len(word) > 2 and option not in options:
             value = value if equals or following.startswith("-") or "=" in following else following
@@ -329,6 +339,7 @@ def _run(words: list[str]) -> int:
         verb, args = parse(words)
     except SystemExit as end:  # argparse, after printing --help
         return int(end.code or DONE)
+    _silence_libraries()
     return verb.run(args)
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import cast
 
 from zoo import checkpoint, decoding, tokenizers
-from zoo.config import read_yaml
+from zoo.config import read_run
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
-from zoo.registry import resolve
+from zoo.targets import TARGET, load_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     run = checkpoint.run_of(found)
     if run is None:
         raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
-    settings = dict(read_yaml(run / "config.yaml")["data"])
-    data = resolve(settings.pop("_target_"))(**settings)
+    settings = dict(read_run(run / "config.yaml")["data"])
+    data = load_class("data", settings.pop(TARGET))(**settings)
     if getattr(data, "tokenizer", None) is None:
         raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
     return data.tokenizer

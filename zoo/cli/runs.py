@@ -58,6 +58,10 @@ def eval_command(path: str, settings: list[str]) -> int:
 
 def check_run(run: Path) -> None:
     """Refuse a path that is not a run's folder."""
+    if run.exists() and not run.is_dir():
+        own = next((folder for folder in run.resolve().parents if (folder / "config.yaml").is_file()), None)
+        mend = f"zoo resume {own}" if own else "zoo train prints the folder of each run"
+        raise UserError(f"a run is a folder, and {run} is a file; {mend}")
     if not run.is_dir():
         raise UserError(f"no run at {run}: there is no such folder; zoo train prints the folder of each run")
     if not (run / "config.yaml").is_file():

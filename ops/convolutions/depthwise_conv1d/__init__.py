@@ -57,7 +57,7 @@ def depthwise_conv1d(
         return torch.cat(outputs, dim=1)
     around = shard.rows_before(x, (W - 1) // 2, cuts), shard.rows_after(x, W // 2, cuts)
     past, shifted = _batch(x, *around) if cuts is None else _packed(x, *around, cuts)
-    with shard.alone():
+    with shard.unsharded():
         y, _ = causal_conv1d(shifted, weight, bias, past, activation=activation, cu_seqlens=cu_seqlens, backend=backend)
     return y
 

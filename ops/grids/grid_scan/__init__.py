@@ -72,13 +72,14 @@ def grid_scan(
 
 def _each_picture(wide: list[Tensor], state: Tensor, cuts: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
     """The loop on every picture by itself."""
+    x, a, b = wide
     if cuts is None:
-        return grid_scan_reference(*wide, state) if wide[0].shape[1] else (wide[0], state)
-    outputs, lasts = [wide[0][:, :0]], []
+        return grid_scan_reference(x, a, b, state) if x.shape[1] else (x, state)
+    outputs, lasts = [x[:, :0]], []
     for i, (top, bottom) in enumerate(itertools.pairwise(cuts)):
         last = state[i : i + 1]
         if top < bottom:
-            y, last = grid_scan_reference(*(t[:, top:bottom] for t in wide), last)
+            y, last = grid_scan_reference(x[:, top:bottom], a[:, top:bottom], b[:, top:bottom], last)
             outputs.append(y)
         lasts.append(last)
     return torch.cat(outputs, dim=1), torch.cat(lasts)
@@ -105,9 +106,9 @@ class _Pictures:
         states = torch.cat([above, others[0]])
         outputs, lasts, rights = [], [], []
         for i, (top, bottom) in enumerate(itertools.pairwise(self.cuts)):
-            y, last, right = _strip(
-                *(t[:, top:bottom] for t in (x, a, b)), states[i : i + 1], None if left is None else left[:, top:bottom]
-            )
+            rows = slice(top, bottom)
+            beside = None if left is None else left[:, rows]
+            y, last, right = _strip(x[:, rows], a[:, rows], b[:, rows], states[i : i + 1], beside)
             outputs.append(y)
             lasts.append(last)
             rights.append(right)

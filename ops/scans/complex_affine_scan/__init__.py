@@ -70,7 +70,7 @@ def complex_affine_scan(
             return end.unsqueeze(1).to(b.dtype), end
         return _run(call.backend, a if a.shape[:2] == (1, 1) else whole, b, begins, state, call.cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         ComplexElementwise,
         lambda: _element(*call.last_document(whole, b, begins), chosen=call.backend),
         run,

@@ -315,7 +315,7 @@ def _pull_across(
         b = torch.zeros_like(g).requires_grad_()
         start = torch.zeros_like(dlast).requires_grad_()
         cu = None if edges.cuts is None else torch.tensor(edges.cuts)
-        with shard.arrived(torch.zeros_like(start[:1] if several else start)):
+        with shard.with_arrivals(torch.zeros_like(start[:1] if several else start)):
             out, last = scan(A, b, start, cu_seqlens=cu, backend="torch")
         mu, dstart = torch.autograd.grad((out, last), (b, start), (g, dlast), materialize_grads=True)
     mu, dstart = (x[None] if S == 1 else x.movedim(-1, 0).contiguous() for x in (mu, dstart))
@@ -360,7 +360,7 @@ def residual(
     planes = state_planes(h, cell.states, state.dtype)
     p = before(planes, entering(problem, planes), problem.edges, keep)
     off = (stacked(cell.value(tuple(p), problem.u, problem.w)) - planes).abs()
-    return shard.largest(off.amax() if off.numel() else off.new_zeros(()))
+    return shard.all_reduce_max(off.amax() if off.numel() else off.new_zeros(()))
 
 
 @torch.no_grad()

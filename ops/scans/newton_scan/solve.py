@@ -307,7 +307,7 @@ class _Crossing:
     def largest(self, d: Tensor) -> float:
         """The largest correction on any rank."""
         size = d.abs().amax() if d.numel() else d.new_zeros(())
-        return (shard.largest(size) if self.active else size).item()
+        return (shard.all_reduce_max(size) if self.active else size).item()
 
 
 def entering(problem: Problem, h: Tensor) -> Tensor:

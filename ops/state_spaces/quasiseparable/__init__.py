@@ -107,7 +107,7 @@ def _two_scans(
         for left, right in ((x, x), *((z[:, :, 0], z[:, :, 1]) for z in (dt, B, C)))
     )
     edges = _Edges() if shard.current() is None else _across(x, dt, A, B, C, cuts)
-    with shard.alone():
+    with shard.unsharded():
         y = ssd(x2, dt2, A, B2, C2, state=edges.states, cu_seqlens=both, backend=backend)[0]
     forward, backward = y.chunk(2, dim=side)
     inside = ((), ()) if cuts is None else (cuts[1:-1], shard.mirrored(cuts)[1:-1])

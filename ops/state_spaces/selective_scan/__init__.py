@@ -89,7 +89,7 @@ def selective_scan(
             return y, last
         return selective_scan_chunked(u, delta, A, B, C, D, state, call.cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise,
         lambda: _element(*call.last_document(u, delta, B), A=A),
         run,

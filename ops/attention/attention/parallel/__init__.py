@@ -58,7 +58,7 @@ HEADS = ("ulysses", "usp")
 
 
 def attention_across(
-    found: Scope, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
+    active: Scope, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries to the keys of all ranks: o (B, T, H, V) and lse (B, T, H).
 
@@ -67,8 +67,8 @@ def attention_across(
     Raises:
         ValueError: the shard does not hold what came, or its method cannot take it.
     """
-    crossing = _crossing(found.shard, q, k, causal, window, scale)
-    return _Across.apply(found, crossing, q, k, v)
+    crossing = _crossing(active.shard, q, k, causal, window, scale)
+    return _Across.apply(active, crossing, q, k, v)
 
 
 def _crossing(shard: SequenceShard, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> Crossing:
@@ -117,16 +117,15 @@ class _Across(torch.autograd.Function):
     """One node for all that crosses: its forward is never run again by a recomputation, which reads (o, lse) back."""
 
     @staticmethod
-    def forward(ctx: Any, found: Scope, crossing: Crossing, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, active: Scope, crossing: Crossing, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         def attend() -> tuple[Tensor, Tensor]:
             o, lse = crossing.forward(q, k, v)
             return o.to(q.dtype), lse
 
-        o, lse = found.arrivals(attend, 2)
+        o, lse = active.arrivals(attend)
         ctx.crossing, ctx.dtypes = crossing, (q.dtype, k.dtype, v.dtype)
         # what is recomputed must save what was saved, and a recomputation has nothing that was kept
-        again = bool(found.records) or found.replay is not None
-        ctx.save_for_backward(o, lse, *((q, k, v) if again or not crossing.kept else crossing.kept))
+        ctx.save_for_backward(o, lse, *((q, k, v) if active.tape.recomputes or not crossing.kept else crossing.kept))
         crossing.kept = ()
         return o, lse
 
@@ -137,5 +136,5 @@ class _Across(torch.autograd.Function):
         wide = state_dtype(o)
         blind = lse == float("-inf")
         D = ((do.to(wide) * o.to(wide)).sum(-1) - dlse.to(wide)).masked_fill(blind, 0.0)
-        found = ctx.crossing.backward(inputs, do, D, lse.masked_fill(blind, float("inf")))
-        return None, None, *(dx.to(dtype) for dx, dtype in zip(found, ctx.dtypes, strict=True))
+        gradients = ctx.crossing.backward(inputs, do, D, lse.masked_fill(blind, float("inf")))
+        return None, None, *(dx.to(dtype) for dx, dtype in zip(gradients, ctx.dtypes, strict=True))

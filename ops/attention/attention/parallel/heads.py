@@ -16,7 +16,7 @@ from zoo.ops.attention.attention.parallel.crossing import Crossing
 from zoo.ops.attention.attention.parallel.ring import Ring
 from zoo.ops.attention.attention.parallel.view import View
 from zoo.ops.core.dispatch import state_dtype
-from zoo.ops.shard import exchange, held, stretch
+from zoo.ops.shard import exchange, stretch, token_indices
 from zoo.ops.shard.sequence_shard import SequenceShard
 
 Spans = Sequence[tuple[int, int]]  # of heads, [left, right) for each neighbour
@@ -32,7 +32,7 @@ class Heads(Crossing):
         self._near = range(group * inner, (group + 1) * inner)
         self._ring = Ring(shard, view, scale, tuple(range(place, shard.size, inner)), group)
 
-        tokens = [held(view.length, rank, shard.size, shard.layout or "contiguous") for rank in self._near]
+        tokens = [token_indices(view.length, rank, shard.size, shard.layout or "contiguous") for rank in self._near]
         self._tokens = [len(x) for x in tokens]
         self._order = torch.cat(tokens).argsort()  # of the neighbours' tokens, one after the other
         self._sorted = all(a < b for a, b in itertools.pairwise(self._order.tolist()))

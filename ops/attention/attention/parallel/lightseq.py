@@ -51,10 +51,10 @@ class LightSeq(Crossing):
         visitors: Sequence[Tensor] = []
         for time in range(last + 1):
             coming = self._bring(visits, time + 1) if time < last else None
-            found = self._work(visits, time, visitors)
+            made = self._work(visits, time, visitors)
             if finish is not None:
                 finish()
-            finish = self._send_back(visits, time, found) if time else None
+            finish = self._send_back(visits, time, made) if time else None
             if coming is not None:
                 (visitors,) = coming.wait().values() or ([],)
         if finish is not None:
@@ -86,7 +86,7 @@ class LightSeq(Crossing):
             return visits.host_queries(block, visitors)
         return []
 
-    def _send_back(self, visits: Visits, time: int, found: list[Tensor]) -> Callable[[], None]:
+    def _send_back(self, visits: Visits, time: int, made: list[Tensor]) -> Callable[[], None]:
         """What was found to whose keys or queries visited, and what others found for the own."""
         source, helped, reader, helper = self.source(time), self.helped(time), self.reader(time), self.helper(time)
         visited = helped if source is None else source
@@ -97,7 +97,7 @@ class LightSeq(Crossing):
             receives[self.ranks[reader]] = visits.returns(returned)
         if helper is not None and answered:
             receives[self.ranks[helper]] = visits.answers(answered)
-        sends = {self.ranks[visited]: found} if visited is not None and found else {}
+        sends = {self.ranks[visited]: made} if visited is not None and made else {}
         meeting = exchange.meet(self.shard, sends, receives)
 
         def finish() -> None:

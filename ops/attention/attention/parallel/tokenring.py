@@ -51,8 +51,8 @@ class TokenRing(Crossing):
         """Rows of the owner's queries that the seats from `step` on answer."""
         n = len(self.ranks)
         blocks = [self.view.block(owner, (owner - s) % n) for s in range(step, n)]
-        found = [block.rows for block in blocks if block]
-        return (min(r[0] for r in found), max(r[1] for r in found)) if found else (0, 0)
+        rows = [block.rows for block in blocks if block]
+        return (min(r[0] for r in rows), max(r[1] for r in rows)) if rows else (0, 0)
 
     def _pass_on(self, step: int, visits: Visits, visitors: Sequence[Tensor], start: int) -> exchange.Meeting:
         """The visiting queries to the seat before, those of the seat after; `visitors` begin at their row `start`."""

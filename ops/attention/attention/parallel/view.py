@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zoo.ops.shard import held
+from zoo.ops.shard import token_indices
 
 
 class Block(NamedTuple):
@@ -60,10 +60,10 @@ class View:
 
     def block(self, queries: int, keys: int | None) -> Block | None:
         """Queries of one seat and keys of another, or all keys in order of time; None if nobody sees anything."""
-        found = queries, keys
-        if found not in self._blocks:
-            self._blocks[found] = self._block(queries, keys)
-        return self._blocks[found]
+        pair = queries, keys
+        if pair not in self._blocks:
+            self._blocks[pair] = self._block(queries, keys)
+        return self._blocks[pair]
 
     def _block(self, queries: int, keys: int | None) -> Block | None:
         here = self.seats[queries]
@@ -89,6 +89,6 @@ def view(
     length: int, size: int, layout: str, documents: tuple[int, ...] | None, causal: bool, window: int | None, inner: int
 ) -> View:
     """Of `length` tokens over `size` ranks; `inner` neighbouring ranks sit together."""
-    tokens = [held(length, rank, size, layout) for rank in range(size)]
+    tokens = [token_indices(length, rank, size, layout) for rank in range(size)]
     seats = (torch.cat(tokens[i : i + inner]) for i in range(0, size, inner))
     return View(tuple(seat.sort().values for seat in seats), length, documents, causal, window)

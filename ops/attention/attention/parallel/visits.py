@@ -73,8 +73,8 @@ class BackwardVisits(Visits):
 
     def host_queries(self, block: Block, visitors: Sequence[Tensor]) -> list[Tensor]:
         (q, do, D, m), (k, v) = visitors, columns(block, *self.keys)
-        dq, *found = local.backward(q, k, v, do, D, m, block=block, scale=self.scale)
-        self.take_returns(block, found)
+        dq, *returns = local.backward(q, k, v, do, D, m, block=block, scale=self.scale)
+        self.take_returns(block, returns)
         return [dq]
 
     def answers(self, block: Block) -> list[Tensor]:
