@@ -86,7 +86,7 @@ def side_by_side(
         return list(xs), ()
     if shard.current() is not None:
         states = _halos(convs, xs, states, cu_seqlens)
-    with shard.alone():  # each has what crosses its edge
+    with shard.unsharded():  # each has what crosses its edge
         outputs = [
             conv(x, states[i] if states else None, cu_seqlens=cu_seqlens)
             for i, (conv, x) in enumerate(zip(convs, xs, strict=True))

@@ -24,7 +24,7 @@ from torch import Tensor
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Affine
 from zoo.ops.core.packing import last_document
-from zoo.ops.core.recompute import runs_once
+from zoo.ops.core.recompute import no_recompute
 from zoo.ops.shard.scope import scope
 
 P = ParamSpec("P")
@@ -101,7 +101,7 @@ class Operator:
 
         def mark(function: Callable[P, R]) -> Callable[P, R]:
             inner = _nested(dispatch.keeps_its_precision(function) if precise else function)
-            whole = functools.wraps(function)(inner if recomputed else runs_once(inner))
+            whole = functools.wraps(function)(inner if recomputed else no_recompute(inner))
             entry = whole if step is None else _quick(whole, step)
             self.function = entry
             _OPERATORS[entry] = self

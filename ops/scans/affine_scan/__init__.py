@@ -66,7 +66,7 @@ def affine_scan(
             return last.unsqueeze(1).to(b.dtype), last
         return _run(call.backend, a, b, state, call.cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Elementwise,
         lambda: _element(*call.last_document(a, b), chosen=call.backend),
         run,

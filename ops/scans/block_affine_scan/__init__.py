@@ -64,7 +64,7 @@ def block_affine_scan(
             return each_document(block_affine_scan_reference, call.cuts, (A, b), state)
         return _run(call.backend, A, b, state, call.cuts)
 
-    return shard.across(
+    return shard.run_from_incoming(
         Block2x2,
         lambda: _element(*call.last_document(A, b), chosen=call.backend),
         run,
