@@ -26,6 +26,8 @@ class Leaky(nn.Module):
     h_t = a_t h_{t-1} + (1 - a_t) v_t and y_t = W_o (h_t * silu(z_t)).
     """
 
+    operators = (affine_scan,)  # what this layer's code calls: strategies and planners read it
+
     def __init__(self, d_model: int, *, slowest: float = 0.0):
         super().__init__()
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)  # values, decays, output gates

@@ -60,6 +60,8 @@ class SequenceModel(nn.Module):
         ValueError: a mixer sees the future (its `causal` is False): the next token would not have to be predicted.
     """
 
+    operators = (linear_cross_entropy,)
+
     causal = True
 
     def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):

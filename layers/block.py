@@ -51,7 +51,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         # Drawn before anything is recomputed or cut into tiles, so that these see the same masks.
-        first, second = self.dropout.draw(x), self.dropout.draw(x) if self.feed_forward is not None else None
+        first = second = None
+        if self.training:
+            first, second = self.dropout.draw(x), self.dropout.draw(x) if self.feed_forward is not None else None
         halves = self if first is None else _Dropping(self, first, second)
         return self.memory.run(halves, x, state, cu_seqlens)
 

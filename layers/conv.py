@@ -5,9 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from zoo.layers.state import fits, is_decoding
 from zoo.ops import causal_conv1d, depthwise_conv1d, shard
-from zoo.ops.convolutions.causal_conv1d.shifted import causal_conv1d_step
 from zoo.ops.core import check
 from zoo.ops.core.algebra import Tail
 from zoo.ops.core.packing import last_document
@@ -44,12 +42,11 @@ class _Taps(nn.Module):
 class ShortConvolution(_Taps):
     """Depthwise causal convolution over time, (B, T, D) -> (B, T, D); the state is its last width - 1 inputs."""
 
+    operators = (causal_conv1d,)
+
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        D, W = self.weight.shape
-        if is_decoding(x, self.backend, cu_seqlens) and fits(state, (len(x), W - 1, D), x.dtype):
-            return causal_conv1d_step(x, self.weight, self.bias, state, self.activation)
         return causal_conv1d(
             x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), state,
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
@@ -62,6 +59,8 @@ class ShortConvolution(_Taps):
 
 class DepthwiseConvolution(_Taps):
     """Depthwise convolution over both sides of every token, (B, T, D) -> (B, T, D); it needs the whole sequence."""
+
+    operators = (depthwise_conv1d,)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
         return depthwise_conv1d(
@@ -88,11 +87,11 @@ def side_by_side(
     if shard.current() is not None:
         states = _halos(convs, xs, states, cu_seqlens)
     with shard.unsharded():  # each has what crosses its edge
-        found = [
+        outputs = [
             conv(x, states[i] if states else None, cu_seqlens=cu_seqlens)
             for i, (conv, x) in enumerate(zip(convs, xs, strict=True))
         ]
-    return [y for y, _ in found], tuple(tail for _, tail in found)
+    return [y for y, _ in outputs], tuple(tail for _, tail in outputs)
 
 
 def _halos(

@@ -39,6 +39,8 @@ class Dropout(nn.Module):
         ValueError: p out of range.
     """
 
+    operators = (dropout,)
+
     def __init__(self, p: float = 0.0):
         super().__init__()
         check_rate(p)

@@ -152,6 +152,7 @@ class Encoder(nn.Module):
     """
 
     causal = False
+    operators = (linear_cross_entropy,)
 
     def __init__(self, config: EncoderConfig, mixer: Callable[[int], nn.Module]):
         super().__init__()

@@ -13,6 +13,7 @@ def swiglu_size(d_model: int) -> int:
 class SwiGLU(nn.Module):
     """W_down(silu(W_gate x) * W_up x), without biases; (B, T, D) -> (B, T, D)."""
 
+    operators = (swiglu,)
     token_wise = True  # a block may run it on tiles of tokens
 
     def __init__(self, d_model: int, *, hidden_size: int | None = None):

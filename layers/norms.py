@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from zoo.layers.state import is_decoding
 from zoo.ops import gated_rms_norm, rms_norm
+from zoo.ops.core.call import Operators
 from zoo.ops.token_wise.rms_norm import Order
-from zoo.ops.token_wise.rms_norm.fused import rms_norm_fused
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; statistics in float32."""
+
+    operators: Operators = (rms_norm,)
 
     def __init__(self, d_model: int, *, eps: float = 1e-6):
         super().__init__()
@@ -18,8 +19,6 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_decoding(x):
-            return rms_norm_fused(x, self.weight, self.eps)
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
@@ -36,6 +35,8 @@ class GatedRMSNorm(RMSNorm):
         groups: every D / groups neighbouring channels have a mean square of their own.
     """
 
+    operators: Operators = (gated_rms_norm,)
+
     def __init__(self, d_model: int, *, eps: float = 1e-6, order: Order = "norm_first", groups: int = 1):
         super().__init__(d_model, eps=eps)
         if d_model % groups:
@@ -44,8 +45,6 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        if self.groups == 1 and gate.dtype == x.dtype and is_decoding(x):
-            return rms_norm_fused(x, self.weight, self.eps, gate, self.order == "gate_first")
         gate, weight = gate.to(x.dtype), self.weight.to(x.dtype)
         if self.groups == 1:
             return gated_rms_norm(x, gate, weight, self.eps, order=self.order)

@@ -37,6 +37,7 @@ from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
 from zoo.train.callbacks.memory import FitMemory
+from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
@@ -174,6 +175,7 @@ def _fit(
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
+    callbacks.append(ReportOperators(folder.note_operators))
     callbacks += _memory(config.get("memory"), model, folder)
     callbacks += further
     loggers = [table, *_loggers(config, folder)]

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 import zoo
 from zoo.config import read_run, to_yaml
 from zoo.errors import UserError
+from zoo.ops.core.call import Choice
+from zoo.train.callbacks.operators import describe_choices
 
 __all__ = ["RunFolder", "is_main_process"]
 
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.versions = path / "versions.json"
         self.table = path / "metrics.csv"
         self.plot = path / "loss.png"
         self.checkpoints = path / "checkpoints"
@@ -62,7 +64,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "command.txt").write_text(command_line() + "\n", encoding="utf-8")
-            (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
+            self.versions.write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
             self.config.write_text(to_yaml(config), encoding="utf-8")
         except OSError as error:
             raise UserError(
@@ -70,16 +72,13 @@ class RunFolder:
             ) from error
 
     @rank_zero_only
-    def discard(self) -> None:
-        """Take back what `create` made for a run that was refused; the folder of an earlier run is left alone."""
-        if not self._fresh:
-            return
-        for path in self.path.iterdir():  # it was empty before `create`
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        for folder in self._made:
-            with contextlib.suppress(OSError):  # another run may have come to lie beside this one
-                folder.rmdir()
-        self._fresh = False
+    def note_operators(self, choices: Mapping[str, Choice]) -> None:
+        """Say which backend every operator takes, and why; versions.json keeps it."""
+        self.say(f"operators: {describe_choices(choices)}")
+        with contextlib.suppress(OSError, ValueError):  # a full disk does not end a run over this
+            known = json.loads(self.versions.read_text(encoding="utf-8"))
+            known["operators"] = {name: choice._asdict() for name, choice in sorted(choices.items())}
+            self.versions.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":

@@ -42,6 +42,8 @@ class Attention(nn.Module):
         backend: of zoo.ops.attention.
     """
 
+    operators = (attention, rotary)
+
     def __init__(
         self,
         d_model: int,

@@ -43,6 +43,8 @@ class DeltaNetState(NamedTuple):
 class _DeltaMixer(nn.Module):
     """What both layers share: activated streams of q, k and v, the memory, the output projection."""
 
+    operators = (delta_rule,)
+
     def __init__(
         self,
         d_model: int,

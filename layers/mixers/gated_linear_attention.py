@@ -43,6 +43,8 @@ class GatedLinearAttention(nn.Module):
     Source: arXiv 2312.06635, section 4.4.
     """
 
+    operators = (gated_linear_attention,)
+
     def __init__(
         self,
         d_model: int,

@@ -38,6 +38,7 @@ class Hydra(nn.Module):
     """
 
     causal = False
+    operators = (quasiseparable,)
 
     def __init__(
         self,

@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.state import fits, is_decoding, state_bytes
+from zoo.layers.state import state_bytes
 from zoo.layers.time_segments import in_segments
 from zoo.ops import selective_scan, ssd, swiglu
-from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_step
 
 __all__ = ["Mamba", "Mamba2"]
 
@@ -62,6 +61,8 @@ class Mamba(nn.Module):
     Source: arXiv 2312.00752, section 3; the input is discretised by Euler's rule, as in the official code.
     """
 
+    operators = (selective_scan, swiglu)
+
     def __init__(
         self,
         d_model: int,
@@ -108,19 +109,9 @@ class Mamba(nn.Module):
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
-        if cu_seqlens is not None:
+        if cu_seqlens is not None or x.shape[1] == 1:
             return self._mix(x, state, cu_seqlens)
-        if is_decoding(x, self.backend) and state is not None and fits(state.h, (len(x), *self.A_log.shape), x.dtype):
-            return self._step(x, state)
         return in_segments(self._mix, x, state, width=2 * self.d_inner)
-
-    def _step(self, x: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
-        """As `_mix` for one token: its operators' steps, called without the way to them."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, tail = self.conv1d(x, state.conv)
-        delta, B, C = self._selection(x)
-        y, h = selective_scan_step(x, delta, self.A_log.to(x.dtype).exp().neg_(), B, C, self.D, state.h)
-        return self.out_proj(y.mul_(F.silu(z))), MambaState(h, tail)
 
     def _mix(self, x: Tensor, state: MambaState | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, MambaState]:
         h, tail = (None, None) if state is None else state
@@ -178,6 +169,8 @@ class Mamba2(nn.Module):
 
     Source: arXiv 2405.21060, section 7.
     """
+
+    operators = (ssd,)
 
     def __init__(
         self,

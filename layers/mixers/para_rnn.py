@@ -129,6 +129,8 @@ class ParaGRU(_ParaRNN):
     Source: arXiv 2510.21450, sections 2 and 3, figure 9.
     """
 
+    operators = (para_gru,)
+
     def _cell(self, u: Tensor, h: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
         return para_gru(u, self.a, h, **options)
 
@@ -141,6 +143,7 @@ class ParaLSTM(_ParaRNN):
     Source: arXiv 2510.21450, sections 2 and 3, figure 9.
     """
 
+    operators = (para_lstm,)
     states, peepholes = 2, True
 
     def _cell(self, u: Tensor, h: Tensor | None, **options: Any) -> tuple[Tensor, ...]:

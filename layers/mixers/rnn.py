@@ -98,6 +98,8 @@ class LSTM(_Recurrent):
     Source: heads as in arXiv 2412.07752; forget gates start open, as in Jozefowicz et al. 2015.
     """
 
+    operators = (lstm,)
+
     given, recurrent, gates, states = 4, 4, 4, 2
 
     def initialise(self, n_layers: int = 1) -> None:
@@ -116,6 +118,8 @@ class GRU(_Recurrent):
     Source: heads as in arXiv 2412.07752.
     """
 
+    operators = (gru,)
+
     given, recurrent, gates, states = 3, 3, 4, 1
 
     def _run(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -128,6 +132,8 @@ class Elman(_Recurrent):
 
     Source: heads as in arXiv 2412.07752.
     """
+
+    operators = (elman,)
 
     given, recurrent, gates, states = 1, 1, 1, 1
 
@@ -153,6 +159,8 @@ class SLSTM(nn.Module):
 
     Source: arXiv 2405.04517, section 2.2 and appendix A.
     """
+
+    operators = (slstm,)
 
     def __init__(
         self,

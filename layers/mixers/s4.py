@@ -50,6 +50,8 @@ class S4(nn.Module):
     Source: arXiv 2111.00396, section 3.4; arXiv 2206.11893.
     """
 
+    operators = (s4, s4d)
+
     def __init__(
         self,
         d_model: int,

@@ -48,6 +48,8 @@ class S5(nn.Module):
     Source: arXiv 2208.04933, sections 3 and 4; resets: arXiv 2303.03982, section 3.
     """
 
+    operators = (complex_affine_scan,)
+
     def __init__(
         self,
         d_model: int,

@@ -66,6 +66,11 @@ def say_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether "auto" may run kernels on this tensor."""
+    return x.is_cuda
+
+
 def resolve(operator: str, backend: str, x: Tensor) -> str:
     """The backend that will run for tensors like `x`: "triton", "torch" or "reference".
 
@@ -78,7 +83,7 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"{operator}: backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
-        if not x.is_cuda:
+        if not on_cuda(x):
             return "torch"
         if HAS_TRITON:
             return "triton"

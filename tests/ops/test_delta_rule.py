@@ -118,10 +118,10 @@ def test_kernels_take_half_precision(name: str) -> None:
 @pytest.mark.kernels
 def test_kernels_say_what_they_do_not_take() -> None:
     given = inputs(5)
-    with pytest.raises(ValueError, match=r"delta_rule: the kernels compute in float32; got float64.*backend='torch'"):
+    with pytest.raises(ValueError, match=r"delta_rule: kernels take float32 or narrower; got float64.*backend='torch'"):
         delta_rule(**given, backend="triton")
     given = {name: x.float() for name, x in inputs(5, K=300).items()}
-    with pytest.raises(ValueError, match=r"delta_rule: the kernels take keys of at most 256 .*K = 300, use"):
+    with pytest.raises(ValueError, match=r"delta_rule: kernels take keys of at most 256 .*K = 300, use"):
         delta_rule(**given, backend="triton")
 
 

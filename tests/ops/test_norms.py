@@ -146,7 +146,7 @@ def test_refusals() -> None:
 def test_rows_too_long_for_a_kernel_are_refused() -> None:
     x = torch.ones(1, 1, 20_000)
     with pytest.raises(
-        ValueError, match="rms_norm: kernels hold whole rows, D <= 16384; got 20000, use backend='torch'"
+        ValueError, match="rms_norm: kernels take rows of at most 16384 numbers; got D = 20000, use backend='torch'"
     ):
         rms_norm(x, backend="triton")
     torch.testing.assert_close(rms_norm(x), x, rtol=1e-5, atol=0)

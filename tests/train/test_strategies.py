@@ -12,15 +12,16 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
-from sharded_cases_training import CASES, OWN
+from sharded_cases_training import CASES, OWN, OwnMixer
 
 import zoo.train
 from zoo.config import compose
 from zoo.configs import ROOT
 from zoo.errors import UserError
+from zoo.ops import attention, causal_conv1d, gated_linear_attention
 from zoo.registry import create_model
 from zoo.train.strategies import ContextParallelFSDPStrategy, ContextParallelStrategy, register
-from zoo.train.strategies.kinds import kinds, refuse_uncuttable
+from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
 
 PRESETS = (
     "zeco", "lasp", "lasp2", "lasp2h", "allgather", "heads", "ring", "zigzag", "striped", "ulysses", "usp",
@@ -157,8 +158,13 @@ def test_settings_are_refused_before_anything_starts(strategy: Any, settings: An
         Trainer(accelerator="cpu", devices=2, num_nodes=2, strategy=strategy(**settings), logger=False)
 
 
-def test_kinds_are_read_off_the_code() -> None:
-    assert kinds(OWN["own"]()) == {"affine": {"OwnMixer"}, "halo": {"OwnMixer"}}
+class Declaring(OwnMixer):
+    operators = (causal_conv1d, gated_linear_attention)
+
+
+def test_kinds_are_those_of_the_declared_operators() -> None:
+    assert kinds(torch.nn.Sequential(Declaring())) == {"affine": {"Declaring"}, "halo": {"Declaring"}}
+    assert kinds(OWN["own"]()) == {}  # says nothing, and is cut all the same: the case "own" above
     assert "attention" not in kinds(create_model("mamba"))
     assert kinds(create_model("transformer"))["attention"] == {"Attention"}
     hybrid = kinds(create_model("gla", pattern="gla, attention"))
@@ -167,3 +173,29 @@ def test_kinds_are_read_off_the_code() -> None:
     refuse_uncuttable(torch.nn.Conv1d(3, 3, 1), "contiguous")  # one tap sees no past
     with pytest.raises(UserError, match=r"the model \(Conv1d\) goes along time"):
         refuse_uncuttable(torch.nn.Conv1d(3, 3, 2), "contiguous")
+
+
+class OwnAttention(torch.nn.Module):
+    """A user's own layer that does not say what it calls."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = x.unflatten(-1, (1, -1))
+        return attention(q, q, q).flatten(2)
+
+
+def test_attention_that_nobody_declares_is_refused_where_plans_depend_on_it() -> None:
+    x, own = torch.randn(1, 4, 8), OwnAttention()
+    refusal = pytest.raises(UserError, match=r"attention is called by a layer that does not, add operators = \(zoo.ops")
+    with refusal, refuse_undeclared(own, ["attention"]):
+        own(x)
+    with refuse_undeclared(own, ["affine"]):
+        own(x)
+    declaring = type("Declaring", (OwnAttention,), {"operators": (attention,)})()
+    with refuse_undeclared(declaring, ["attention"]):
+        declaring(x)
+
+
+def test_a_declaration_of_no_operator_is_refused() -> None:
+    wrong = type("Wrong", (torch.nn.Module,), {"operators": (torch.relu,)})()
+    with pytest.raises(ValueError, match=r"Wrong.operators must name public operators of zoo.ops .*; got"):
+        kinds(wrong)

@@ -11,7 +11,7 @@
 | `balanced_fsdp.py` | `BalancedFSDPStrategy`: weights cut over all ranks, all in step |
 | `nominal.py` | what a plan's micro-steps cost before anybody has measured them |
 | `batch.py` | which part of a batch a rank gets; whether its group holds the same one |
-| `kinds.py` | how a model's layers cross ranks, read off the operators that they call |
+| `kinds.py` | how a model's layers cross ranks, by the operators that they declare |
 | `presets.py` | names such as "zeco" and "zeco_fsdp" for `Trainer(strategy=...)` |
 """
 

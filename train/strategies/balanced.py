@@ -25,7 +25,7 @@ from zoo.ops.shard.exchange import Message
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Planner, Uniform
 from zoo.train.balance.plan import RankStep
 from zoo.train.data.planned import PlanBatch
-from zoo.train.strategies.kinds import kinds, refuse_uncuttable
+from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
 from zoo.train.strategies.nominal import nominal
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
 
@@ -287,7 +287,9 @@ class Balanced(ManyRanks):
                 yield
             return
         messages: list[Message] = []
-        with user_errors(), shard.use(place), shard.observed(messages.append):
+        assert self.lightning_module is not None
+        undeclared = refuse_undeclared(self.lightning_module, ["attention"])  # whose work is planned for
+        with user_errors(), undeclared, shard.use(place), shard.observed(messages.append):
             yield
         self._messages += len(messages)
         self._rings += place is not None

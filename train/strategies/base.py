@@ -139,8 +139,8 @@ class ContextParallel(ManyRanks):
 
     def _tell_partner(self) -> None:
         assert self.lightning_module is not None
-        found = kinds(self.lightning_module)
-        if "attention" in found and CONTIGUOUS & set(found) and not self._attention_chosen and self.is_global_zero:
+        crossings = set(kinds(self.lightning_module))
+        if "attention" in crossings and CONTIGUOUS & crossings and not self._attention_chosen and self.is_global_zero:
             warnings.warn(
                 f"a hybrid of attention and layers with a state: its attention crosses ranks by {PARTNER}, whose "
                 "stretches are contiguous and whose work is even; attention= chooses another",

@@ -1,79 +1,50 @@
-"""How a model's layers cross ranks, read off the operators that their code calls."""
+"""How a model's layers cross ranks, by the operators that they declare."""
 
-import inspect
-import types
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
-from zoo import ops
 from zoo.errors import UserError
-from zoo.ops.core.table import OPERATORS
+from zoo.ops.core.call import Choice, Operator, declared, watched
 from zoo.ops.shard.torch_modules import looks_along_time
 
-__all__ = ["CONTIGUOUS", "kinds", "refuse_uncuttable"]
+__all__ = ["CONTIGUOUS", "kinds", "refuse_uncuttable", "refuse_undeclared"]
 
 CONTIGUOUS = frozenset({"affine", "reduce", "halo", "serial", "frontier"})  # need one stretch of time in one piece
-# by the public function, which a spec may call through one of its own; a spec's name may add a word to it
-_KINDS = {
-    function: spec.cp_kind
-    for spec in OPERATORS.values()
-    for function in (spec.function, getattr(ops, spec.name.replace(",", " ").split()[0], spec.function))
-}
 
 
 def kinds(model: nn.Module) -> dict[str, set[str]]:
-    """{kind of crossing: the layers that need it}, with the kinds of `OperatorSpec.cp_kind`.
+    """{kind of crossing: the layers that need it}, with the kinds of `Operator.cp_kind`.
 
-    A layer names its operators nowhere but in its code: the methods of its class, and functions beside it that they
-    call, are searched for public operators. What is called in a roundabout way is not seen; an operator that cannot be
-    cut says so itself when it runs.
+    A layer says which operators its own code calls by `operators = (delta_rule, ...)` on its class. A layer without it
+    is cut all the same: its operators exchange what they need, and refuse a layout in which they cannot.
     """
-    found: dict[str, set[str]] = {}
-    for owner in {type(module) for module in model.modules()}:
-        for kind in _of_class(owner):
-            found.setdefault(kind, set()).add(owner.__name__)
-    return found
+    layers: dict[str, set[str]] = {}
+    for module in model.modules():
+        for operator in declared(module):
+            layers.setdefault(operator.cp_kind, set()).add(type(module).__name__)
+    return layers
 
 
-def _of_class(owner: type) -> set[str]:
-    found: set[str] = set()
-    for base in owner.__mro__:
-        if base.__module__.split(".")[0] != "torch":
-            for value in vars(base).values():
-                inner = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else value
-                if isinstance(inner, types.FunctionType):
-                    found |= set(_of_function(inner, set()))
-    return found
+@contextmanager
+def refuse_undeclared(model: nn.Module, needed: Iterable[str]) -> Iterator[None]:
+    """Inside, raise where the model calls an operator of one of these kinds and no layer declares any.
 
+    Raises:
+        UserError: a plan was made without knowing of the operator.
+    """
+    unknown = frozenset(needed) - set(kinds(model))
 
-def _of_function(function: types.FunctionType, seen: set[Any]) -> Iterator[str]:
-    """The kinds of the operators that a function names, and functions of its own module that it names."""
-    if function in seen:
-        return
-    seen.add(function)
-    names = set(_names(function.__code__))
-    space = function.__globals__
-    for name in names & set(space):
-        value = space[name]
-        if isinstance(value, types.ModuleType) and value.__name__.split(".")[:2] == ["zoo", "ops"]:
-            named = [vars(value)[n] for n in names & set(vars(value))]
-        else:
-            named = [value]
-        for each in named:
-            if isinstance(each, types.FunctionType):
-                if each in _KINDS:
-                    yield _KINDS[each]
-                elif each.__module__ == function.__module__:
-                    yield from _of_function(inspect.unwrap(each), seen)
+    def watch(operator: Operator, choice: Choice, outermost: bool) -> None:
+        if outermost and operator.cp_kind in unknown:
+            raise UserError(
+                f"plans depend on how layers cross ranks, so layers declare their operators; {operator.name} is called "
+                f"by a layer that does not, add operators = (zoo.ops.{operator.name},) to its class"
+            )
 
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+    with watched(watch):
+        yield
 
 
 def refuse_uncuttable(model: nn.Module, layout: str) -> None:

@@ -14,7 +14,8 @@ import zoo
 from zoo.errors import UsageError
 from zoo.ops.convolutions.causal_conv1d import external
 from zoo.ops.core import dispatch
-from zoo.ops.core.spec import OperatorSpec, parity
+from zoo.ops.core.call import Choice, Operator, watched
+from zoo.ops.core.spec import OperatorSpec, convert, parity
 from zoo.ops.core.table import OPERATORS
 
 PACKAGES = (
@@ -80,18 +81,39 @@ def form_cases(spec: OperatorSpec, device: torch.device) -> list[tuple[str, torc
     return found
 
 
+def default(spec: OperatorSpec, device: torch.device) -> Choice:
+    """What "auto" runs for float32 inputs on a device, and why, as the operator itself says in a call."""
+    choices: list[Choice] = []
+
+    def watch(operator: Operator, choice: Choice, outermost: bool) -> None:
+        choices.append(choice)
+
+    with watched(watch), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `check` collects them
+        try:
+            spec.run(convert(spec.inputs(2, LENGTH), torch.float32, device))
+        except Exception as failure:  # a kernel that fails; `check` says how
+            return choices[0] if choices else Choice("nothing", type(failure).__name__)
+    return choices[0]
+
+
 def _report(out: Console, places: list[torch.device]) -> bool:
     table = Table(
-        "operator", "device", "runs by default", "checked", "dtype", "worst error", "", box=None, pad_edge=False
+        "operator",
+        "device",
+        "runs by default",
+        "because of",
+        "checked",
+        "dtype",
+        "worst error",
+        "",
+        box=None,
+        pad_edge=False,
     )
     fine, findings = True, []
     for spec in OPERATORS.values():
         for place in places:
-            runs = (
-                dispatch.resolve(spec.name, "auto", torch.empty(0, device=place)) if "triton" in spec.forms else "torch"
-            )
-            if place.type == "cuda":
-                runs = spec.library() or runs
+            runs, why = default(spec, place)
             for backend, dtype in form_cases(spec, place):
                 with warnings.catch_warnings(record=True) as said:
                     warnings.simplefilter("always")
@@ -99,7 +121,7 @@ def _report(out: Console, places: list[torch.device]) -> bool:
                 findings += [f"{spec.name}: {w.message}" for w in said]
                 mark = "[green]ok[/green]" if wrong is None else f"[red]WRONG[/red] {wrong}"
                 short = str(dtype).removeprefix("torch.")
-                table.add_row(spec.name, str(place), runs, backend, short, f"{error:.1e} {worst}", mark)
+                table.add_row(spec.name, str(place), runs, why, backend, short, f"{error:.1e} {worst}", mark)
                 fine = fine and wrong is None
     out.print(table)
     for line in dict.fromkeys(findings):

@@ -12,13 +12,22 @@ from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.call import Choice, Limit, Operator
 from zoo.ops.shard.scope import scope
 
 __all__ = ["attention"]
 
 if dispatch.HAS_TRITON:
     from zoo.ops.attention.attention import kernels
+
+MAX_HEAD = 256  # a block holds whole heads: larger ones leave no registers for the scores
+
+OPERATOR = Operator(
+    "attention",
+    cp_kind="attention",
+    limits=[Limit(size, MAX_HEAD, "heads") for size in ("K", "V")],
+)
+SDPA = Choice("torch", "SDPA needs no mask for this call")
 
 
 @overload
@@ -51,8 +60,7 @@ def attention(
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
-@no_recompute
-@dispatch.keeps_its_precision
+@OPERATOR.public()
 def attention(
     q: Tensor,
     k: Tensor,
@@ -132,27 +140,21 @@ def attention(
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
         raise ValueError(f"{name}: scale must be a finite number or None for K**-0.5; got {scale!r}")
     scale = K**-0.5 if scale is None else float(scale)
-    active = scope()
-    if active is not None and active.shard.size > 1:
-        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, active.shard.documents, backend, q)
-        o, lse = attention_across(active, q, k, v, causal, window, scale)
+    place = scope()
+    if place is not None and place.shard.size > 1:
+        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, place.shard.documents, backend)
+        OPERATOR.decide(backend, q, sizes, problem="blocks across ranks run in plain torch")
+        o, lse = attention_across(place, q, k, v, causal, window, scale)
         return (o, lse) if return_lse else o
-    if active is not None and active.shard.documents is not None and cu_seqlens is None:
-        cu_seqlens = torch.tensor(active.shard.documents, device=q.device)
+    if place is not None and place.shard.documents is not None and cu_seqlens is None:
+        cu_seqlens = torch.tensor(place.shard.documents, device=q.device)
     cuts, keys = _documents(name, sizes, causal, cu_seqlens, cu_seqlens_k, key_lengths, q.device)
     if window is not None and window >= max(S, T):
         window = None
 
     masked = window is not None or cuts is not None or (key_lengths is not None and T > 1)
-    chosen = dispatch.resolve(name, backend, q)
-    if chosen == "triton" and backend == "auto" and not (masked or return_lse):
-        chosen = "torch"
-    if chosen == "triton" and (problem := _kernels_refuse(sizes, q.dtype)):
-        if backend == "triton":
-            raise ValueError(f"{name}: {problem}; use backend='torch'")
-        if q.dtype != torch.float64:
-            dispatch.say_once(f"{name}: {problem}, so the torch form runs on this CUDA device")
-        chosen = "torch"
+    direct = dispatch.on_cuda(q) and not (masked or return_lse)
+    chosen = OPERATOR.decide(backend, q, sizes, instead=lambda: SDPA if direct else None).backend
     if chosen == "triton":
         o, lse = kernels.attention_kernels(q, k, v, causal, window, scale, key_lengths, cuts, keys)
         return (o, lse) if return_lse else o
@@ -178,7 +180,6 @@ def _across_ranks(
     key_lengths: Tensor | None,
     documents: tuple[int, ...] | None,
     backend: str,
-    q: Tensor,
 ) -> None:
     """Refuse what a sequence that is cut across ranks cannot have."""
     T, S = sizes["T"], sizes["S"]
@@ -193,10 +194,8 @@ def _across_ranks(
             f"{name}: documents that cross ranks are bounded in the whole stream, and cu_seqlens is one rank's view; "
             "give SequenceShard documents"
         )
-    if dispatch.resolve(name, backend, q) != "torch":
-        if backend != "auto":
-            raise ValueError(f"{name}: blocks across ranks run in plain torch; got backend {backend!r}, use 'auto'")
-        dispatch.say_once(f"{name}: blocks across ranks run in plain torch, on this CUDA device as well")
+    if backend == "reference":
+        raise ValueError(f"{name}: blocks across ranks run in plain torch; got backend 'reference', use 'auto'")
 
 
 def _slices(cuts: tuple[int, ...] | None, keys: tuple[int, ...] | None) -> list[tuple[slice, slice]]:
@@ -249,15 +248,6 @@ def _documents(
                 f"and {keys[i + 1] - keys[i]} keys, or set causal=False"
             )
     return cuts, keys
-
-
-def _kernels_refuse(sizes: dict[str, int], dtype: torch.dtype) -> str:
-    """Why the kernels cannot take these inputs, or nothing."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"kernels take float32, bfloat16 or float16; got {str(dtype).removeprefix('torch.')}"
-    if max(sizes["K"], sizes["V"]) > kernels.MAX_HEAD:
-        return f"kernels take heads of at most {kernels.MAX_HEAD}; got K = {sizes['K']}, V = {sizes['V']}"
-    return ""
 
 
 def _blocks_are_faster(

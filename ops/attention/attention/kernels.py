@@ -26,7 +26,6 @@ from zoo.ops.core import dispatch
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.kernel_case import KernelCase
 
-MAX_HEAD = 256  # a block holds whole heads: larger ones leave no registers for the scores
 LOG2E = 1.4426950408889634
 
 

@@ -7,10 +7,11 @@ from zoo.ops import shard
 from zoo.ops.convolutions.causal_conv1d import external
 from zoo.ops.convolutions.causal_conv1d.reference import causal_conv1d_reference
 from zoo.ops.convolutions.causal_conv1d.shifted import causal_conv1d_shifted, causal_conv1d_step
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Tail
+from zoo.ops.core.call import Choice, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
+from zoo.ops.core.packing import each_document
 
 __all__ = ["causal_conv1d", "causal_conv1d_summary"]
 
@@ -20,7 +21,20 @@ if dispatch.HAS_TRITON:
 ACTIVATIONS = (None, "silu")
 
 
-@dispatch.keeps_its_precision
+OPERATOR = Operator("causal_conv1d", cp_kind="halo")
+
+
+def _step(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, *,
+    activation: str | None = None, cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of decoding, checked."""
+    D, W = weight.shape
+    state = x.new_zeros(len(x), W - 1, D) if state is None else state
+    return causal_conv1d_step(x, weight, bias, state, activation)
+
+
+@OPERATOR.public(recomputed=True, step=_step)
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -54,38 +68,37 @@ def causal_conv1d(
     Cost: 2 B T D W operations; bound by memory traffic. Kernels accumulate in float32.
     Source: the depthwise short convolution of Mamba (arXiv 2312.00752), DeltaNet (arXiv 2406.06484) and others.
     """
-    name = "causal_conv1d"
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be None or 'silu'; got {activation!r}")
-    sizes = check.shapes(name, {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")})
-    B, T, D, W = (sizes[dim] for dim in "BTDW")
-    check.same_dtype(name, x=x, weight=weight, bias=bias)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu'; got {activation!r}")
     with_state = state is not None or shard.current() is not None
-    if state is None:
-        state = x.new_zeros(n, W - 1, D)
-    check.shapes(name, {"state": (state, "N W-1 D"), "x": (x, "B T D")}, **{"N": n, "W-1": W - 1, "D": D})
-    state = state.to(x.dtype)
-    if shard.current() is not None:
-        (last,) = last_document(cuts, x)
-        state = shard.halo(Tail.of(last, W - 1), state, n > B)
 
-    if backend == "auto" and external.serves(x, W, packed=cuts is not None, with_state=with_state):
-        y = external.causal_conv1d_external(x, weight, bias, state if with_state else None, activation, cuts)
-        return y, _tail(x, state, cuts)
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen == "reference" and T:
+    def instead() -> Choice | None:
+        if not external.serves(x, weight.shape[1], packed=cu_seqlens is not None, with_state=with_state):
+            return None
+        return Choice(external.PACKAGE, "the package is installed and takes the call")
+
+    args = {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")}
+    call = OPERATOR.begin(args, alike=("x", "weight", "bias"), cu_seqlens=cu_seqlens, backend=backend, instead=instead)
+    halo = weight.shape[1] - 1
+    state = call.state(state, "W-1 D", dtype=x.dtype, **{"W-1": halo})
+    if shard.current() is not None:
+        (last,) = call.last_document(x)
+        state = shard.halo(Tail.of(last, halo), state, call.several)
+
+    if call.backend == external.PACKAGE:
+        y = external.causal_conv1d_external(x, weight, bias, state if with_state else None, activation, call.cuts)
+        return y, _tail(x, state, call.cuts)
+    if call.backend == "reference":
         return each_document(
-            lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), cuts, (x,), state
+            lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), call.cuts, (x,), state
         )
-    if chosen == "torch" and T == 1 and cuts is None:
+    if call.backend == "torch" and call.one_token:
         return causal_conv1d_step(x, weight, bias, state, activation)
-    if chosen == "torch" or T == 0:
-        return causal_conv1d_shifted(x, weight, bias, state, activation, cuts)
-    table = chunk_table(B, T, kernels.BLOCK_T, cuts, x.device)
+    if call.backend == "torch":
+        return causal_conv1d_shifted(x, weight, bias, state, activation, call.cuts)
+    table = chunk_table(*x.shape[:2], kernels.BLOCK_T, call.cuts, x.device)
     y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu")
-    return y, _tail(x, state, cuts)
+    return y, _tail(x, state, call.cuts)
 
 
 def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = None) -> Tail:
@@ -100,14 +113,12 @@ def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = 
     Returns:
         Up to W - 1 rows, (B, min(T, W - 1), D); `apply` gives the final tail.
     """
-    name = "causal_conv1d_summary"
-    sizes = check.shapes(name, {"x": (x, "B T D")})
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    (last,) = last_document(cuts, x)
+    call = OPERATOR.begin({"x": (x, "B T D")}, cu_seqlens=cu_seqlens, name="causal_conv1d_summary")
+    (last,) = call.last_document(x)
     element = Tail.of(last, width - 1)
-    if cuts is None or len(cuts) == 2:
+    if call.cuts is None or len(call.cuts) == 2:
         return element
-    return element.reset_to(element.apply(x.new_zeros(1, width - 1, sizes["D"])))
+    return element.reset_to(element.apply(x.new_zeros(1, width - 1, x.shape[2])))
 
 
 def _tail(x: Tensor, state: Tensor, cuts: tuple[int, ...] | None) -> Tensor:

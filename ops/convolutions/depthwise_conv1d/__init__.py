@@ -9,12 +9,15 @@ from torch.nn import functional as F
 from zoo.ops import shard
 from zoo.ops.convolutions.causal_conv1d import ACTIVATIONS, causal_conv1d
 from zoo.ops.convolutions.depthwise_conv1d.reference import depthwise_conv1d_reference
-from zoo.ops.core import check, dispatch
+from zoo.ops.core.call import Operator
 
 __all__ = ["depthwise_conv1d"]
 
 
-@dispatch.keeps_its_precision
+OPERATOR = Operator("depthwise_conv1d", cp_kind="halo")
+
+
+@OPERATOR.public(recomputed=True)
 def depthwise_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -43,15 +46,12 @@ def depthwise_conv1d(
     Cost: that of `causal_conv1d`, which does the work on an input shifted by W // 2: what it takes for the past of a
     document is the document's own beginning. Across ranks (W - 1) // 2 rows come from the left, W // 2 from the right.
     """
-    name = "depthwise_conv1d"
     if activation not in ACTIVATIONS:
-        raise ValueError(f"{name}: activation must be None or 'silu'; got {activation!r}")
-    sizes = check.shapes(name, {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")})
-    batch, T, W = (sizes[dim] for dim in "BTW")
-    check.same_dtype(name, x=x, weight=weight, bias=bias)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, batch, T)
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen == "reference" and T and shard.current() is None:
+        raise ValueError(f"depthwise_conv1d: activation must be None or 'silu'; got {activation!r}")
+    args = {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")}
+    call = OPERATOR.begin(args, alike=("x", "weight", "bias"), cu_seqlens=cu_seqlens, backend=backend)
+    cuts, W = call.cuts, weight.shape[1]
+    if call.backend == "reference" and shard.current() is None:
         documents = [x] if cuts is None else [x[:, left:right] for left, right in itertools.pairwise(cuts)]
         outputs = [depthwise_conv1d_reference(z, weight, bias, activation) for z in documents if z.shape[1]]
         return torch.cat(outputs, dim=1)
@@ -79,9 +79,9 @@ def _packed(x: Tensor, before: Tensor, after: Tensor, cuts: tuple[int, ...]) -> 
     for i, (left, right) in enumerate(itertools.pairwise(cuts)):
         earlier = range(T, T + left_of) if i == 0 else [zeros] * left_of
         later = range(T + left_of, zeros) if i == len(cuts) - 2 else [zeros] * right_of
-        found = [*earlier, *range(left, right), *later]
-        pasts.append(found[: left_of + right_of])
-        rows += found[left_of + right_of :]
+        around = [*earlier, *range(left, right), *later]
+        pasts.append(around[: left_of + right_of])
+        rows += around[left_of + right_of :]
     padded = F.pad(torch.cat([x, before, after], dim=1)[0], (0, 0, 0, 1))
     past = padded[torch.tensor(pasts, dtype=torch.long, device=x.device)]
     return past, padded[torch.tensor(rows, dtype=torch.long, device=x.device)][None]

@@ -8,14 +8,20 @@ from torch import Tensor
 from zoo.ops import shard
 from zoo.ops.convolutions.fft_convolution.fourier import fft_convolution_fourier
 from zoo.ops.convolutions.fft_convolution.reference import fft_convolution_reference
-from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.call import Operator
 
 __all__ = ["fft_convolution"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator(
+    "fft_convolution",
+    cp_kind="local",  # one rank's stretch cannot be convolved without its past: refused
+    forms=["torch"],
+    no_kernels="the transform is the device's library",
+)
+
+
+@OPERATOR.public()
 def fft_convolution(
     u: Tensor,
     k: Tensor,
@@ -47,19 +53,13 @@ def fft_convolution(
         padded to groups of like length: at most log2(T) groups, less than twice the work.
     Source: arXiv 2111.00396, section 2.4.
     """
-    name = "fft_convolution"
-    sizes = check.shapes(name, {"u": (u, "B T D"), "k": (k, "D L"), "D": (D, "D")})
-    check.same_dtype(name, u=u, k=k, D=D)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    chosen = dispatch.resolve(name, backend, u)
-    if backend == "triton":
-        raise ValueError(f"{name}: there is no Triton form, the transform is the device's library; use backend='torch'")
-    shard.refuse(f"{name}, which has no state,")
-    dtype = dispatch.state_dtype(u)
+    args = {"u": (u, "B T D"), "k": (k, "D L"), "D": (D, "D")}
+    call = OPERATOR.begin(args, alike=("u", "k", "D"), cu_seqlens=cu_seqlens, backend=backend)
+    shard.refuse("fft_convolution, which has no state,")
     if not u.numel() or not k.numel():
         return torch.zeros_like(u) if D is None else u * D
-    if chosen != "reference":
-        return fft_convolution_fourier(u, k, D, cuts, dtype)
-    bounds = itertools.pairwise(cuts or (0, sizes["T"]))
-    pieces = [fft_convolution_reference(u[:, a:b], k, D, dtype) for a, b in bounds if a < b]
+    if call.backend != "reference":
+        return fft_convolution_fourier(u, k, D, call.cuts, call.dtype)
+    bounds = itertools.pairwise(call.cuts or (0, u.shape[1]))
+    pieces = [fft_convolution_reference(u[:, a:b], k, D, call.dtype) for a, b in bounds if a < b]
     return torch.cat(pieces, dim=1)

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.call import Operator
 from zoo.ops.grids.grid_scan.reference import grid_scan_reference
 from zoo.ops.grids.grid_scan.wavefront import grid_scan_wavefront
 
 __all__ = ["grid_scan"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("grid_scan", cp_kind="frontier", forms=["torch"], no_kernels="its steps are vectors of cells")
+
+
+@OPERATOR.public()
 def grid_scan(
     x: Tensor,
     a: Tensor,
@@ -49,31 +50,23 @@ def grid_scan(
     Source: the two-dimensional linear recurrence of multi-dimensional RNNs (arXiv 0705.2011, without their
         nonlinearity), one channel of 2D SSM (arXiv 2306.06635) and the grid that pLSTM gates (arXiv 2506.11997).
     """
-    name = "grid_scan"
     args = {"x": (x, "B H W D"), "a": (a, "B H W D"), "b": (b, "B H W D")}
-    sizes = check.shapes(name, args)
-    B, H, W, D = (sizes[dim] for dim in "BHWD")
-    check.same_dtype(name, x=x, a=a, b=b)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, H)
-    chosen = dispatch.resolve(name, backend, x)
-    if backend == "triton":
-        raise ValueError(f"{name}: there is no Triton form, its steps are vectors of cells; use backend='torch'")
-    n, dtype = B if cuts is None else len(cuts) - 1, dispatch.state_dtype(x)
-    if state is None:
-        state = torch.zeros(n, W, D, dtype=dtype, device=x.device)
-    check.shapes(name, {"state": (state, "n W D"), "x": (x, args["x"][1])}, n=n, W=W, D=D)
-    wide, state = [t.to(dtype) for t in (x, a, b)], state.to(dtype)
+    call = OPERATOR.begin(args, alike=("x", "a", "b"), cu_seqlens=cu_seqlens, backend=backend)
+    cuts, state = call.cuts, call.state(state, "W D")
+    wide = [t.to(call.dtype) for t in (x, a, b)]
     here = shard.current()
-    if chosen == "reference":
+    if backend == "reference":
         if here is not None and here.size > 1:
-            shard.refuse(f"{name}'s loop")
+            shard.refuse("grid_scan's loop")
         y, last = _each_picture(wide, state, cuts)
         return y.to(x.dtype), last
     if cuts is None:
         y, last = shard.frontier(_strip, wide, state)
         return y.to(x.dtype), last
     y, last = shard.frontier(_Pictures(cuts), [*wide, state[1:].unsqueeze(0)], state[:1])
-    y, others = y.split([H, n - 1], dim=1)  # the last rows of all pictures but the last one came with the output
+    y, others = y.split(
+        [call.length, call.documents - 1], dim=1
+    )  # the last rows of all pictures but the last one came with the output
     return y.to(x.dtype), torch.cat([others[0], last])
 
 

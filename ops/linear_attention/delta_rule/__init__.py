@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Matrix
+from zoo.ops.core.call import Limit, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.linear_attention.delta_rule.across import delta_rule_across
 from zoo.ops.linear_attention.delta_rule.chunked import delta_rule_chunked, delta_rule_step
 from zoo.ops.linear_attention.delta_rule.reference import delta_rule_reference
@@ -19,8 +19,23 @@ if dispatch.HAS_TRITON:
     from zoo.ops.linear_attention.delta_rule import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+MAX_K = 256  # keys of one head live in one block of the sequential kernels
+
+OPERATOR = Operator("delta_rule", cp_kind="affine", limits=[Limit("K", MAX_K, "keys", "use more heads")])
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None = None, state: Tensor | None = None, *,
+    scale: float | None = None, cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of decoding, checked."""
+    K, V = q.shape[-1], v.shape[-1]
+    if state is None:
+        state = q.new_zeros(*q.shape[::2], K, V)
+    return delta_rule_step(q, k, v, beta, g, state, K**-0.5 if scale is None else scale)
+
+
+@OPERATOR.public(step=_step)
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "beta": 2, "g": 2})
 def delta_rule(
     q: Tensor,
@@ -60,31 +75,19 @@ def delta_rule(
     Cost: O(T (C K + C V + K V + C^2)) per head with chunks of C tokens. States and triangular factors are float32.
     Source: DeltaNet, arXiv 2406.06484, section 3; Gated DeltaNet, arXiv 2412.06464, section 3.
     """
-    name = "delta_rule"
-    sizes = check.shapes(
-        name,
-        {
-            "q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H"), "g": (g, "B T H"),
-        },
-    )  # fmt: skip
-    B, T, H, K, V = (sizes[dim] for dim in "BTHKV")
-    check.same_dtype(name, q=q, k=k, v=v)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(q)
-    if state is None:
-        state = q.new_zeros(n, H, K, V, dtype=dtype)
-    check.shapes(name, {"state": (state, "N H K V"), "q": (q, "B T H K")}, N=n, H=H, K=K, V=V)
-    state = state.to(dtype)
-    scale = K**-0.5 if scale is None else scale
-
-    chosen = _backend(backend, q)
-    if chosen == "torch" and (crossing := shard.crossing(Matrix, n > B)) is not None:
-        return delta_rule_across(crossing, q, k, v, beta, g, state, scale, cuts)
+    args = {
+        "q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H"), "g": (g, "B T H"),
+    }  # fmt: skip
+    call = OPERATOR.begin(args, alike=("q", "k", "v"), cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, "H K V")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if call.backend == "torch" and (crossing := shard.crossing(Matrix, call.several)) is not None:
+        return delta_rule_across(crossing, q, k, v, beta, g, state, scale, call.cuts)
     if shard.current() is not None:
-        element = _element(*last_document(cuts, k, v, beta, g), dtype=dtype, chosen=chosen)
-        state = shard.incoming_state(element, state, n > B)
-    return _run(q, k, v, beta, g, state, scale, cuts, chosen)
+        element = _element(*call.last_document(k, v, beta, g), chosen=call.backend)
+        state = shard.incoming_state(element, state, call.several)
+    chosen = "torch" if call.one_token else call.backend
+    return _run(q, k, v, beta, g, state, scale, call.cuts, chosen)
 
 
 def _run(
@@ -102,29 +105,12 @@ def _run(
             (q, k, v, beta, g),
             state,
         )
-    if T == 1 and cuts is None:
+    if chosen == "torch" and T == 1 and cuts is None:
         return delta_rule_step(q, k, v, beta, g, state, scale)
     if chosen == "torch":
         return delta_rule_chunked(q, k, v, beta, g, state, scale, cuts)
     table = chunk_table(B, T, kernels.chunk_size(K, V, q.dtype), cuts, q.device)
     return kernels.delta_fwd(q, k, v, beta, g, state, table.begin, table.end, table.offsets, scale)
-
-
-def _backend(backend: str, q: Tensor) -> str:
-    """What runs; kernels hold keys up to a size and compute in float32."""
-    chosen = dispatch.resolve("delta_rule", backend, q)
-    if chosen == "triton" and q.dtype == torch.float64:
-        if backend == "auto":
-            return "torch"
-        raise ValueError(
-            "delta_rule: the kernels compute in float32; got float64 tensors, use backend='torch' for them"
-        )
-    if chosen == "triton" and q.shape[-1] > kernels.MAX_K:
-        raise ValueError(
-            f"delta_rule: the kernels take keys of at most {kernels.MAX_K} numbers per head; got K = {q.shape[-1]}, "
-            "use more heads or backend='torch'"
-        )
-    return chosen
 
 
 @dispatch.keeps_its_precision
@@ -150,20 +136,15 @@ def delta_rule_summary(
 
     Cost: `delta_rule` over the last document with K more columns of values. Differentiable.
     """
-    name = "delta_rule_summary"
     args = {"k": (k, "B T H K"), "v": (v, "B T H V"), "beta": (beta, "B T H"), "g": (g, "B T H")}
-    sizes = check.shapes(name, args)
-    check.same_dtype(name, k=k, v=v)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    last = last_document(cuts, k, v, beta, g)
-    element = _element(*last, dtype=dispatch.state_dtype(k), chosen=_backend(backend, k))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    call = OPERATOR.begin(args, alike=("k", "v"), cu_seqlens=cu_seqlens, backend=backend, name="delta_rule_summary")
+    return call.bordered(_element(*call.last_document(k, v, beta, g), chosen=call.backend))
 
 
-def _element(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, dtype: torch.dtype, chosen: str) -> Matrix:
+def _element(k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, *, chosen: str) -> Matrix:
     """The columns of a memory run apart, so that columns of zeros that start as the identity become M."""
     (B, T, H, K), V = k.shape, v.shape[-1]
-    identity = Matrix.identity(k.new_zeros(B, H, K, V, dtype=dtype))
+    identity = Matrix.identity(k.new_zeros(B, H, K, V, dtype=dispatch.state_dtype(k)))
     wide = torch.cat([v, v.new_zeros(B, T, H, K)], dim=-1)
     _, S = _run(k, k, wide, beta, g, torch.cat([identity.b, identity.M], dim=-1), 1.0, None, chosen)
     return Matrix(S[..., V:], S[..., :V])

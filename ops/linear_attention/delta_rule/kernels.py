@@ -19,8 +19,6 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.ops.core import dispatch
 from zoo.ops.core.kernel_case import KernelCase
 
-MAX_K = 256  # keys of one head live in one block of the sequential kernels
-
 
 @triton.jit
 def _rows(ptr, o_c, m_c, o_d, H, D: tl.constexpr):

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Diagonal
+from zoo.ops.core.call import Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.linear_attention.gated_linear_attention.chunked import (
     gated_linear_attention_chunked,
     gated_linear_attention_step,
@@ -21,8 +21,21 @@ if dispatch.HAS_TRITON:
     from zoo.ops.linear_attention.gated_linear_attention import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("gated_linear_attention", cp_kind="affine")
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor | None = None, *, scale: float | None = None,
+    cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of decoding, checked."""
+    K, V = q.shape[-1], v.shape[-1]
+    if state is None:
+        state = q.new_zeros(*q.shape[::2], K, V)
+    return gated_linear_attention_step(q, k, v, g, state, K**-0.5 if scale is None else scale)
+
+
+@OPERATOR.public(step=_step)
 @shard.over_heads(split={"q": 2, "k": 2, "v": 2, "g": 2})
 def gated_linear_attention(
     q: Tensor,
@@ -58,34 +71,22 @@ def gated_linear_attention(
     Cost: O(B T H K V) operations by chunks; the state is K V numbers per head. Sums and states are float32 at least.
     Source: arXiv 2312.06635, equations 3 to 8; the scale is the official code's.
     """
-    name = "gated_linear_attention"
-    sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")})
-    B, T, H, K, V = (sizes[dim] for dim in "BTHKV")
-    check.same_dtype(name, q=q, k=k, v=v)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(q)
-    if state is None:
-        state = torch.zeros(n, H, K, V, dtype=dtype, device=q.device)
-    check.shapes(name, {"state": (state, "N H K V"), "q": (q, "B T H K")}, N=n, H=H, K=K, V=V)
-    state = state.to(dtype)
-    scale = K**-0.5 if scale is None else scale
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
+    args = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")}
+    call = OPERATOR.begin(args, alike=("q", "k", "v"), cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, "H K V")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if shard.current() is not None:
-        state = shard.incoming_state(_element(*last_document(cuts, k, v, g), dtype=dtype), state, n > B)
-
-    chosen = dispatch.resolve(name, backend, q)
-    if chosen == "reference" and T:
+        state = shard.incoming_state(_element(*call.last_document(k, v, g)), state, call.several)
+    if call.backend == "reference":
         return each_document(
-            lambda q, k, v, g, S: gated_linear_attention_reference(q, k, v, g, S, scale), cuts, (q, k, v, g), state
+            lambda q, k, v, g, S: gated_linear_attention_reference(q, k, v, g, S, scale), call.cuts, (q, k, v, g), state
         )
-    if T == 1 and cuts is None and backend != "triton":
+    if call.one_token:
         return gated_linear_attention_step(q, k, v, g, state, scale)
-    if chosen == "triton" and T and q.dtype != torch.float64:
-        begin, end, _, offsets = chunk_table(B, T, kernels.CHUNK, cuts, q.device)
+    if call.backend == "triton":
+        begin, end, _, offsets = chunk_table(*q.shape[:2], kernels.CHUNK, call.cuts, q.device)
         return kernels.gla_fwd(q, k, v, g, state, begin, end, offsets, scale)
-    return gated_linear_attention_chunked(q, k, v, g, state, scale, cuts)
+    return gated_linear_attention_chunked(q, k, v, g, state, scale, call.cuts)
 
 
 @dispatch.keeps_its_precision
@@ -102,16 +103,14 @@ def gated_linear_attention_summary(k: Tensor, v: Tensor, g: Tensor, *, cu_seqlen
 
     Cost: one matrix product over the last document. Differentiable.
     """
-    name = "gated_linear_attention_summary"
-    sizes = check.shapes(name, {"k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")})
-    check.same_dtype(name, k=k, v=v)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = _element(*last_document(cuts, k, v, g), dtype=dispatch.state_dtype(k))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    args = {"k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T H K")}
+    call = OPERATOR.begin(args, alike=("k", "v"), cu_seqlens=cu_seqlens, name="gated_linear_attention_summary")
+    return call.bordered(_element(*call.last_document(k, v, g)))
 
 
-def _element(k: Tensor, v: Tensor, g: Tensor, *, dtype: torch.dtype) -> Diagonal:
+def _element(k: Tensor, v: Tensor, g: Tensor) -> Diagonal:
     """Token t reaches the end through the decay of all later tokens, a sum that ends at 0: exponents are <= 0."""
+    dtype = dispatch.state_dtype(k)
     k, v, g = (x.to(dtype) for x in (k, v, g))
     later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], dim=1)
     later = later.flip(1).cumsum(1).flip(1)  # (B, T, H, K): the sum of g after t

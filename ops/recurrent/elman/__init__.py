@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.elman.reference import elman_reference
-from zoo.ops.recurrent.rnn_sequential import run
+from zoo.ops.recurrent.rnn_sequential import operator, run
 
 __all__ = ["elman"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = operator("elman")
+
+
+@OPERATOR.public()
 def elman(
     x: Tensor,
     R: Tensor,
@@ -44,4 +44,4 @@ def elman(
         for each of h, the kernels none.
     Source: Elman 1990; heads as in arXiv 2412.07752. With one head it is torch.nn.RNN.
     """
-    return run("elman", elman_reference, x, R, b, state, cu_seqlens, backend)
+    return run(OPERATOR, elman_reference, x, R, b, state, cu_seqlens, backend)

@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.gru.reference import gru_reference
-from zoo.ops.recurrent.rnn_sequential import run
+from zoo.ops.recurrent.rnn_sequential import operator, run
 
 __all__ = ["gru"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = operator("gru")
+
+
+@OPERATOR.public()
 def gru(
     x: Tensor,
     R: Tensor,
@@ -47,4 +47,4 @@ def gru(
     Source: arXiv 1406.1078, in the form whose r gates the product; heads as in arXiv 2412.07752. With one head it is
         torch.nn.GRU, whose rows r, z, n of weight_hh are R's r, z, g.
     """
-    return run("gru", gru_reference, x, R, b, state, cu_seqlens, backend)
+    return run(OPERATOR, gru_reference, x, R, b, state, cu_seqlens, backend)

@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.lstm.reference import lstm_reference
-from zoo.ops.recurrent.rnn_sequential import run
+from zoo.ops.recurrent.rnn_sequential import operator, run
 
 __all__ = ["lstm"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = operator("lstm")
+
+
+@OPERATOR.public()
 def lstm(
     x: Tensor,
     R: Tensor,
@@ -47,4 +47,4 @@ def lstm(
     Source: Hochreiter and Schmidhuber 1997, with forget gates; heads as in arXiv 2412.07752. With one head, R is
         weight_hh of torch.nn.LSTM and b the sum of its biases.
     """
-    return run("lstm", lstm_reference, x, R, b, state, cu_seqlens, backend)
+    return run(OPERATOR, lstm_reference, x, R, b, state, cu_seqlens, backend)

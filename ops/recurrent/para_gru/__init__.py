@@ -1,12 +1,11 @@
 """ParaGRU: a GRU whose recurrent matrices are diagonal, trained in parallel over time."""
 
-import torch
 from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.core.packing import each_document
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.para_gru.cell import ParaGRUCell
 from zoo.ops.recurrent.para_gru.reference import para_gru_reference
 from zoo.ops.scans.newton_scan import clipped, precise, prepared, residual, solve
@@ -19,8 +18,10 @@ if dispatch.HAS_TRITON:
 CELL = ParaGRUCell()
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("para_gru", cp_kind="affine")
+
+
+@OPERATOR.public()
 @shard.over_heads(split={"u": 3, "a": 1}, shared=("resets",))
 def para_gru(
     u: Tensor,
@@ -69,18 +70,15 @@ def para_gru(
     precise(name, u, a=a)
     (a,) = clipped(name, recurrent_clip, a)
     w = a.unbind(0)
-    state, keep, cuts = prepared(name, CELL, u, w, state, resets, cu_seqlens, iterations, window)
-    chosen = dispatch.resolve(name, backend, u)
-    if backend == "triton" and u.dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    T = u.shape[1]
-    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
-    if chosen == "reference" and T:
+    call, (state, keep, cuts) = prepared(
+        OPERATOR, CELL, u, w, state, resets, cu_seqlens, iterations, window, own_kernels=True, backend=backend
+    )  # fmt: skip
+    if call.backend == "reference":
         shard.refuse(f"{name}'s loop")
         ones = state.new_ones(u.shape[:2]) if keep is None else keep.squeeze(-1)
-        found = each_document(lambda u, k, h: para_gru_reference(u, k, h, a), cuts, (u, ones), state)
-    elif own and iterations is None and window is None and (T > 1 or backend == "triton"):
-        found = kernels.run(u, a, state, keep, cuts)
+        h, last = each_document(lambda u, k, h: para_gru_reference(u, k, h, a), cuts, (u, ones), state)
+    elif call.backend == "triton" and not call.one_token:
+        h, last = kernels.run(u, a, state, keep, cuts)
     else:
-        found = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
-    return (*found, residual(CELL, u, w, found[0], state, keep, cuts)) if return_residual else found
+        h, last = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
+    return (h, last, residual(CELL, u, w, h, state, keep, cuts)) if return_residual else (h, last)

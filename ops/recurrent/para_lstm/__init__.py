@@ -1,12 +1,11 @@
 """ParaLSTM: an LSTM whose recurrent matrices are diagonal, trained in parallel over time."""
 
-import torch
 from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.core.packing import each_document
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.recurrent.para_lstm.cell import ParaLSTMCell
 from zoo.ops.recurrent.para_lstm.reference import para_lstm_reference
 from zoo.ops.scans.newton_scan import clipped, precise, prepared, residual, solve
@@ -19,8 +18,10 @@ if dispatch.HAS_TRITON:
 CELL = ParaLSTMCell()
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("para_lstm", cp_kind="affine")
+
+
+@OPERATOR.public()
 @shard.over_heads(split={"u": 3, "a": 1, "p": 1}, shared=("resets",))
 def para_lstm(
     u: Tensor,
@@ -72,19 +73,16 @@ def para_lstm(
     precise(name, u, a=a, p=p)
     a, p = clipped(name, recurrent_clip, a, p)
     w = (*a.unbind(0), *p.unbind(0))
-    state, keep, cuts = prepared(name, CELL, u, w, state, resets, cu_seqlens, iterations, window)
-    chosen = dispatch.resolve(name, backend, u)
-    if backend == "triton" and u.dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    T = u.shape[1]
-    own = chosen == "triton" and T and u.dtype != torch.float64 and shard.current() is None
-    if chosen == "reference" and T:
+    call, (state, keep, cuts) = prepared(
+        OPERATOR, CELL, u, w, state, resets, cu_seqlens, iterations, window, own_kernels=True, backend=backend
+    )  # fmt: skip
+    if call.backend == "reference":
         shard.refuse(f"{name}'s loop")
         ones = state.new_ones(u.shape[:2]) if keep is None else keep.squeeze(-1)
         states, last = each_document(lambda u, k, s: para_lstm_reference(u, k, s, a, p), cuts, (u, ones), state)
-    elif own and iterations is None and window is None and (T > 1 or backend == "triton"):
+    elif call.backend == "triton" and not call.one_token:
         states, last = kernels.run(u, a, p, state, keep, cuts)
     else:
         states, last = solve(CELL, u, w, state, keep, cuts, iterations=iterations, window=window)
-    found = states[..., 1], last
-    return (*found, residual(CELL, u, w, states, state, keep, cuts)) if return_residual else found
+    h = states[..., 1]
+    return (h, last, residual(CELL, u, w, states, state, keep, cuts)) if return_residual else (h, last)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Call, Limit, Operator
 from zoo.ops.core.packing import each_document
 from zoo.ops.recurrent.rnn_sequential.cells import CELLS
 from zoo.ops.recurrent.rnn_sequential.layout import documents
@@ -31,69 +32,51 @@ NO_SPEC = "the machine of four operators, each of which has a spec of its own; i
 
 MAX_D = 128  # numbers a head that the kernels hold on chip
 
+LIMITS = [Limit("D", MAX_D, "heads", "use more heads")]
+
 Reference = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (x, R, b, state), all in one dtype
 
 
+def operator(name: str) -> Operator:
+    """The value of one of them; `name` is that of a cell."""
+    return Operator(name, cp_kind="serial", limits=LIMITS)
+
+
 def run(
-    name: str, reference: Reference, x: Tensor, R: Tensor, b: Tensor | None, state: Tensor | None,
+    operator: Operator, reference: Reference, x: Tensor, R: Tensor, b: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Checks, and the form that was chosen. Shapes as in the operators' docstrings; `name` is that of a cell."""
-    cell = CELLS[name]
+    """Checks, and the form that was chosen. Shapes as in the operators' docstrings; the name is that of a cell."""
+    cell = CELLS[operator.name]
     counts = {str(n): n for n in (cell.given, cell.recurrent, cell.gates, cell.states)}
     args = {
         "x": (x, f"B T {cell.given} H D"), "R": (R, f"{cell.recurrent} H D D"), "b": (b, f"{cell.gates} H D")
     }  # fmt: skip
-    sizes = check.shapes(name, args, **counts)
-    B, T, H, D = (sizes[dim] for dim in "BTHD")
-    check.same_dtype(name, x=x, R=R, b=b)
-    chosen = _backend(name, backend, x)
     here = shard.current()
-    if here is not None and here.method == "heads" and here.size > 1:
-        return _over_heads(name, reference, x, R, b, state, cu_seqlens, backend)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n, dtype = B if cuts is None else len(cuts) - 1, dispatch.state_dtype(x)
-    if state is None:
-        state = torch.zeros(n, cell.states, H, D, dtype=dtype, device=x.device)
-    check.shapes(name, {"state": (state, f"n {cell.states} H D"), "x": (x, args["x"][1])}, n=n, H=H, D=D, **counts)
-    state = state.to(dtype)
+    over_heads = here is not None and here.method == "heads" and here.size > 1
+    local = None if over_heads else cu_seqlens  # boundaries are checked by the call on slices of heads
+    call = operator.begin(args, alike=("x", "R", "b"), known=counts, cu_seqlens=local, backend=backend)
+    if over_heads:
+        return _over_heads(operator, reference, x, R, b, state, cu_seqlens, backend)
+    state = call.state(state, f"{cell.states} H D")
     if b is None:
-        b = torch.zeros(cell.gates, H, D, dtype=x.dtype, device=x.device)
+        b = torch.zeros(cell.gates, *R.shape[1:3], dtype=x.dtype, device=x.device)
 
     def form(x: Tensor, R: Tensor, b: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return _form(name, reference, x, R, b, state, cuts, chosen, backend)
+        return _form(call, reference, x, R, b, state)
 
-    return form(x, R, b, state) if here is None or here.size == 1 else _serial(form, x, R, b, state, cuts)
-
-
-def _backend(name: str, backend: str, x: Tensor) -> str:
-    """What runs; kernels hold heads up to a size and compute in float32."""
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen != "triton":
-        return chosen
-    if x.dtype == torch.float64:
-        if backend == "triton":
-            raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-        return "torch"
-    if x.shape[-1] > MAX_D:
-        rule = f"{name}: kernels take heads of at most {MAX_D} numbers; got D = {x.shape[-1]}"
-        if backend == "triton":
-            raise ValueError(f"{rule}, use more heads or backend='torch'")
-        dispatch.say_once(f"{rule}, so the torch form runs; more heads are faster")
-        return "torch"
-    return chosen
+    return form(x, R, b, state) if here is None or here.size == 1 else _serial(form, x, R, b, state, call.cuts)
 
 
 def _form(
-    name: str, reference: Reference, x: Tensor, R: Tensor, b: Tensor, state: Tensor, cuts: tuple[int, ...] | None,
-    chosen: str, asked: str,
+    call: Call, reference: Reference, x: Tensor, R: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Checked arguments, without a shard."""
+    """Checked arguments, without a shard; some of the rows or heads of the call."""
     B, T = x.shape[:2]
     if not B * T:  # the output stays in the graph: other ranks wait for its backward pass
         return x[:, :, 0] + (0 * state.sum()).to(x.dtype), state
-    step = T == 1 and cuts is None and asked != "triton"  # nothing to loop over
-    if chosen == "reference" or step:
+    name, cuts = call.name, call.cuts
+    if call.backend == "reference" or call.one_token:  # one token: nothing to loop over
         dtype, matrices = state.dtype, (R.to(state.dtype), b.to(state.dtype))
 
         def loop(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +85,7 @@ def _form(
         h, last = each_document(loop, cuts, (x,), state)
         return h.to(x.dtype), last
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, R, b, state))
-    if chosen == "triton":
+    if call.backend == "triton":
         row, begin, length, _ = documents(B, T, cuts, x.device)
         h, last, _ = kernels.rnn_fwd(x, R, b, state, row, begin, length, name, keep)
     else:
@@ -140,7 +123,7 @@ def _serial(
 
 
 def _over_heads(
-    name: str, reference: Reference, x: Tensor, R: Tensor, b: Tensor | None, state: Tensor | None,
+    operator: Operator, reference: Reference, x: Tensor, R: Tensor, b: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Slices of time become slices of heads, and the state never travels."""
@@ -149,12 +132,12 @@ def _over_heads(
         x: Tensor, R: Tensor, b: Tensor | None, state: Tensor | None, *, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         h, last = run(
-            name, reference, x.transpose(2, 3), R.transpose(0, 1), None if b is None else b.transpose(0, 1),
+            operator, reference, x.transpose(2, 3), R.transpose(0, 1), None if b is None else b.transpose(0, 1),
             None if state is None else state.transpose(1, 2), cu_seqlens, backend,
         )  # fmt: skip
         return h, last.transpose(1, 2)
 
-    by_heads.__name__ = name
+    by_heads.__name__ = operator.name
     h, last = shard.over_heads(split={"x": 2, "R": 0, "b": 0})(by_heads)(
         x.transpose(2, 3), R.transpose(0, 1), None if b is None else b.transpose(0, 1),
         None if state is None else state.transpose(1, 2), cu_seqlens=cu_seqlens,

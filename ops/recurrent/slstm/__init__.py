@@ -2,16 +2,16 @@
 
 from torch import Tensor
 
-from zoo.ops.core import dispatch
-from zoo.ops.core.recompute import no_recompute
-from zoo.ops.recurrent.rnn_sequential import run
+from zoo.ops.recurrent.rnn_sequential import operator, run
 from zoo.ops.recurrent.slstm.reference import slstm_reference
 
 __all__ = ["slstm"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = operator("slstm")
+
+
+@OPERATOR.public()
 def slstm(
     x: Tensor,
     R: Tensor,
@@ -48,4 +48,4 @@ def slstm(
         for each of h; the kernels keep 3 and make the gates again. Gradients are exact for losses on all of `last`.
     Source: arXiv 2405.04517, section 2.2 and appendix A; heads as in arXiv 2412.07752.
     """
-    return run("slstm", slstm_reference, x, R, b, state, cu_seqlens, backend)
+    return run(OPERATOR, slstm_reference, x, R, b, state, cu_seqlens, backend)

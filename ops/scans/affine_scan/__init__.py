@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Elementwise
+from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.scans.affine_scan.reference import affine_scan_reference
 from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
 
@@ -20,8 +20,10 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.affine_scan import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("affine_scan", cp_kind="affine")
+
+
+@OPERATOR.public()
 @shard.over_heads(split={"b": 2, "a": 2}, shared=("resets",))
 def affine_scan(
     a: Tensor,
@@ -55,34 +57,22 @@ def affine_scan(
     float32 at least. The backward is one more scan and keeps a and h only.
     Source: Blelloch, "Prefix sums and their applications", 1990, section 1.4; resets: arXiv 2303.03982, section 3.
     """
-    name = "affine_scan"
-    a, b = _checked(name, a, b)
-    B, T, *shape = b.shape
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(b)
-    if state is None:
-        state = torch.zeros(n, *shape, dtype=dtype, device=b.device)
-    _, _, *dims = _dims(b)
-    check.shapes(
-        name, {"state": (state, " ".join(["N", *dims])), "b": (b, " ".join(_dims(b)))},
-        N=n, **dict(zip(dims, shape, strict=True)),
-    )  # fmt: skip
-    state = state.to(dtype)
-    if resets is not None:
-        a = a.masked_fill(_episodes(name, resets, b), 0)
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    chosen = dispatch.resolve(name, backend, b)
+    call, a = _begin(a, b, resets, cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, " ".join(_dims(b)[2:]))
 
     def run(state: Tensor) -> tuple[Tensor, Tensor]:
-        if T == 1 and cuts is None and backend not in ("triton", "reference"):
-            last = torch.addcmul(b[:, 0].to(dtype), a[:, 0].to(dtype), state)
+        if call.one_token:
+            last = torch.addcmul(b[:, 0].to(state.dtype), a[:, 0].to(state.dtype), state)
             return last.unsqueeze(1).to(b.dtype), last
-        return _run(chosen, a, b, state, cuts)
+        return _run(call.backend, a, b, state, call.cuts)
 
     return shard.run_from_incoming(
-        Elementwise, lambda: _element(*last_document(cuts, a, b), chosen=chosen), run, state, n > B, inputs=(a, b)
+        Elementwise,
+        lambda: _element(*call.last_document(a, b), chosen=call.backend),
+        run,
+        state,
+        call.several,
+        inputs=(a, b),
     )
 
 
@@ -102,13 +92,8 @@ def affine_scan_summary(
 
     Cost: two scans over the last document. Differentiable.
     """
-    name = "affine_scan_summary"
-    a, b = _checked(name, a, b)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, b.shape[0], b.shape[1])
-    if resets is not None:
-        a = a.masked_fill(_episodes(name, resets, b), 0)
-    element = _element(*last_document(cuts, a, b), chosen=dispatch.resolve(name, "auto", b))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    call, a = _begin(a, b, resets, cu_seqlens=cu_seqlens, name="affine_scan_summary")
+    return call.bordered(_element(*call.last_document(a, b), chosen=call.backend))
 
 
 def _dims(b: Tensor) -> list[str]:
@@ -117,23 +102,19 @@ def _dims(b: Tensor) -> list[str]:
     return ["B", "T", *(["D"] if after == 1 else [f"D{i + 1}" for i in range(after)])]
 
 
-def _checked(name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a in the shape of b, both refused where they do not fit."""
+def _begin(
+    a: Tensor, b: Tensor, resets: Tensor | None, *, cu_seqlens: Tensor | None, backend: str = "auto", name: str = ""
+) -> tuple[Call, Tensor]:
+    """The checked call, and a in the shape of b with zeros where episodes begin."""
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim
     if both and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
         a = a.expand(b.shape)
     dims = " ".join(_dims(b))
-    check.shapes(name, {"b": (b, dims), "a": (a, dims)})
-    check.same_dtype(name, a=a, b=b)
-    return a, b
-
-
-def _episodes(name: str, resets: Tensor, b: Tensor) -> Tensor:
-    """The resets, shaped to mask the transitions."""
-    if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != b.shape[:2]:
-        found = f"{tuple(resets.shape)} {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
-        raise ValueError(f"{name}: resets must be a bool tensor (B, T) = {tuple(b.shape[:2])}; got {found}")
-    return resets.view(*resets.shape, *(1 for _ in b.shape[2:]))
+    args = {"b": (b, dims), "a": (a, dims)}
+    call = OPERATOR.begin(args, alike=("a", "b"), cu_seqlens=cu_seqlens, backend=backend, name=name)
+    if (begins := call.resets(resets)) is not None:
+        a = a.masked_fill(begins.view(*begins.shape, *(1 for _ in b.shape[2:])), 0)
+    return call, a
 
 
 def _run(

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Block2x2
+from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.scans.block_affine_scan.reference import block_affine_scan_reference
 from zoo.ops.scans.block_affine_scan.two_level import block_affine_scan_two_level
 
@@ -20,8 +20,10 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.block_affine_scan import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("block_affine_scan", cp_kind="affine")
+
+
+@OPERATOR.public()
 @shard.over_heads(split={"b": 2, "A": 2})
 def block_affine_scan(
     A: Tensor,
@@ -54,30 +56,21 @@ def block_affine_scan(
         Accumulates in float32 at least. The backward is one more scan and keeps A and h only.
     Source: arXiv 2510.21450, section 3 (ParaLSTM).
     """
-    name = "block_affine_scan"
-    dims = _checked(name, A, b)
-    B, T, *shape = b.shape
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(b)
-    if state is None:
-        state = torch.zeros(n, *shape, dtype=dtype, device=b.device)
-    check.shapes(
-        name, {"state": (state, " ".join(["N", *dims[2:]])), "b": (b, " ".join(dims))},
-        N=n, **dict(zip(dims[2:], shape, strict=True)),
-    )  # fmt: skip
-    state = state.to(dtype)
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    chosen = dispatch.resolve(name, backend, b)
+    call = _begin(A, b, cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, " ".join(_dims(b)[2:]))
 
     def run(state: Tensor) -> tuple[Tensor, Tensor]:
-        if chosen == "reference" and T:
-            return each_document(block_affine_scan_reference, cuts, (A, b), state)
-        return _run(chosen, A, b, state, cuts)
+        if call.backend == "reference":
+            return each_document(block_affine_scan_reference, call.cuts, (A, b), state)
+        return _run(call.backend, A, b, state, call.cuts)
 
     return shard.run_from_incoming(
-        Block2x2, lambda: _element(*last_document(cuts, A, b), chosen=chosen), run, state, n > B, inputs=(A, b)
+        Block2x2,
+        lambda: _element(*call.last_document(A, b), chosen=call.backend),
+        run,
+        state,
+        call.several,
+        inputs=(A, b),
     )
 
 
@@ -95,20 +88,22 @@ def block_affine_scan_summary(A: Tensor, b: Tensor, *, cu_seqlens: Tensor | None
 
     Cost: three scans over the last document. Differentiable.
     """
-    name = "block_affine_scan_summary"
-    _checked(name, A, b)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, b.shape[0], b.shape[1])
-    element = _element(*last_document(cuts, A, b), chosen=dispatch.resolve(name, "auto", b))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    call = _begin(A, b, cu_seqlens=cu_seqlens, name="block_affine_scan_summary")
+    return call.bordered(_element(*call.last_document(A, b), chosen=call.backend))
 
 
-def _checked(name: str, A: Tensor, b: Tensor) -> list[str]:
-    """Names for the dimensions of b; refuses what does not fit."""
+def _dims(b: Tensor) -> list[str]:
+    """Names for the dimensions of b."""
     channels = getattr(b, "ndim", 4) - 3
-    dims = ["B", "T", *(["D"] if channels == 1 else [f"D{i + 1}" for i in range(channels)]), "2"]
-    check.shapes(name, {"A": (A, " ".join([*dims, "2"])), "b": (b, " ".join(dims))}, **{"2": 2})
-    check.same_dtype(name, A=A, b=b)
-    return dims
+    return ["B", "T", *(["D"] if channels == 1 else [f"D{i + 1}" for i in range(channels)]), "2"]
+
+
+def _begin(A: Tensor, b: Tensor, *, cu_seqlens: Tensor | None, backend: str = "auto", name: str = "") -> Call:
+    dims = " ".join(_dims(b))
+    args = {"A": (A, f"{dims} 2"), "b": (b, dims)}
+    return OPERATOR.begin(
+        args, alike=("A", "b"), known={"2": 2}, cu_seqlens=cu_seqlens, backend=backend, name=name
+    )  # fmt: skip
 
 
 def _run(

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import ComplexElementwise
+from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
+from zoo.ops.core.packing import each_document
 from zoo.ops.core.pairs import as_complex, as_pairs
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.affine_scan.two_level import affine_scan_two_level
 from zoo.ops.scans.complex_affine_scan.reference import complex_affine_scan_reference
 
@@ -21,8 +21,10 @@ if dispatch.HAS_TRITON:
     from zoo.ops.scans.complex_affine_scan import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("complex_affine_scan", cp_kind="affine")
+
+
+@OPERATOR.public()
 def complex_affine_scan(
     a: Tensor,
     b: Tensor,
@@ -57,41 +59,23 @@ def complex_affine_scan(
     Source: arXiv 2208.04933, section 3; resets: arXiv 2303.03982, section 3 (their operator on triples gives the same
         states as transitions of zero).
     """
-    name = "complex_affine_scan"
-    whole = _checked(name, a, b)
-    B, T, *shape = b.shape
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(b)
-    if state is None:
-        state = torch.zeros(n, *shape, dtype=dtype, device=b.device)
-    dims = _dims(b)
-    check.shapes(
-        name, {"state": (state, " ".join(["N", *dims[2:]])), "b": (b, " ".join(dims))},
-        N=n, **dict(zip(dims[2:], shape, strict=True)),
-    )  # fmt: skip
-    state = state.to(dtype)
-    if resets is not None and (
-        not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != b.shape[:2]
-    ):
-        found = f"{tuple(resets.shape)} {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
-        raise ValueError(f"{name}: resets must be a bool tensor (B, T) = {tuple(b.shape[:2])}; got {found}")
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    chosen = dispatch.resolve(name, backend, b)
+    call, whole = _begin(a, b, cu_seqlens=cu_seqlens, backend=backend)
+    begins = call.resets(resets)
+    state = call.state(state, " ".join(_dims(b)[2:]))
 
     def run(state: Tensor) -> tuple[Tensor, Tensor]:
-        if T == 1 and cuts is None and backend not in ("triton", "reference"):
-            end = ComplexElementwise(_masked(whole, resets)[:, 0].to(dtype), b[:, 0].to(dtype)).apply(state)
+        if call.one_token:
+            element = ComplexElementwise(_masked(whole, begins)[:, 0].to(state.dtype), b[:, 0].to(state.dtype))
+            end = element.apply(state)
             return end.unsqueeze(1).to(b.dtype), end
-        return _run(chosen, a if a.shape[:2] == (1, 1) else whole, b, resets, state, cuts)
+        return _run(call.backend, a if a.shape[:2] == (1, 1) else whole, b, begins, state, call.cuts)
 
     return shard.run_from_incoming(
         ComplexElementwise,
-        lambda: _element(*last_document(cuts, whole, b, resets), chosen=chosen),
+        lambda: _element(*call.last_document(whole, b, begins), chosen=call.backend),
         run,
         state,
-        n > B,
+        call.several,
         inputs=(a, b),
     )
 
@@ -112,11 +96,8 @@ def complex_affine_scan_summary(
 
     Cost: two scans over the last document. Differentiable.
     """
-    name = "complex_affine_scan_summary"
-    a = _checked(name, a, b)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, b.shape[0], b.shape[1])
-    element = _element(*last_document(cuts, a, b, resets), chosen=dispatch.resolve(name, "auto", b))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    call, a = _begin(a, b, cu_seqlens=cu_seqlens, name="complex_affine_scan_summary")
+    return call.bordered(_element(*call.last_document(a, b, call.resets(resets)), chosen=call.backend))
 
 
 def _dims(*tensors: Tensor) -> list[str]:
@@ -125,15 +106,19 @@ def _dims(*tensors: Tensor) -> list[str]:
     return ["B", "T", *(["D"] if channels == 1 else [f"D{i + 1}" for i in range(channels)]), "2"]
 
 
-def _checked(name: str, a: Tensor, b: Tensor) -> Tensor:
-    """a in the shape of b, both refused where they do not fit."""
+def _begin(
+    a: Tensor, b: Tensor, *, cu_seqlens: Tensor | None, backend: str = "auto", name: str = ""
+) -> tuple[Call, Tensor]:
+    """The checked call, and a in the shape of b."""
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a.ndim == b.ndim
     if both and a.shape[-1:] == (2,) and all(x in (1, y) for x, y in zip(a.shape, b.shape, strict=True)):
         a = a.expand(b.shape)
     dims = " ".join(_dims(a, b))
-    check.shapes(name, {"b": (b, dims), "a": (a, dims)}, **{"2": 2})
-    check.same_dtype(name, a=a, b=b)
-    return a
+    args = {"b": (b, dims), "a": (a, dims)}
+    call = OPERATOR.begin(
+        args, alike=("a", "b"), known={"2": 2}, cu_seqlens=cu_seqlens, backend=backend, name=name
+    )  # fmt: skip
+    return call, a
 
 
 def _masked(a: Tensor, resets: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
+from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.packing import each_document
-from zoo.ops.core.recompute import no_recompute
 from zoo.ops.scans.affine_scan import affine_scan
 from zoo.ops.scans.block_affine_scan import block_affine_scan
 from zoo.ops.scans.newton_scan.cell import Cell, Linearised
@@ -42,8 +42,12 @@ WIDE = 512
 CACHED = 65536
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator(
+    "newton_scan", cp_kind="affine", forms=["torch"], no_kernels="a cell in Python has no kernels"
+)  # fmt: skip
+
+
+@OPERATOR.public()
 def newton_scan(
     cell: Cell,
     u: Tensor,
@@ -89,43 +93,35 @@ def newton_scan(
     """
     name = "newton_scan"
     precise(name, u, **{f"w[{i}]": x for i, x in enumerate(w)})
-    arguments = prepared(name, cell, u, w, state, resets, cu_seqlens, iterations, window)
-    dispatch.resolve(name, backend, u)
-    if backend == "triton":
-        raise ValueError(f"{name}: a cell in Python has no kernels; got backend='triton', use 'auto' or 'torch'")
-    if backend == "reference" and u.shape[1]:
+    call, arguments = prepared(OPERATOR, cell, u, w, state, resets, cu_seqlens, iterations, window, backend=backend)
+    if call.backend == "reference":
         shard.refuse(f"{name}'s loop")
-        found = _loop(cell, u, w, *arguments)
+        h, last = _loop(cell, u, w, *arguments)
     else:
-        found = solve(cell, u, w, *arguments, iterations=iterations, window=window)
-    return (*found, residual(cell, u, w, found[0], *arguments)) if return_residual else found
+        h, last = solve(cell, u, w, *arguments, iterations=iterations, window=window)
+    return (h, last, residual(cell, u, w, h, *arguments)) if return_residual else (h, last)
 
 
 def prepared(
-    name: str, cell: Cell, u: Tensor, w: Sequence[Tensor], state: Tensor | None, resets: Tensor | None,
-    cu_seqlens: Tensor | None, iterations: int | None, window: int | None,
-) -> tuple[Tensor, Tensor | None, tuple[int, ...] | None]:  # fmt: skip
-    """The state, the steps to keep the state at (B, T, 1), and the borders of documents; refuses what does not fit."""
-    sizes = check.shapes(name, {"u": (u, "B T G D"), **{f"w[{i}]": (x, "D") for i, x in enumerate(w)}})
-    B, T, D = (sizes[x] for x in "BTD")
-    dtype = dispatch.state_dtype(u)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    n = B if cuts is None else len(cuts) - 1
-    shape = (D,) if cell.states == 1 else (D, cell.states)
-    if state is None:
-        state = torch.zeros(n, *shape, dtype=dtype, device=u.device)
-    dims = "n D" if cell.states == 1 else "n D S"
-    check.shapes(name, {"state": (state, dims), "u": (u, "B T G D")}, n=n, S=cell.states, D=D)
+    operator: Operator, cell: Cell, u: Tensor, w: Sequence[Tensor], state: Tensor | None, resets: Tensor | None,
+    cu_seqlens: Tensor | None, iterations: int | None, window: int | None, *, own_kernels: bool = False,
+    backend: str = "auto", name: str = "",
+) -> tuple[Call, tuple[Tensor, Tensor | None, tuple[int, ...] | None]]:  # fmt: skip
+    """The call, and its state, the steps to keep the state at (B, T, 1), and the borders of documents."""
+    args = {"u": (u, "B T G D"), **{f"w[{i}]": (x, "D") for i, x in enumerate(w)}}
+    problem = ""
+    if own_kernels and (iterations is not None or window is not None):
+        problem = "kernels choose iterations and window by themselves; got them given"
+    elif own_kernels and shard.current() is not None:
+        problem = "kernels solve whole sequences; got one that is cut across ranks"
+    call = operator.begin(args, cu_seqlens=cu_seqlens, backend=backend, problem=problem, name=name)
+    state = call.state(state, "D" if cell.states == 1 else "D S", S=cell.states)
     for what, number in (("iterations", iterations), ("window", window)):
         if number is not None and number < 1:
-            raise ValueError(f"{name}: {what} must be at least 1; got {number}, leave it out to have it chosen")
-    keep = None
-    if resets is not None:
-        if not isinstance(resets, Tensor) or resets.dtype != torch.bool or resets.shape != u.shape[:2]:
-            found = f"{tuple(resets.shape)} {resets.dtype}" if isinstance(resets, Tensor) else type(resets).__name__
-            raise ValueError(f"{name}: resets must be a bool tensor (B, T) = {(B, T)}; got {found}")
-        keep = (~resets).to(dtype).unsqueeze(-1)
-    return state.to(dtype), keep, cuts
+            raise ValueError(f"{call.name}: {what} must be at least 1; got {number}, leave it out to have it chosen")
+    begins = call.resets(resets)
+    keep = None if begins is None else (~begins).to(call.dtype).unsqueeze(-1)
+    return call, (state, keep, call.cuts)
 
 
 def precise(name: str, u: Tensor, **parameters: Tensor) -> None:
@@ -350,7 +346,8 @@ def newton_residual(
     Raises:
         ValueError: as `newton_scan`.
     """
-    return residual(cell, u, w, h, *prepared("newton_residual", cell, u, w, state, resets, cu_seqlens, None, None))
+    _, arguments = prepared(OPERATOR, cell, u, w, state, resets, cu_seqlens, None, None, name="newton_residual")
+    return residual(cell, u, w, h, *arguments)
 
 
 @torch.no_grad()
@@ -386,6 +383,8 @@ def newton_corrections(
 
     Source: arXiv 2510.21450, section 2.
     """
-    state, keep, cuts = prepared("newton_corrections", cell, u, w, state, resets, cu_seqlens, None, None)
+    _, (state, keep, cuts) = prepared(
+        OPERATOR, cell, u, w, state, resets, cu_seqlens, None, None, name="newton_corrections"
+    )
     problem = _problem(cell, u, w, state, keep, cuts)
     return newton(problem, enough=4 * torch.finfo(state.dtype).eps, limit=most)[2]

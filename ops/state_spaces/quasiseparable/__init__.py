@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.state_spaces.quasiseparable.reference import quasiseparable_reference
 from zoo.ops.state_spaces.ssd import ssd, ssd_summary
 
@@ -17,8 +17,10 @@ __all__ = ["quasiseparable"]
 DIRECTIONS = 2
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("quasiseparable", cp_kind="affine")
+
+
+@OPERATOR.public()
 @shard.over_heads(split={"x": 2, "dt": 3, "A": 0, "D": 2}, grouped={"B": 3, "C": 3})
 def quasiseparable(
     x: Tensor,
@@ -56,31 +58,25 @@ def quasiseparable(
     Cost: twice that of `ssd`. Across ranks each receives a state and one token's C from either side, both ways at once.
     Source: arXiv 2407.09941, section 3 (proposition 3.7); the indices are the official code's.
     """
-    name = "quasiseparable"
-    sizes = check.shapes(
-        name,
-        {
-            "x": (x, "B T H P"), "dt": (dt, "B T 2 H"), "A": (A, "H"), "B": (B, "B T 2 G N"), "C": (C, "B T 2 G N"),
-            "D": (D, "B T H"),
-        },
-        **{"2": DIRECTIONS},
+    args = {
+        "x": (x, "B T H P"), "dt": (dt, "B T 2 H"), "A": (A, "H"), "B": (B, "B T 2 G N"), "C": (C, "B T 2 G N"),
+        "D": (D, "B T H"),
+    }  # fmt: skip
+    call = OPERATOR.begin(
+        args, alike=("x", "B", "C"), known={"2": DIRECTIONS}, cu_seqlens=cu_seqlens, backend=backend
     )  # fmt: skip
-    check.same_dtype(name, x=x, B=B, C=C)
-    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+    H, G = call.sizes["H"], call.sizes["G"]
+    if G == 0 or H % G:
         raise ValueError(
-            f"{name}: the number of heads must be a multiple of the groups of B and C; "
-            f"got H = {sizes['H']}, G = {sizes['G']}"
+            f"{call.name}: the number of heads must be a multiple of the groups of B and C; got H = {H}, G = {G}"
         )
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"{name}: backend must be one of {', '.join(dispatch.BACKENDS)}; got {backend!r}")
     if backend == "reference":
         shard.refuse("The explicit matrix of quasiseparable mixing")
-    if sizes["T"] == 0 and shard.current() is None:
+    if x.shape[1] == 0 and shard.current() is None:
         return torch.zeros_like(x)
     if backend == "reference":
-        return _reference(x, dt, A, B, C, D, cuts)
-    return _two_scans(x, dt, A, B, C, D, cuts, backend)
+        return _reference(x, dt, A, B, C, D, call.cuts)
+    return _two_scans(x, dt, A, B, C, D, call.cuts, backend)
 
 
 def _reference(

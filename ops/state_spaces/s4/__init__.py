@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import ComplexElementwise, Matrix
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.call import Call, Operator
+from zoo.ops.core.packing import each_document
 from zoo.ops.state_spaces.s4.convolved import convolved
 from zoo.ops.state_spaces.s4.dplr import Dplr
 from zoo.ops.state_spaces.s4.reference import s4_reference, s4d_reference
@@ -18,8 +17,13 @@ from zoo.ops.state_spaces.s4.systems import Diagonal
 __all__ = ["s4", "s4_summary", "s4d", "s4d_summary"]
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+PAIR = {"2": 2}
+
+S4D = Operator("s4d", cp_kind="affine")
+S4 = Operator("s4", cp_kind="affine", forms=["torch"], no_kernels="it is products and transforms")
+
+
+@S4D.public()
 def s4d(
     u: Tensor,
     log_A: Tensor,
@@ -60,26 +64,19 @@ def s4d(
         held, never T.
     Source: arXiv 2206.11893, sections 3.2 and 4; two-level products in place of its full Vandermonde matrix.
     """
-    name = "s4d"
-    sizes = check.shapes(
-        name,
-        {"u": (u, "B T H"), "log_A": (log_A, "H N 2"), "B": (B, "H N 2"), "C": (C, "H N 2"), "D": (D, "H")},
-        **PAIR,
-    )
-    state, dtype, n, cuts = _entered(name, u, D, state, sizes, cu_seqlens)
-    chosen = dispatch.resolve(name, backend, u)
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    system = Diagonal(log_A.to(dtype), B.to(dtype), C.to(dtype), "torch" if dtype == torch.float64 else chosen)
+    args = {"u": (u, "B T H"), "log_A": (log_A, "H N 2"), "B": (B, "H N 2"), "C": (C, "H N 2"), "D": (D, "H")}
+    call = S4D.begin(args, alike=("u", "D"), known=PAIR, cu_seqlens=cu_seqlens, backend=backend)
+    dtype, given = call.dtype, state
+    state = None if given is None else call.state(given, "H N 2")
+    system = Diagonal(log_A.to(dtype), B.to(dtype), C.to(dtype), call.backend)
     if shard.current() is not None:
-        zeros = u.new_zeros(n, *log_A.shape, dtype=dtype)
-        (last,) = last_document(cuts, u.to(dtype))
-        state = shard.incoming_state(system.element(last), zeros if state is None else state, n > sizes["B"])
-    if chosen == "reference":
-        return _loop(lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state, n, log_A.shape, cuts, dtype)
+        (last,) = call.last_document(u.to(dtype))
+        state = shard.incoming_state(system.element(last), call.state(given, "H N 2"), call.several)
+    if call.backend == "reference":
+        return _loop(call, lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state)
     if not u.shape[1]:
-        return _nothing(u, state, n, log_A.shape, dtype)
-    return convolved(system, u, state, D, n, cuts, dtype)
+        return _nothing(call, u, state)
+    return convolved(system, u, state, D, call.documents, call.cuts, dtype)
 
 
 @dispatch.keeps_its_precision
@@ -96,17 +93,13 @@ def s4d_summary(u: Tensor, log_A: Tensor, B: Tensor, *, cu_seqlens: Tensor | Non
 
     Cost: O(B H N T). Differentiable.
     """
-    name = "s4d_summary"
-    sizes = check.shapes(name, {"u": (u, "B T H"), "log_A": (log_A, "H N 2"), "B": (B, "H N 2")}, **PAIR)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    dtype = dispatch.state_dtype(u)
-    system = Diagonal(log_A.to(dtype), B.to(dtype), B.to(dtype), "torch")
-    element = system.element(last_document(cuts, u.to(dtype))[0])
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    args = {"u": (u, "B T H"), "log_A": (log_A, "H N 2"), "B": (B, "H N 2")}
+    call = S4D.begin(args, known=PAIR, cu_seqlens=cu_seqlens, name="s4d_summary")
+    system = Diagonal(log_A.to(call.dtype), B.to(call.dtype), B.to(call.dtype), "torch")
+    return call.bordered(system.element(call.last_document(u.to(call.dtype))[0]))
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+@S4.public()
 def s4(
     u: Tensor,
     A: Tensor,
@@ -147,24 +140,20 @@ def s4(
         rounded: its C (I - A^T) is a difference of almost equal numbers when steps are short.
     Source: arXiv 2111.00396, section 3 and appendix C.
     """
-    name = "s4"
-    maps = {key: (x, "H N 2") for key, x in (("A", A), ("P", P), ("B", B), ("C", C))}
-    sizes = check.shapes(name, {"u": (u, "B T H"), **maps, "dt": (dt, "H"), "D": (D, "H")}, **PAIR)
-    state, dtype, n, cuts = _entered(name, u, D, state, sizes, cu_seqlens)
-    chosen = dispatch.resolve(name, backend, u)
-    if backend == "triton":
-        raise ValueError(f"{name}: there is no Triton form, it is products and transforms; use backend='torch'")
-    system = Dplr(A, P, B, C, dt, dtype)
+    args = {"u": (u, "B T H"), **_maps(A=A, P=P, B=B, C=C), "dt": (dt, "H"), "D": (D, "H")}
+    call = S4.begin(args, alike=("u", "D"), known=PAIR, cu_seqlens=cu_seqlens, backend=backend)
+    given = state
+    state = None if given is None else call.state(given, "H N 2")
+    system = Dplr(A, P, B, C, dt, call.dtype)
     if shard.current() is not None:
-        zeros = u.new_zeros(n, *A.shape, dtype=dtype)
-        (last,) = last_document(cuts, u.to(dtype))
-        rows = (zeros if state is None else state).flatten(-2).unsqueeze(-1)
-        state = shard.incoming_state(system.element(last), rows, n > sizes["B"]).view(n, *A.shape)
-    if chosen == "reference":
-        return _loop(lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state, n, A.shape, cuts, dtype)
+        (last,) = call.last_document(u.to(call.dtype))
+        rows = call.state(given, "H N 2").flatten(-2).unsqueeze(-1)
+        state = shard.incoming_state(system.element(last), rows, call.several).view(-1, *A.shape)
+    if call.backend == "reference":
+        return _loop(call, lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state)
     if not u.shape[1]:
-        return _nothing(u, state, n, A.shape, dtype)
-    return convolved(system, u, state, D, n, cuts, dtype)
+        return _nothing(call, u, state)
+    return convolved(system, u, state, D, call.documents, call.cuts, call.dtype)
 
 
 @dispatch.keeps_its_precision
@@ -183,48 +172,24 @@ def s4_summary(
 
     Cost: O(H N^3 log T + B H N T). Differentiable.
     """
-    name = "s4_summary"
-    maps = {key: (x, "H N 2") for key, x in (("A", A), ("P", P), ("B", B))}
-    sizes = check.shapes(name, {"u": (u, "B T H"), **maps, "dt": (dt, "H")}, **PAIR)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    dtype = dispatch.state_dtype(u)
-    system = Dplr(A, P, B, B, dt, dtype)
-    element = system.element(last_document(cuts, u.to(dtype))[0])
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    args = {"u": (u, "B T H"), **_maps(A=A, P=P, B=B), "dt": (dt, "H")}
+    call = S4.begin(args, known=PAIR, cu_seqlens=cu_seqlens, name="s4_summary")
+    system = Dplr(A, P, B, B, dt, call.dtype)
+    return call.bordered(system.element(call.last_document(u.to(call.dtype))[0]))
 
 
-PAIR = {"2": 2}
-
-
-def _entered(
-    name: str, u: Tensor, D: Tensor | None, state: Tensor | None, sizes: dict[str, int], cu_seqlens: Tensor | None
-) -> tuple[Tensor | None, torch.dtype, int, tuple[int, ...] | None]:
-    """The state in its dtype, that dtype, how many rows it has, and the borders."""
-    check.same_dtype(name, u=u, D=D)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    n = sizes["B"] if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(u)
-    if state is not None:
-        known = {key: sizes[key] for key in "HN"} | PAIR
-        check.shapes(name, {"state": (state, "n H N 2"), "u": (u, "B T H")}, n=n, **known)
-        state = state.to(dtype)
-    return state, dtype, n, cuts
+def _maps(**maps: Tensor) -> dict[str, tuple[Tensor | None, str]]:
+    return {name: (x, "H N 2") for name, x in maps.items()}
 
 
 def _loop(
-    loop: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], u: Tensor, state: Tensor | None, n: int,
-    shape: torch.Size, cuts: tuple[int, ...] | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    call: Call, loop: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], u: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The reference on every document."""
-    if not u.shape[1]:
-        return _nothing(u, state, n, shape, dtype)
-    return each_document(loop, cuts, (u,), u.new_zeros(n, *shape, dtype=dtype) if state is None else state)
+    return each_document(loop, call.cuts, (u,), call.state(state, "H N 2"))
 
 
-def _nothing(
-    u: Tensor, state: Tensor | None, n: int, shape: torch.Size, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _nothing(call: Call, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """A stretch without tokens; its output stays in the graph, since the other ranks wait for its backward pass."""
-    if state is None:
-        state = u.new_zeros(n, *shape, dtype=dtype)
+    state = call.state(state, "H N 2")
     return u + 0 * state.sum().to(u.dtype), state

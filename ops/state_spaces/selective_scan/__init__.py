@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Elementwise
+from zoo.ops.core.call import Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_chunked, selective_scan_step
 from zoo.ops.state_spaces.selective_scan.reference import selective_scan_reference
 
@@ -18,8 +18,18 @@ if dispatch.HAS_TRITON:
     from zoo.ops.state_spaces.selective_scan import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("selective_scan", cp_kind="affine")
+
+
+def _step(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, state: Tensor | None = None, *,
+    cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of decoding, checked."""
+    return selective_scan_step(u, delta, A, B, C, D, u.new_zeros(len(u), *A.shape) if state is None else state)
+
+
+@OPERATOR.public(step=_step)
 @shard.over_heads(split={"u": 2, "delta": 2, "A": 0, "D": 0}, shared=("B", "C"))
 def selective_scan(
     u: Tensor,
@@ -58,45 +68,33 @@ def selective_scan(
     the states between chunks are kept, and each chunk is computed again.
     Source: arXiv 2312.00752, algorithm 2, with the official code's Euler step for B.
     """
-    name = "selective_scan"
-    sizes = check.shapes(
-        name,
-        {"u": (u, "B T E"), "delta": (delta, "B T E"), "A": (A, "E N"), "B": (B, "B T N"), "C": (C, "B T N"),
-         "D": (D, "E")},
-    )  # fmt: skip
-    batch, T, E, N = (sizes[dim] for dim in "BTEN")
-    check.same_dtype(name, u=u, B=B, C=C)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, batch, T)
-    n = batch if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(u)
-    if state is None:
-        state = torch.zeros(n, E, N, dtype=dtype, device=u.device)
-    check.shapes(name, {"state": (state, "n E N"), "u": (u, "B T E")}, n=n, E=E, N=N)
-    state = state.to(dtype)
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
-    chosen = dispatch.resolve(name, backend, u)
+    args = {
+        "u": (u, "B T E"), "delta": (delta, "B T E"), "A": (A, "E N"), "B": (B, "B T N"), "C": (C, "B T N"),
+        "D": (D, "E"),
+    }  # fmt: skip
+    call = OPERATOR.begin(args, alike=("u", "B", "C"), cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, "E N")
 
     def run(state: Tensor) -> tuple[Tensor, Tensor]:
-        if chosen == "reference" and T:
+        if call.backend == "reference":
             return each_document(
-                lambda u, delta, B, C, h: selective_scan_reference(u, delta, B, C, h, A, D), cuts, (u, delta, B, C),
-                state,
+                lambda u, delta, B, C, h: selective_scan_reference(u, delta, B, C, h, A, D), call.cuts,
+                (u, delta, B, C), state,
             )  # fmt: skip
-        if T == 1 and cuts is None and backend != "triton":
+        if call.one_token:
             return selective_scan_step(u, delta, A, B, C, D, state)
-        if chosen == "triton" and T and u.dtype != torch.float64:
-            table = chunk_table(batch, T, kernels.CHUNK, cuts, u.device)
+        if call.backend == "triton":
+            table = chunk_table(*u.shape[:2], kernels.CHUNK, call.cuts, u.device)
             y, last, _, _ = kernels.selective_fwd(u, delta, A, B, C, D, state, *table)
             return y, last
-        return selective_scan_chunked(u, delta, A, B, C, D, state, cuts)
+        return selective_scan_chunked(u, delta, A, B, C, D, state, call.cuts)
 
     return shard.run_from_incoming(
         Elementwise,
-        lambda: _element(*last_document(cuts, u, delta, B), A=A),
+        lambda: _element(*call.last_document(u, delta, B), A=A),
         run,
         state,
-        n > batch,
+        call.several,
         inputs=(u, delta, A, B, C, D),
     )
 
@@ -117,14 +115,9 @@ def selective_scan_summary(
 
     Cost: one scan over the last document. Differentiable.
     """
-    name = "selective_scan_summary"
-    sizes = check.shapes(
-        name, {"u": (u, "B T E"), "delta": (delta, "B T E"), "A": (A, "E N"), "B": (B, "B T N")}
-    )  # fmt: skip
-    check.same_dtype(name, u=u, B=B)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = _element(*last_document(cuts, u, delta, B), A=A)
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    args = {"u": (u, "B T E"), "delta": (delta, "B T E"), "A": (A, "E N"), "B": (B, "B T N")}
+    call = OPERATOR.begin(args, alike=("u", "B"), cu_seqlens=cu_seqlens, name="selective_scan_summary")
+    return call.bordered(_element(*call.last_document(u, delta, B), A=A))
 
 
 def _element(u: Tensor, delta: Tensor, B: Tensor, *, A: Tensor) -> Elementwise:
@@ -132,7 +125,7 @@ def _element(u: Tensor, delta: Tensor, B: Tensor, *, A: Tensor) -> Elementwise:
     dtype = dispatch.state_dtype(u)
     a = (delta.to(dtype).sum(1).unsqueeze(-1) * A.to(dtype)).exp()
     zeros = torch.zeros_like(a)
-    if dispatch.resolve("selective_scan", "auto", u) == "triton" and u.shape[1] and dtype == torch.float32:
+    if OPERATOR.choose("auto", u).backend == "triton" and u.shape[1]:
         table = chunk_table(u.shape[0], u.shape[1], kernels.CHUNK, None, u.device)
         return Elementwise(a, kernels.selective_fwd(u, delta, A, B, B, None, zeros, *table)[1])
     return Elementwise(a, selective_scan_chunked(u, delta, A, B, B, None, zeros, None)[1])

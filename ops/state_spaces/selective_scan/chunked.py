@@ -37,15 +37,15 @@ def selective_scan_step(
     dtype, given = state.dtype, u.dtype
     if given != dtype or delta.dtype != dtype:
         u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
-    a = (A.to(dtype) * delta.mT).exp_()  # (B, E, N)
+    a = ((A if A.dtype == dtype else A.to(dtype)) * delta.mT).exp_()  # (B, E, N)
     written = (delta * u).mT  # (B, E, 1)
     # without autograd nothing else needs `a`, and fresh arrays cost more than the arithmetic
     keep = torch.is_grad_enabled()
     h = torch.addcmul(written * B, a, state) if keep else a.mul_(state).addcmul_(written, B)
     y = C @ h.mT  # (B, 1, E)
     if D is not None:
-        y = torch.addcmul(y, D.to(dtype), u)
-    return y.to(given), h
+        y = torch.addcmul(y, D if D.dtype == dtype else D.to(dtype), u)
+    return y if given == dtype else y.to(given), h
 
 
 def selective_scan_chunked(

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
 from zoo.ops.core.algebra import Diagonal
+from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.chunks import chunk_table
-from zoo.ops.core.packing import each_document, last_document
-from zoo.ops.core.recompute import no_recompute
+from zoo.ops.core.packing import each_document
 from zoo.ops.state_spaces.ssd.chunked import ssd_chunked, ssd_step
 from zoo.ops.state_spaces.ssd.reference import ssd_reference
 
@@ -18,8 +18,19 @@ if dispatch.HAS_TRITON:
     from zoo.ops.state_spaces.ssd import kernels
 
 
-@no_recompute
-@dispatch.keeps_its_precision
+OPERATOR = Operator("ssd", cp_kind="affine")
+
+
+def _step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, state: Tensor | None = None, *,
+    cu_seqlens: Tensor | None = None, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One token of decoding, checked."""
+    batch, _, H, P = x.shape
+    return ssd_step(x, dt, A, B, C, D, x.new_zeros(batch, H, B.shape[-1], P) if state is None else state)
+
+
+@OPERATOR.public(step=_step)
 @shard.over_heads(split={"x": 2, "dt": 2, "A": 0, "D": 0}, grouped={"B": 2, "C": 2})
 def ssd(
     x: Tensor,
@@ -59,50 +70,37 @@ def ssd(
     Cost: O(B T H N P) operations by chunks of Q tokens, and O(B T H Q P) inside them; the state is N P numbers a head.
     Source: arXiv 2405.21060, section 6; the names are the official code's.
     """
-    name = "ssd"
-    sizes = _check(name, x, dt, A, B, C, D)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    batch, T, H, P, N = (sizes[dim] for dim in "BTHPN")
-    n = batch if cuts is None else len(cuts) - 1
-    dtype = dispatch.state_dtype(x)
-    if state is None:
-        state = torch.zeros(n, H, N, P, dtype=dtype, device=x.device)
-    check.shapes(name, {"state": (state, "n H N P"), "x": (x, "B T H P")}, n=n, H=H, N=N, P=P)
-    state = state.to(dtype)
-    if backend == "triton" and dtype == torch.float64:
-        raise ValueError(f"{name}: kernels take float32 or narrower; got float64, use backend='torch' or .float()")
+    call = _begin(x, dt, A, B, C, D, cu_seqlens=cu_seqlens, backend=backend)
+    state = call.state(state, "H N P")
     if shard.current() is not None:
-        own = last_document(cuts, x, dt, B)
-        state = shard.incoming_state(_element(*own, A=A, dtype=dtype), state, n > batch)
-
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen == "reference" and T:
-        return each_document(lambda x, dt, B, C, S: ssd_reference(x, dt, A, B, C, D, S), cuts, (x, dt, B, C), state)
-    if T == 1 and cuts is None and backend != "triton":
+        state = shard.incoming_state(_element(*call.last_document(x, dt, B), A=A), state, call.several)
+    if call.backend == "reference":
+        return each_document(
+            lambda x, dt, B, C, S: ssd_reference(x, dt, A, B, C, D, S), call.cuts, (x, dt, B, C), state
+        )  # fmt: skip
+    if call.one_token:
         return ssd_step(x, dt, A, B, C, D, state)
-    if chosen == "triton" and T and x.dtype != torch.float64:
-        begin, end, _, offsets = chunk_table(batch, T, kernels.CHUNK, cuts, x.device)
+    if call.backend == "triton":
+        begin, end, _, offsets = chunk_table(*x.shape[:2], kernels.CHUNK, call.cuts, x.device)
         return kernels.ssd_fwd(x, dt, A, B, C, D, state, begin, end, offsets)
-    return ssd_chunked(x, dt, A, B, C, D, state, cuts)
+    return ssd_chunked(x, dt, A, B, C, D, state, call.cuts)
 
 
-def _check(
-    name: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, D: Tensor | None
-) -> dict[str, int]:
-    sizes = check.shapes(
-        name,
-        {
-            "x": (x, "B T H P"), "dt": (dt, "B T H"), "A": (A, "H"), "B": (B, "B T G N"), "C": (C, "B T G N"),
-            "D": (D, "H"),
-        },
-    )  # fmt: skip
-    check.same_dtype(name, x=x, B=B, C=C)
-    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+def _begin(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor | None, D: Tensor | None, *, cu_seqlens: Tensor | None,
+    backend: str = "auto", name: str = "",
+) -> Call:  # fmt: skip
+    args = {
+        "x": (x, "B T H P"), "dt": (dt, "B T H"), "A": (A, "H"), "B": (B, "B T G N"), "C": (C, "B T G N"),
+        "D": (D, "H"),
+    }  # fmt: skip
+    call = OPERATOR.begin(args, alike=("x", "B", "C"), cu_seqlens=cu_seqlens, backend=backend, name=name)
+    if call.sizes["G"] == 0 or call.sizes["H"] % call.sizes["G"]:
         raise ValueError(
-            f"{name}: the number of heads must be a multiple of the groups of B and C; "
-            f"got H = {sizes['H']}, G = {sizes['G']}"
+            f"{call.name}: the number of heads must be a multiple of the groups of B and C; "
+            f"got H = {call.sizes['H']}, G = {call.sizes['G']}"
         )
-    return sizes
+    return call
 
 
 @dispatch.keeps_its_precision
@@ -119,15 +117,13 @@ def ssd_summary(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *, cu_seqlens: Tens
 
     Cost: one matrix product over the last document. Differentiable.
     """
-    name = "ssd_summary"
-    sizes = _check(name, x, dt, A, B, None, None)
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, sizes["B"], sizes["T"])
-    element = _element(*last_document(cuts, x, dt, B), A=A, dtype=dispatch.state_dtype(x))
-    return element if cuts is None or len(cuts) == 2 else element.reset_to(element.b)
+    call = _begin(x, dt, A, B, None, None, cu_seqlens=cu_seqlens, name="ssd_summary")
+    return call.bordered(_element(*call.last_document(x, dt, B), A=A))
 
 
-def _element(x: Tensor, dt: Tensor, B: Tensor, *, A: Tensor, dtype: torch.dtype) -> Diagonal:
+def _element(x: Tensor, dt: Tensor, B: Tensor, *, A: Tensor) -> Diagonal:
     """Token t reaches the end through the decay of all later tokens, a sum that ends at 0: exponents are <= 0."""
+    dtype = dispatch.state_dtype(x)
     x, dt, B = (z.to(dtype) for z in (x, dt, B))
     a = dt * A.to(dtype)
     later = torch.cat([a[:, 1:], torch.zeros_like(a[:, :1])], dim=1).flip(1).cumsum(1).flip(1)  # (B, T, H)

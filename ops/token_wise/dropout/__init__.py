@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.token_wise.dropout.philox import keep_mask
 from zoo.ops.token_wise.dropout.reference import dropout_reference
 
@@ -33,7 +34,10 @@ def addresses(rows: int, tokens: int, device: torch.device | str = "cpu") -> Ten
     return torch.stack(torch.meshgrid(torch.arange(rows, device=device), own, indexing="ij"))
 
 
-@dispatch.keeps_its_precision
+OPERATOR = Operator("dropout", cp_kind="local", float64=True)
+
+
+@OPERATOR.public(recomputed=True)
 def dropout(
     x: Tensor, p: float, seed: int, *, stream: int = 0, at: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -67,18 +71,17 @@ def dropout(
     for what, value, bits in (("seed", seed, 63), ("stream", stream, 32)):
         if not 0 <= value < 2**bits:
             raise ValueError(f"{name}: {what} must be in [0, 2**{bits}); got {value}")
-    check.shapes(name, {"x": (x, "B T D")})
+    call = OPERATOR.begin({"x": (x, "B T D")}, backend=backend)
     B, T, D = x.shape
     at = addresses(B, T, x.device) if at is None else at
     if at.shape != (2, B, T) or at.device != x.device:
         raise ValueError(
             f"{name}: at must be (2, B, T) = {(2, B, T)} on {x.device}; got {tuple(at.shape)} on {at.device}"
         )
-    chosen = dispatch.resolve(name, backend, x)
     least, scale = min(round(p * 2**32), 2**32 - 1), 1 / (1 - p)
-    if chosen == "reference":
+    if call.backend == "reference":
         return dropout_reference(x, least, scale, seed, stream, at)
-    if chosen == "triton":
+    if call.backend == "triton":
         return kernels.dropout_fwd(x, least, scale, seed, stream, at)
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.where(keep_mask(D, least, seed, stream, at), x * scale, zero)

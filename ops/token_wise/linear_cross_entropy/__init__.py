@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.token_wise.linear_cross_entropy.chunked import TORCH_STEP, reduced_loss, token_losses
 from zoo.ops.token_wise.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -15,7 +16,10 @@ if dispatch.HAS_TRITON:
 
 REDUCTIONS = ("mean", "sum", "none")
 
+OPERATOR = Operator("linear_cross_entropy", cp_kind="local", float64=True)
 
+
+@OPERATOR.public(recomputed=True, precise=False)
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -58,19 +62,18 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     if reduction not in REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-    sizes = check.shapes(name, {"x": (x, "B T D"), "weight": (weight, "V D"), "bias": (bias, "V")})
-    _check_targets(targets, x, sizes["V"], ignore_index)
     products = _autocast_dtype(x)
-    if products is None:
-        check.same_dtype(name, x=x, weight=weight, bias=bias)
-    chosen = dispatch.resolve(name, backend, x)
+    args = {"x": (x, "B T D"), "weight": (weight, "V D"), "bias": (bias, "V")}
+    call = OPERATOR.begin(args, alike=() if products else ("x", "weight", "bias"), backend=backend)
+    V = call.sizes["V"]
+    _check_targets(targets, x, V, ignore_index)
     if reduction == "mean" and shard.current() is not None:
         raise ValueError(
             f"{name}: reduction 'mean' would be that of one rank's slice of the sequence; "
             "use 'sum' and divide by the number of scored targets of all ranks"
         )
-    targets = torch.where(targets == ignore_index, -1, torch.where(targets < 0, sizes["V"], targets)).long()
-    return _run(x, weight, bias, targets, reduction, chosen, products or x.dtype)
+    targets = torch.where(targets == ignore_index, -1, torch.where(targets < 0, V, targets)).long()
+    return _run(x, weight, bias, targets, reduction, call.backend, products or x.dtype)
 
 
 @dispatch.keeps_its_precision
@@ -94,7 +97,7 @@ def _run(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks of products on x's device; None without autocast."""
-    device = x.device.type
+    device = x.device.type if isinstance(x, Tensor) else "cpu"  # what is no tensor is refused for that
     if device not in dispatch.AUTOCAST or not torch.is_autocast_enabled(device):
         return None
     return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)

@@ -4,7 +4,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Limit, Operator
 from zoo.ops.token_wise.rms_norm.fused import rms_norm_fused
 from zoo.ops.token_wise.rms_norm.reference import rms_norm_reference
 
@@ -16,8 +17,27 @@ if dispatch.HAS_TRITON:
 Order = Literal["norm_first", "gate_first"]
 ORDERS: tuple[Order, ...] = ("norm_first", "gate_first")
 
+MAX_D = 16384  # a row of float32 is then 64 registers a thread in each of the backward's tiles
 
-@dispatch.keeps_its_precision
+LIMITS = [Limit("D", MAX_D, "rows")]
+RMS_NORM = Operator("rms_norm", cp_kind="local", limits=LIMITS, float64=True)
+GATED_RMS_NORM = Operator("gated_rms_norm", cp_kind="local", limits=LIMITS, float64=True)
+
+
+def _plain_step(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """One token of decoding, checked."""
+    return rms_norm_fused(x, weight, eps)
+
+
+def _gated_step(
+    x: Tensor, gate: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, order: Order = "norm_first",
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """One token of decoding, checked."""
+    return rms_norm_fused(x, weight, eps, gate, order == "gate_first")
+
+
+@RMS_NORM.public(recomputed=True, step=_plain_step)
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """Divide by the root mean square: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
@@ -38,10 +58,10 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, back
     (float64 for float64 inputs). The kernels' weight gradient is the same in every run: no atomic additions.
     Source: arXiv 1910.07467.
     """
-    return _norm("rms_norm", x, None, weight, eps, False, backend)
+    return _norm(RMS_NORM, x, None, weight, eps, False, backend)
 
 
-@dispatch.keeps_its_precision
+@GATED_RMS_NORM.public(recomputed=True, step=_gated_step)
 def gated_rms_norm(
     x: Tensor,
     gate: Tensor,
@@ -70,27 +90,27 @@ def gated_rms_norm(
     Cost: bound by memory traffic; only x and gate are kept for the backward pass.
     Source: the output gates of GLA (arXiv 2312.06635) and Mamba-2 (arXiv 2405.21060).
     """
-    name = "gated_rms_norm"
     if order not in ORDERS:
-        raise ValueError(f"{name}: order must be one of {', '.join(ORDERS)}; got {order!r}")
-    return _norm(name, x, gate, weight, eps, order == "gate_first", backend)
+        raise ValueError(f"gated_rms_norm: order must be one of {', '.join(ORDERS)}; got {order!r}")
+    return _norm(GATED_RMS_NORM, x, gate, weight, eps, order == "gate_first", backend)
 
 
 def _norm(
-    name: str, x: Tensor, gate: Tensor | None, weight: Tensor | None, eps: float, gate_first: bool, backend: str
+    operator: Operator,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    gate_first: bool,
+    backend: str,
 ) -> Tensor:
     dims = "B T H D" if isinstance(x, Tensor) and x.ndim == 4 else "B T D"
-    D = check.shapes(name, {"x": (x, dims), "gate": (gate, dims), "weight": (weight, "D")})["D"]
-    check.same_dtype(name, x=x, gate=gate, weight=weight)
+    args = {"x": (x, dims), "gate": (gate, dims), "weight": (weight, "D")}
+    call = operator.begin(args, alike=("x", "gate", "weight"), backend=backend)
     if eps < 0:
-        raise ValueError(f"{name}: eps must not be negative; got {eps}")
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen == "triton" and kernels.MAX_D < D:
-        if backend == "triton":
-            raise ValueError(f"{name}: kernels hold whole rows, D <= {kernels.MAX_D}; got {D}, use backend='torch'")
-        chosen = "torch"
-    if chosen == "reference":
+        raise ValueError(f"{call.name}: eps must not be negative; got {eps}")
+    if call.backend == "reference":
         return rms_norm_reference(x, gate, weight, eps, gate_first)
-    if chosen == "torch":
+    if call.backend == "torch":
         return rms_norm_fused(x, weight, eps, gate, gate_first)
     return kernels.rms_norm_fwd(x, gate, weight, eps, gate_first)

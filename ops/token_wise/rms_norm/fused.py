@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+WIDE = (torch.float32, torch.float64)
+
 
 def rms_norm_fused(
     x: Tensor, weight: Tensor | None, eps: float, gate: Tensor | None = None, gate_first: bool = False
@@ -35,7 +37,7 @@ def _normed(
         y.mul_(weight)
     if factor is not None and not gate_first:
         y.mul_(factor)
-    return y.to(x.dtype), scale
+    return y if y.dtype == x.dtype else y.to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -87,7 +89,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in WIDE else x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scale(u: Tensor, eps: float) -> Tensor:

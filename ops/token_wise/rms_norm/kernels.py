@@ -13,7 +13,6 @@ from zoo.ops.core.kernel_case import KernelCase
 
 PLAIN, NORM_FIRST, GATE_FIRST = 0, 1, 2
 TILE = 1024  # numbers of a program's tile, one row at least; not tuned on a device yet
-MAX_D = 16384  # a row of float32 is then 64 registers a thread in each of the backward's tiles
 STACK = 8  # bytes the compiler puts on the stack of some backward cases, at 72 to 92 of 255 registers: not pressure
 PROGRAMS = 256  # of the backward pass: each adds up the weight gradient of its rows, and their sums are added last
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core import check, dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.token_wise.rotary.fused import rotary_fused
 from zoo.ops.token_wise.rotary.reference import rotary_reference
 
@@ -18,7 +19,10 @@ Layout = Literal["half", "interleaved"]
 LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 
 
-@dispatch.keeps_its_precision
+OPERATOR = Operator("rotary", cp_kind="local", float64=True)
+
+
+@OPERATOR.public(recomputed=True)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", backend: str = "auto") -> Tensor:
     """Turn every pair (a, b) of x by its angle: (a cos - b sin, a sin + b cos).
 
@@ -42,21 +46,20 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", back
     name = "rotary"
     if layout not in LAYOUTS:
         raise ValueError(f"{name}: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
-    sizes = check.shapes(name, {"x": (x, "B T H K")})
-    B, K = sizes["B"], sizes["K"]
+    check.shapes(name, {"x": (x, "B T H K")})
+    B, T, _, K = x.shape
     if K % 2:
         raise ValueError(
             f"{name}: x must be (B, T, H, K) with an even K, for its channels are pairs; got {tuple(x.shape)}"
         )
     rows = 1 if isinstance(cos, Tensor) and cos.ndim == 3 and cos.shape[0] == 1 else B
-    tables = {"cos": (cos, "rows T K/2"), "sin": (sin, "rows T K/2"), "x": (x, "B T H K")}
-    check.shapes(name, tables, **{"rows": rows, "K/2": K // 2, "T": sizes["T"]})
-    check.same_dtype(name, cos=cos, sin=sin)
+    args = {"x": (x, "B T H K"), "cos": (cos, "rows T K/2"), "sin": (sin, "rows T K/2")}
+    known = {"rows": rows, "T": T, "K/2": K // 2}
+    call = OPERATOR.begin(args, alike=("cos", "sin"), known=known, backend=backend)
     if cos.dtype != torch.float32:
         check.same_dtype(name, x=x, cos=cos)
-    chosen = dispatch.resolve(name, backend, x)
-    if chosen == "reference":
+    if call.backend == "reference":
         return rotary_reference(x, cos, sin, layout == "interleaved")
-    if chosen == "torch":
+    if call.backend == "torch":
         return rotary_fused(x, cos, sin, layout == "interleaved")
     return kernels.rotary_fwd(x, cos, sin, layout == "interleaved")

@@ -3,7 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops.core import check, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.call import Operator
 from zoo.ops.token_wise.swiglu.reference import swiglu_reference
 
 __all__ = ["swiglu"]
@@ -12,7 +13,15 @@ if dispatch.HAS_TRITON:
     from zoo.ops.token_wise.swiglu import kernels
 
 
-@dispatch.keeps_its_precision
+OPERATOR = Operator("swiglu", cp_kind="local", float64=True)
+
+
+def _step(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
+    """One token of decoding, checked."""
+    return F.silu(gate).mul_(up)
+
+
+@OPERATOR.public(recomputed=True, step=_step)
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """Gate one projection by another: y = silu(gate) * up.
 
@@ -31,13 +40,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     form keeps the silu as well.
     Source: arXiv 2002.05202.
     """
-    name = "swiglu"
-    check.shapes(name, {"gate": (gate, "B T F"), "up": (up, "B T F")})
-    check.same_dtype(name, gate=gate, up=up)
-    chosen = dispatch.resolve(name, backend, gate)
-    if chosen == "reference":
+    call = OPERATOR.begin({"gate": (gate, "B T F"), "up": (up, "B T F")}, alike=("gate", "up"), backend=backend)
+    if call.backend == "reference":
         return swiglu_reference(gate, up)
-    if chosen == "torch":
+    if call.backend == "torch":
         # Keeping silu(gate), too, is faster than making it again by 1.2 to 1.35 times: CPU, one thread, forward and
         # backward, (8, 256, 256) and (1, 2048, 2816), float32.
         return F.silu(gate) * up
