@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.ops import algebra
 from zoo.ops.operators import OPERATORS
-from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error
+from zoo.ops.proof import OperatorSpec, convert, outputs_and_gradients, parity, red, relative_error, worse_than_the_loop
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
@@ -132,6 +132,9 @@ def test_extreme_inputs(spec: OperatorSpec, edge: str, backend: str) -> None:
     device = DEVICE if backend == "triton" else "cpu"
     errors = parity(spec, inputs, backend=backend, dtype=torch.float32, device=device)
     assert not red(errors, torch.float32)
+    if spec.bounded_by_the_loop:
+        loop = parity(spec, inputs, backend="reference", dtype=torch.float32)
+        assert not worse_than_the_loop(errors, loop)
 
 
 @pytest.mark.parametrize("spec", SPECS)
