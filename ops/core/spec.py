@@ -21,12 +21,20 @@ State: TypeAlias = "Tensor | tuple[State, ...]"  # tuples may be NamedTuples; di
 
 # Relative error ||ours - exact|| / ||exact|| against the float64 reference, by dtype of the inputs.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# A fast form in float32 may err so many times as much as the loop in float32, or this much: 16 roundings of 2^-24.
+LOOP_FACTOR, LOOP_FLOOR = 2.0, 1e-6
 FLOOR = 1e-6  # a gradient whose exact norm per element is below this is compared absolutely
 
 
 def randn(generator: torch.Generator, *shape: int) -> Tensor:
     """Standard normal numbers in float64, as all inputs of a proof are made."""
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def at_every(x: Tensor, n: int, value: float) -> Tensor:
+    """x with `value` at every n-th step of time, dimension 1."""
+    step = torch.arange(x.shape[1]).view(-1, *[1] * (x.ndim - 2))
+    return torch.where(step % n == n - 1, torch.full_like(x, value), x)
 
 
 def at_some(x: Tensor, value: float, share: float = 0.1) -> Tensor:
@@ -89,6 +97,8 @@ class OperatorSpec:
         packed: the function takes `cu_seqlens`.
         forms: the backends it has besides the reference.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
+        bounded_by_the_loop: at every extreme, float32 errors are held to those of the float32 loop. False for Fourier
+            transforms, whose errors grow with the largest number in the sequence.
         library: () -> the name of an optional package whose kernels "auto" prefers on CUDA, when it works here, or "".
         tolerance: the operator's own, where rounding grows in it; None for the common one of each dtype.
         resets: how a reset inside a sequence is said to the operator: (inputs, (B, T) bool) -> inputs by which the
@@ -110,6 +120,7 @@ class OperatorSpec:
     packed: bool = True
     forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False
+    bounded_by_the_loop: bool = True
     library: Callable[[], str] = str  # none
     tolerance: Tolerance | None = None
     resets: Callable[[Inputs, Tensor], Inputs] | None = None
@@ -238,3 +249,12 @@ def parity(
 def red(errors: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
     """The entries over the common tolerance of `dtype`; `OperatorSpec.red` knows an operator's own."""
     return {name: error for name, error in errors.items() if not error <= TOLERANCE[dtype]}
+
+
+def worse_than_the_loop(errors: Mapping[str, float], loop: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """The float32 errors that are beyond those of the float32 loop, each with the loop's."""
+    return {
+        name: (error, loop[name])
+        for name, error in errors.items()
+        if not error <= max(LOOP_FACTOR * loop[name], LOOP_FLOOR)
+    }

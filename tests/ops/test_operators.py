@@ -22,6 +22,7 @@ from zoo.ops.core.spec import (
     outputs_and_gradients,
     parity,
     relative_error,
+    worse_than_the_loop,
 )
 from zoo.ops.core.table import OPERATORS as REGISTERED
 
@@ -152,8 +153,11 @@ def test_kernels_run_where_their_tensors_are(spec: OperatorSpec) -> None:
 
 @pytest.mark.parametrize(("spec", "edge"), EXTREMES)
 def test_extreme_inputs(spec: OperatorSpec, edge: str) -> None:
-    errors = parity(spec, spec.extremes[edge](spec.inputs(1, 100)), backend="torch", dtype=torch.float32)
+    inputs = spec.extremes[edge](spec.inputs(1, 100))
+    errors = parity(spec, inputs, backend="torch", dtype=torch.float32)
     assert not spec.red(errors, torch.float32)
+    if spec.bounded_by_the_loop:
+        assert not worse_than_the_loop(errors, parity(spec, inputs, backend="reference", dtype=torch.float32))
 
 
 @needs_triton
@@ -162,6 +166,9 @@ def test_kernels_at_extreme_inputs(spec: OperatorSpec, edge: str) -> None:
     inputs = spec.extremes[edge](spec.inputs(1, 100))
     errors = parity(spec, inputs, backend="triton", dtype=torch.float32, device=DEVICE)
     assert not spec.red(errors, torch.float32)
+    if spec.bounded_by_the_loop:
+        loop = parity(spec, inputs, backend="reference", dtype=torch.float32)
+        assert not worse_than_the_loop(errors, loop)
 
 
 @pytest.mark.parametrize("spec", SPECS)

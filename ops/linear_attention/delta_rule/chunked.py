@@ -6,9 +6,10 @@ With b the cumulative log decay inside a chunk and G_ij = exp(b_i - b_j) for i >
     U = X diag(beta) (V - diag(e^b) K S)            what the chunk's tokens write, given the state S before them
     O = scale diag(e^b) Q S + P U                   S_next = e^{b_C} S + (diag(e^{b_C - b}) K)^T U
 
-All exponents are <= 0. X and the products of keys and queries need no state: they are computed for all chunks of all
-documents at once, and only U and S run over the chunk positions. The backward pass is written out: autograd would keep
-every intermediate and walk the loop with many small operations.
+All exponents are <= 0, and computed as sums of the gates between i and j: differences of b would cancel where a strong
+gate shares a chunk with weak ones. X and the products of keys and queries need no state: they are computed for all
+chunks of all documents at once, and only U and S run over the chunk positions. The backward pass is written out:
+autograd would keep every intermediate and walk the loop with many small operations.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.chunks import ChunkedTime
-from zoo.ops.core.decay import sum_before, sum_from
+from zoo.ops.core.decay import halved, halved_backward
 
 # Forward + backward, two cores (shared), float32. Chunks of 16 / 32 / 64 / 128, ms, without | with g, B = 2, T = 2048,
 # H = 4, K = V = 64: 211 / 108 / 63 / 88 | 81 / 64 / 67 / 102; B = 8, T = 256, H = 2: 18 / 15 / 19 / 23 | 18 / 19 / 18 /
@@ -27,7 +28,6 @@ from zoo.ops.core.decay import sum_before, sum_from
 # numbers: flat (54 to 72 ms, and 528 to 618 at T = 16384) where all at once took 61 and 797.
 CHUNK = 64
 SEGMENT = 2**18
-SMALLEST_LOG_DECAY = -100.0  # e^-100 is 4e-44: nothing is left, while b stays finite and its differences exact
 
 
 def delta_rule_step(
@@ -74,10 +74,8 @@ class _Decay(NamedTuple):
 
 def _decay(g: Tensor) -> _Decay:
     """Of the gates of all chunks, (N, C)."""
-    b = g.clamp_min(SMALLEST_LOG_DECAY).cumsum(-1).unsqueeze(-1)
-    future = torch.ones(g.shape[1], g.shape[1], dtype=torch.bool, device=g.device).triu_(1)
-    between = (b - b.mT).masked_fill_(future, float("-inf")).exp_()
-    return _Decay(between, b.exp(), (b[:, -1:] - b).exp(), b[:, -1:].exp())
+    between, *ends = halved(g)
+    return _Decay(between, *(x.unsqueeze(-1) for x in ends))
 
 
 def _unit_lower_inverse(A: Tensor) -> Tensor:
@@ -287,13 +285,10 @@ def gradients(
         dM = dA.mul_(p.beta)
         derase.mul_(p.beta)
     else:
-        # b_i - b_j is the sum of g from j + 1 to i: sums over open ranges, so that nothing cancels
         ends = (dread * r.read).sum(-1) + (derase * p.erase).sum(-1)  # of b_i, which sums g up to i
         starts = (dwrite * p.write).sum(-1)  # of b_C - b_j, which sums g after j
-        F = (dP * r.P).add_(dA * (p.beta * p.M)).tril_(-1)  # of b_i - b_j
-        ends = ends.add_(F.sum(2)).sub_(F.sum(1))
-        dg = sum_from(ends).add_(sum_before(starts))
-        dg.add_(p.decay.total[:, 0] * (before * after).sum((1, 2))[:, None])
+        pairs = (dP * r.P).add_(dA * (p.beta * p.M))  # of b_i - b_j, the sum of g from j + 1 to i
+        dg = halved_backward(pairs, ends, starts, p.decay.total[:, 0, 0] * (before * after).sum((1, 2)))
         dread.mul_(p.decay.before)
         derase.mul_(p.decay.before)
         dbeta.add_((derase * p.k).sum(-1))

@@ -1,10 +1,11 @@
 """Triton kernels of the delta rule in chunks, forward and backward; the equations are those of `chunked.py`.
 
-Forward: `inverse` (X, all chunks at once), `states` (U and S, along each document), `output` (O, all chunks at once).
-Backward: X, U and S again instead of keeping them; `grad_local` (P^T dO), `grad_states` (dR and dS, against time), then
-for all chunks at once `grad_scores` (gradients of the C x C matrices, values, and their parts of dbeta and dg) and
-`grad_keys` (dq, dk and the other parts). A transposed product is computed as such or passes through memory: `tl.trans`
-of a dot's result that feeds another dot gives wrong numbers on Hopper (fla-org/flash-linear-attention#640).
+Forward: `gates` (what decays do to states) and `inverse` (X) for all chunks at once, `states` (U and S, along each
+document), `output` (O, all chunks at once). Backward: X, U and S again instead of keeping them; `grad_local` (P^T dO),
+`grad_states` (dR and dS, against time), then for all chunks at once `grad_scores` (gradients of the C x C matrices,
+values, and their parts of dbeta and dg) and `grad_keys` (dq, dk and the other parts). A transposed product is computed
+as such or passes through memory: `tl.trans` of a dot's result that feeds another dot gives wrong numbers on Hopper
+(fla-org/flash-linear-attention#640).
 """
 
 import itertools
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.decay_kernels import across, between, log_sums
 from zoo.ops.core.kernel_case import KernelCase
 
 
@@ -28,10 +30,9 @@ def _rows(ptr, o_c, m_c, o_d, H, D: tl.constexpr):
 
 @triton.jit
 def _log_decay(g_ptr, o_c, m_c, H, HAS_G: tl.constexpr):
-    """b, the cumulative log decay of a chunk; e^-100 is nothing, and the bound keeps differences of b exact."""
+    """b, the cumulative log decay of a chunk, in float64."""
     if HAS_G:
-        b_g = tl.load(g_ptr + o_c * H, mask=m_c, other=0.0).to(tl.float32)
-        return tl.cumsum(tl.minimum(tl.maximum(b_g, -100.0), 0.0), 0)
+        return log_sums(tl.load(g_ptr + o_c * H, mask=m_c, other=0.0).to(tl.float32))
     else:
         return tl.zeros_like(o_c).to(tl.float32)
 
@@ -39,11 +40,24 @@ def _log_decay(g_ptr, o_c, m_c, H, HAS_G: tl.constexpr):
 @triton.jit
 def _between(b_b, o_c, HAS_G: tl.constexpr):
     """lower(exp(b_i - b_j)), masked before the exponential."""
-    m_lower = o_c[:, None] >= o_c[None, :]
     if HAS_G:
-        return tl.exp(tl.where(m_lower, tl.minimum(b_b[:, None] - b_b[None, :], 0.0), float("-inf")))
+        return between(b_b, o_c, False)
     else:
-        return m_lower.to(tl.float32)
+        return (o_c[:, None] >= o_c[None, :]).to(tl.float32)
+
+
+@triton.jit
+def _at_ends(ends_ptr, o_c, m_c, n_rows, H):
+    """What `gates` made of a chunk: exp of the sums of g up to each token, after each of them, and over the chunk."""
+    b_before = tl.load(ends_ptr + o_c * H, mask=m_c, other=1.0)
+    b_after = tl.load(ends_ptr + n_rows + o_c * H, mask=m_c, other=1.0)
+    return b_before, b_after, tl.min(b_before, 0)  # sums of g only fall
+
+
+@triton.jit
+def _exp(b_b):
+    """exp of sums of log decays, or of their differences, in float32."""
+    return tl.exp(b_b.to(tl.float32))
 
 
 @triton.jit
@@ -59,6 +73,24 @@ def _unit_lower_inverse(b_a, o_c, LEVELS: tl.constexpr, EXACT: tl.constexpr):
         b_ax = tl.dot(tl.where(m_pair, b_a, 0.0), b_x, input_precision=EXACT)
         b_x -= tl.dot(b_x, b_ax, input_precision=EXACT)
     return b_x
+
+
+@triton.jit
+def delta_rule_gates_kernel(
+    g_ptr, ends_ptr,  # (BT, H), (2, BT, H) fp32
+    begin_ptr, end_ptr, n_rows,
+    H, C: tl.constexpr,
+):  # fmt: skip
+    """exp of the sums of a chunk's gates up to each token and after each: sums, none a difference of longer ones."""
+    i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = tl.load(begin_ptr + i_c)
+    o_c = tl.arange(0, C)
+    m_c = o_c < (tl.load(end_ptr + i_c) - begin).to(tl.int32)
+    row = begin * H + i_h
+    b_g = tl.minimum(tl.load(g_ptr + row + o_c * H, mask=m_c, other=0.0).to(tl.float32), 0.0)
+    tl.store(ends_ptr + row + o_c * H, tl.exp(tl.cumsum(b_g, 0)), mask=m_c)
+    b_after = tl.sum(tl.where(o_c[:, None] < o_c[None, :], b_g[None, :], 0.0), 1)
+    tl.store(ends_ptr + n_rows + row + o_c * H, tl.exp(b_after), mask=m_c)
 
 
 @triton.jit
@@ -100,7 +132,7 @@ def delta_rule_inverse_kernel(
         b_x22 = _unit_lower_inverse(b_22 * b_beta2[:, None] * _between(b_b2, o_1, HAS_G), o_1, LEVELS, EXACT)
         b_21 *= b_beta2[:, None]
         if HAS_G:  # two exponents <= 0 instead of their sum
-            b_21 *= tl.exp(b_b2)[:, None] * tl.exp(tl.min(b_b1, 0) - b_b1)[None, :]
+            b_21 *= _exp(b_b2)[:, None] * _exp(tl.min(b_b1, 0) - b_b1)[None, :]
         b_ax = tl.dot(b_21, b_x11, input_precision=EXACT)
         b_x21 = -tl.dot(b_x22, b_ax, input_precision=EXACT)
         tl.store(x_ptr + o_x + PART, tl.zeros([PART, PART], dtype=tl.float32))
@@ -110,9 +142,9 @@ def delta_rule_inverse_kernel(
 
 @triton.jit
 def delta_rule_states_kernel(
-    k_ptr, v_ptr, beta_ptr, g_ptr, x_ptr, s0_ptr,  # (BT, H, K), (BT, H, V), (BT, H) x 2, (G, H, C, C), (N, H, K, V)
-    u_ptr, before_ptr, s_ptr,  # (BT, H, V), (G, H, K, V) both in the dtype of v; (N, H, K, V) fp32
-    begin_ptr, end_ptr, offsets_ptr,
+    k_ptr, v_ptr, beta_ptr, ends_ptr, x_ptr, s0_ptr,  # (BT, H, K), (BT, H, V), (BT, H), of `gates`, (G, H, C, C), ...
+    u_ptr, before_ptr, s_ptr,  # (BT, H, V), (G, H, K, V) both in the dtype of v; (N, H, K, V) fp32, as s0
+    begin_ptr, end_ptr, offsets_ptr, n_rows,
     H, K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -137,17 +169,16 @@ def delta_rule_states_kernel(
         b_v = _rows(v_ptr + row * V, o_c, m_c, o_v, H, V).to(tl.float32)
         b_beta = tl.load(beta_ptr + row + o_c * H, mask=m_c, other=0.0).to(tl.float32)
         b_x = tl.load(x_ptr + (i_c * H + i_h) * (C * C) + o_c[:, None] * C + o_c[None, :])
-        b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
         b_held = tl.dot(b_k, b_s_in, input_precision=PRECISION)
         if HAS_G:
-            b_held *= tl.exp(b_b)[:, None]
+            b_before, b_after, total = _at_ends(ends_ptr + row, o_c, m_c, n_rows, H)
+            b_held *= b_before[:, None]
         b_u = tl.dot(b_x, b_beta[:, None] * (b_v - b_held), input_precision=PRECISION)
         m_u = m_c[:, None] & (o_v < V)[None, :]
         tl.store(u_ptr + row * V + o_c[:, None] * (H * V) + o_v[None, :], b_u.to(u_ptr.dtype.element_ty), mask=m_u)
         if HAS_G:
-            b_total = tl.min(b_b, 0)
-            b_u *= tl.exp(b_total - b_b)[:, None]
-            b_s *= tl.exp(b_total)
+            b_u *= b_after[:, None]
+            b_s *= total
         b_s += tl.dot(tl.trans(b_k), b_u.to(b_k.dtype), input_precision=PRECISION)
     tl.store(s_ptr + i_nh * (K * V) + o_s, b_s, mask=m_s)
 
@@ -178,7 +209,7 @@ def delta_rule_output_kernel(
         b_p += tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
     if HAS_G:
-        b_o *= tl.exp(b_b)[:, None]
+        b_o *= _exp(b_b)[:, None]
     b_u = _rows(u_ptr + row * V, o_c, m_c, o_v, H, V)
     b_p *= _between(b_b, o_c, HAS_G)
     b_o += tl.dot(b_p.to(b_u.dtype), b_u, input_precision=PRECISION)
@@ -207,12 +238,10 @@ def delta_rule_grad_local_kernel(
         b_q = _rows(q_ptr + row * K, o_c, m_c, o_k, H, K)
         b_k = _rows(k_ptr + row * K, o_c, m_c, o_k, H, K)
         b_pt += tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    m_upper = o_c[:, None] <= o_c[None, :]
     if HAS_G:
-        b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
-        b_pt *= tl.exp(tl.where(m_upper, tl.minimum(b_b[None, :] - b_b[:, None], 0.0), float("-inf")))
+        b_pt *= between(_log_decay(g_ptr + row, o_c, m_c, H, HAS_G), o_c, True)
     else:
-        b_pt = tl.where(m_upper, b_pt, 0.0)
+        b_pt = tl.where(o_c[:, None] <= o_c[None, :], b_pt, 0.0)
     b_do = _rows(do_ptr + row * V, o_c, m_c, o_v, H, V)
     b_du = scale * tl.dot(b_pt.to(b_do.dtype), b_do, input_precision=PRECISION)
     m_u = m_c[:, None] & (o_v < V)[None, :]
@@ -221,9 +250,9 @@ def delta_rule_grad_local_kernel(
 
 @triton.jit
 def delta_rule_grad_states_kernel(
-    q_ptr, k_ptr, beta_ptr, g_ptr, x_ptr, do_ptr, du_ptr, ds_ptr,  # du: P^T dO, (BT, H, V); ds: (N, H, K, V) fp32
+    q_ptr, k_ptr, beta_ptr, ends_ptr, x_ptr, do_ptr, du_ptr, ds_ptr,  # du: P^T dO, (BT, H, V); ds: (N, H, K, V) fp32
     dr_ptr, after_ptr, ds0_ptr,  # (BT, H, V), (G, H, K, V) both in the dtype of v; (N, H, K, V) fp32
-    begin_ptr, end_ptr, offsets_ptr, scale,
+    begin_ptr, end_ptr, offsets_ptr, scale, n_rows,
     H, K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -251,14 +280,13 @@ def delta_rule_grad_states_kernel(
         b_du = _rows(du_ptr + row * V, o_c, m_c, o_v, H, V).to(tl.float32)
         b_beta = tl.load(beta_ptr + row + o_c * H, mask=m_c, other=0.0).to(tl.float32)
         b_xt = tl.load(x_ptr + (i_c * H + i_h) * (C * C) + o_c[None, :] * C + o_c[:, None])
-        b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
         b_kds = tl.dot(b_k, b_ds_out, input_precision=PRECISION)
         if HAS_G:
-            b_total = tl.min(b_b, 0)
-            b_kds *= tl.exp(b_total - b_b)[:, None]
-            b_do = (b_do * tl.exp(b_b)[:, None]).to(b_do.dtype)
-            b_beta *= tl.exp(b_b)
-            b_ds *= tl.exp(b_total)
+            b_before, b_after, total = _at_ends(ends_ptr + row, o_c, m_c, n_rows, H)
+            b_kds *= b_after[:, None]
+            b_do = (b_do * b_before[:, None]).to(b_do.dtype)
+            b_beta *= b_before
+            b_ds *= total
         b_dr = tl.dot(b_xt, b_du + b_kds, input_precision=PRECISION)
         m_u = m_c[:, None] & (o_v < V)[None, :]
         tl.store(dr_ptr + row * V + o_c[:, None] * (H * V) + o_v[None, :], b_dr.to(dr_ptr.dtype.element_ty), mask=m_u)
@@ -315,9 +343,7 @@ def delta_rule_grad_scores_kernel(
     tl.store(dbeta_ptr + row + o_c * H, b_dbeta, mask=m_c)
     b_dm *= b_beta[:, None]
     if HAS_G:  # of b_i - b_j, the sum of g from j + 1 to i
-        b_f = tl.where(m_strict, b_dp * b_qk, 0.0) + b_dm * b_kk
-        b_dg = _sum_from(tl.sum(b_f, 1), o_c) - _sum_from(tl.sum(b_f, 0), o_c)
-        tl.store(dg_ptr + row + o_c * H, b_dg, mask=m_c)
+        tl.store(dg_ptr + row + o_c * H, across(b_dp * b_qk + b_dm * b_kk, o_c), mask=m_c)
     o_x = (i_c * H + i_h) * (C * C) + o_c[:, None] * C + o_c[None, :]
     tl.store(dp_ptr + o_x, b_dp.to(dp_ptr.dtype.element_ty))
     tl.store(dm_ptr + o_x, b_dm.to(dm_ptr.dtype.element_ty))
@@ -337,7 +363,7 @@ def _sum_before(b_x, o_c):
 
 @triton.jit
 def delta_rule_grad_keys_kernel(
-    q_ptr, k_ptr, beta_ptr, g_ptr, u_ptr, do_ptr, dr_ptr, before_ptr, after_ptr, dp_ptr, dm_ptr,
+    q_ptr, k_ptr, beta_ptr, ends_ptr, u_ptr, do_ptr, dr_ptr, before_ptr, after_ptr, dp_ptr, dm_ptr,
     dq_ptr, dk_ptr, dbeta_ptr, dg_ptr,  # (BT, H, K) x 2, (1 + NK, BT, H) fp32 x 2: part 1 + i_k
     begin_ptr, end_ptr, scale, n_rows,
     H, K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -375,16 +401,15 @@ def delta_rule_grad_keys_kernel(
     o_part = (i_k + 1).to(tl.int64) * n_rows + row
     b_dread *= scale
     if HAS_G:
-        b_b = _log_decay(g_ptr + row, o_c, m_c, H, HAS_G)
-        b_total = tl.min(b_b, 0)
-        b_dread *= tl.exp(b_b)[:, None]
-        b_derase *= tl.exp(b_b)[:, None]
-        b_dwrite *= tl.exp(b_total - b_b)[:, None]
+        b_before, b_after, total = _at_ends(ends_ptr + row, o_c, m_c, n_rows, H)
+        b_dread *= b_before[:, None]
+        b_derase *= b_before[:, None]
+        b_dwrite *= b_after[:, None]
     b_dbeta = tl.sum(b_derase * b_k, 1)
     tl.store(dbeta_ptr + o_part + o_c * H, b_dbeta, mask=m_c)
     if HAS_G:
         b_dg = _sum_from(tl.sum(b_dread * b_q, 1) + b_beta * b_dbeta, o_c)
-        b_dg += _sum_before(tl.sum(b_dwrite * b_k, 1), o_c) + tl.exp(b_total) * tl.sum(b_both)
+        b_dg += _sum_before(tl.sum(b_dwrite * b_k, 1), o_c) + total * tl.sum(b_both)
         tl.store(dg_ptr + o_part + o_c * H, b_dg, mask=m_c)
     o_x = (i_c * H + i_h) * (C * C) + o_c[:, None] * C + o_c[None, :]
     o_xt = (i_c * H + i_h) * (C * C) + o_c[None, :] * C + o_c[:, None]
@@ -458,9 +483,19 @@ def _constants(q: Tensor, v: Tensor, g: Tensor | None, kernel: str) -> dict[str,
     return constants
 
 
+def _ends(g: Tensor | None, like: Tensor, begin: Tensor, end: Tensor, chunk: int) -> Tensor:
+    """What the chunks' gates do to states, (2, B, T, H); nothing is made, and nothing read, without gates."""
+    if g is None:
+        return like
+    ends = torch.empty(2, *g.shape, dtype=torch.float32, device=g.device)
+    delta_rule_gates_kernel[begin.shape[0], g.shape[2]](g, ends, begin, end, g.numel(), g.shape[2], C=chunk)
+    return ends
+
+
 def _states(
-    k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, S0: Tensor, begin: Tensor, end: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, ends: Tensor, S0: Tensor,
+    begin: Tensor, end: Tensor, offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """X (G, H, C, C), U (B, T, H, V), the state before each chunk (G, H, K, V) and the last one (N, H, K, V)."""
     (H, K), V, G = k.shape[-2:], v.shape[-1], begin.shape[0]
     b, gate = blocks(K, V, k.dtype), beta if g is None else g
@@ -470,7 +505,7 @@ def _states(
     delta_rule_inverse_kernel[(G, H)](k, beta, gate, X, begin, end, H, **_constants(k, v, g, "inverse"))
     grid = (S0.shape[0] * H, triton.cdiv(V, b.states_v))
     delta_rule_states_kernel[grid](
-        k, v, beta, gate, X, S0, U, before, S, begin, end, offsets, H, **_constants(k, v, g, "states")
+        k, v, beta, ends, X, S0, U, before, S, begin, end, offsets, beta.numel(), H, **_constants(k, v, g, "states")
     )
     return X, U, before, S
 
@@ -488,7 +523,8 @@ def delta_fwd(
     """q k (B, T, H, K), v (B, T, H, V), S0 (N, H, K, V) float32, fields of a ChunkTable of `chunk_size` -> o, S."""
     q, k, v, beta, g, S0 = _contiguous(q, k, v, beta, g, S0)  # type: ignore[assignment]
     H, V = v.shape[-2:]
-    _, U, before, S = _states(k, v, beta, g, S0, begin, end, offsets)
+    ends = _ends(g, beta, begin, end, blocks(q.shape[-1], V, q.dtype).chunk)
+    _, U, before, S = _states(k, v, beta, g, ends, S0, begin, end, offsets)
     o = torch.empty_like(v)
     gate, n_v = beta if g is None else g, triton.cdiv(V, blocks(q.shape[-1], V, q.dtype).tile_v)
     delta_rule_output_kernel[begin.shape[0], H, n_v](
@@ -512,14 +548,15 @@ def delta_bwd(
     do, dS, q, k, v, beta, g, S0 = _contiguous(do, dS, q, k, v, beta, g, S0)  # type: ignore[assignment]
     (B, T, H, K), V, G = q.shape, v.shape[-1], begin.shape[0]
     b, gate = blocks(K, V, q.dtype), beta if g is None else g
-    X, U, before, _ = _states(k, v, beta, g, S0, begin, end, offsets)
+    ends = _ends(g, beta, begin, end, b.chunk)
+    X, U, before, _ = _states(k, v, beta, g, ends, S0, begin, end, offsets)
     dU, dR, dv, after, dS0 = (torch.empty_like(x) for x in (v, v, v, before, S0))
     delta_rule_grad_local_kernel[G, H, triton.cdiv(V, b.tile_v)](
         q, k, gate, do, dU, begin, end, scale, H, **_constants(q, v, g, "grad_local")
     )
     grid = (S0.shape[0] * H, triton.cdiv(V, b.states_v))
     delta_rule_grad_states_kernel[grid](
-        q, k, beta, gate, X, do, dU, dS, dR, after, dS0, begin, end, offsets, scale, H,
+        q, k, beta, ends, X, do, dU, dS, dR, after, dS0, begin, end, offsets, scale, B * T * H, H,
         **_constants(q, v, g, "grad_states"),
     )  # fmt: skip
     del X, dU
@@ -533,7 +570,7 @@ def delta_bwd(
         **_constants(q, v, g, "grad_scores"),
     )  # fmt: skip
     delta_rule_grad_keys_kernel[(G, H, n_k)](
-        q, k, beta, gate, U, do, dR, before, after, dp, dm, dq, dk, dbeta, dg, begin, end, scale, B * T * H, H,
+        q, k, beta, ends, U, do, dR, before, after, dp, dm, dq, dk, dbeta, dg, begin, end, scale, B * T * H, H,
         **_constants(q, v, g, "grad_keys"),
     )  # fmt: skip
     gate_gradient = beta.new_empty(0) if g is None else dg.sum(0).to(g.dtype)
@@ -580,8 +617,8 @@ def _flops_bwd(do_shape, dS_shape, q_shape, k_shape, v_shape, *args, out_shape=N
 
 _POINTERS = {  # where an argument's type is not that of q
     "x_ptr": "*fp32", "s0_ptr": "*fp32", "s_ptr": "*fp32", "ds_ptr": "*fp32", "ds0_ptr": "*fp32", "dbeta_ptr": "*fp32",
-    "dg_ptr": "*fp32", "begin_ptr": "*i64", "end_ptr": "*i64", "offsets_ptr": "*i64", "H": "i32", "n_rows": "i32",
-    "scale": "fp32",
+    "ends_ptr": "*fp32", "dg_ptr": "*fp32", "begin_ptr": "*i64", "end_ptr": "*i64", "offsets_ptr": "*i64",
+    "H": "i32", "n_rows": "i32", "scale": "fp32",
 }  # fmt: skip
 
 
@@ -593,6 +630,10 @@ def compile_cases() -> list[KernelCase]:
     ):
         q, v = torch.empty(1, 1, 1, K, dtype=dtype, device="meta"), torch.empty(1, 1, 1, V, dtype=dtype, device="meta")
         io = "*fp32" if dtype == torch.float32 else "*bf16"
+        if gated:
+            chunk = {"C": blocks(K, V, dtype).chunk}
+            signature = {a: _POINTERS.get(a, io) for a in delta_rule_gates_kernel.arg_names if a != "C"}
+            cases.append(KernelCase(delta_rule_gates_kernel, signature, chunk, label=f"K={K} V={V} {io[1:]}"))
         for kernel in (
             delta_rule_inverse_kernel, delta_rule_states_kernel, delta_rule_output_kernel, delta_rule_grad_local_kernel,
             delta_rule_grad_states_kernel, delta_rule_grad_scores_kernel, delta_rule_grad_keys_kernel,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_some, randn
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_every, at_some, randn
 from zoo.ops.linear_attention.delta_rule import delta_rule, delta_rule_summary
 
 
@@ -44,6 +44,8 @@ _GATED_DELTA_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
     "g-0": lambda i: i | {"g": i["g"] * 0},
     "g-8": lambda i: i | {"g": i["g"] * 0 - 8},
     "resets among weak gates": lambda i: i | {"g": at_some(i["g"] * 0.01, -50.0)},
+    "every second gate shuts": lambda i: i | {"g": at_every(i["g"], 2, -100.0)},
+    "every eighth gate is strong": lambda i: i | {"g": at_every(i["g"] * 0.01, 8, -20.0)},
     "g-8-beta-2": lambda i: i | {"g": i["g"] * 0 - 8, "beta": i["beta"] * 0 + 2},
     "one-key-beta-1": lambda i: i | {"k": i["k"][:, :1].expand_as(i["k"]).contiguous(), "beta": i["beta"] * 0 + 1},
 }

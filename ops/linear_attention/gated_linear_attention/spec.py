@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_some, randn
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_every, at_some, randn
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention, gated_linear_attention_summary
 
 
@@ -34,6 +34,9 @@ SPECS = (
             "forget everything": lambda i: i | {"g": torch.full_like(i["g"], -8.0)},
             "forget nothing": lambda i: i | {"g": i["g"] * 0},
             "resets": lambda i: i | {"g": at_some(i["g"], -50.0)},
+            "every second gate shuts": lambda i: i | {"g": at_every(i["g"], 2, -100.0)},
+            "every fourth gate is strong": lambda i: i | {"g": at_every(i["g"] * 0.01, 4, -4.0)},
+            "every eighth gate is strong": lambda i: i | {"g": at_every(i["g"] * 0.01, 8, -20.0)},
             "all gates at once": lambda i: (
                 i
                 | {"g": at_some(torch.where(i["g"] < -1.0, -8.0, torch.where(i["g"] < -0.5, 0.0, i["g"])), -50.0, 0.05)}

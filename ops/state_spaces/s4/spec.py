@@ -83,6 +83,7 @@ SPECS = (
         },
         cp_kind="affine",
         summary=lambda i, cu: s4d_summary(i["u"], i["log_A"], i["B"], cu_seqlens=cu),
+        bounded_by_the_loop=False,
     ),
     OperatorSpec(
         name="s4",

@@ -19,38 +19,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from zoo.ops.core import decay, dispatch
+from zoo.ops.core import dispatch
+from zoo.ops.core.decay_kernels import across, between, end_of, log_sums
 from zoo.ops.core.kernel_case import KernelCase
 
 CHUNK = 64
 HEADS = 8  # of a group, in one program of the kernels that sum over heads
 PASS_BLOCK = 1024  # elements of a state in one program of the sequential kernel
-_SMALLEST_LOG: tl.constexpr = tl.constexpr(decay.SMALLEST_LOG)
 
 
 @triton.jit
 def _steps(dt_ptr, A, o_t, m_t, H):
     """dt of a chunk and l, the running sums of dt A in float64; a missing step is the identity, dt = 0."""
     b_dt = tl.load(dt_ptr + o_t * H, mask=m_t, other=0.0).to(tl.float32)
-    return b_dt, tl.cumsum(tl.maximum(b_dt * A, _SMALLEST_LOG).to(tl.float64), 0)
-
-
-@triton.jit
-def _last(b_l, o_t, CHUNK: tl.constexpr):
-    """l at the chunk's end."""
-    return tl.sum(tl.where(o_t == CHUNK - 1, b_l, 0.0), 0)
-
-
-@triton.jit
-def _between(b_l, o_t, TRANSPOSED: tl.constexpr):
-    """exp(l_i - l_j) for i >= j, else 0, rows i and columns j, or transposed; masked before the exponential."""
-    b_high = b_l.to(tl.float32)
-    b_low = (b_l - b_high).to(tl.float32)  # the difference of two halves has the error of the difference alone
-    b_d = (b_high[:, None] - b_high[None, :]) + (b_low[:, None] - b_low[None, :])
-    if TRANSPOSED:
-        return tl.exp(tl.where(o_t[:, None] <= o_t[None, :], -b_d, float("-inf")))
-    else:
-        return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_d, float("-inf")))
+    return b_dt, log_sums(b_dt * A)
 
 
 @triton.jit
@@ -96,7 +78,7 @@ def ssd_increments_kernel(
     m_t = o_t < (tl.load(end_ptr + i_c) - begin).to(tl.int32)
     A = tl.load(A_ptr + i_h).to(tl.float32)
     b_dt, b_l = _steps(dt_ptr + begin * H + i_h, A, o_t, m_t, H)
-    total = _last(b_l, o_t, CHUNK)
+    total = end_of(b_l, o_t, CHUNK)
     b_w = b_dt * tl.exp((total - b_l).to(tl.float32)) if WRITE else tl.exp(b_l.to(tl.float32))
     k_ptr += (begin * G + i_h // (H // G)) * N
     m_k = (o_n < N)[:, None] & m_t[None, :]
@@ -163,7 +145,7 @@ def ssd_output_kernel(
     b_y *= tl.exp(b_l.to(tl.float32))[:, None]
     b_x = _rows(x_ptr + row_x, o_t, m_t, o_p, H, P)
     s_ptr += (i_c * G + i_g) * (CHUNK * CHUNK)
-    b_w = tl.load(s_ptr + o_t[:, None] * CHUNK + o_t[None, :]) * _between(b_l, o_t, False) * b_dt[None, :]
+    b_w = tl.load(s_ptr + o_t[:, None] * CHUNK + o_t[None, :]) * between(b_l, o_t, False) * b_dt[None, :]
     b_y += tl.dot(b_w.to(b_x.dtype), b_x, input_precision=PRECISION)
     if HAS_D:
         b_y += tl.load(D_ptr + i_h).to(tl.float32) * b_x
@@ -198,12 +180,9 @@ def ssd_grad_scores_kernel(
             b_dy = _rows(dy_ptr + i_h * P, o_t, m_t, o_p, H, P)
             b_x = _rows(x_ptr + i_h * P, o_t, m_t, o_p, H, P)
             b_dw += tl.dot(b_dy, tl.trans(b_x), input_precision=PRECISION)
-        b_dw *= _between(b_l, o_t, False) * b_dt[None, :]
+        b_dw *= between(b_l, o_t, False) * b_dt[None, :]
         b_ds += b_dw
-        b_pairs = tl.where(o_t[:, None] > o_t[None, :], b_dw * tl.load(s_ptr + o_s), 0.0)
-        b_pairs = tl.cumsum(b_pairs, 0, reverse=True)  # over i >= t
-        b_da = tl.sum(tl.where(o_t[:, None] > o_t[None, :], b_pairs, 0.0), 1)  # over j < t
-        tl.store(da_ptr + begin * H + i_h + o_t * H, b_da, mask=m_t)
+        tl.store(da_ptr + begin * H + i_h + o_t * H, across(b_dw * tl.load(s_ptr + o_s), o_t), mask=m_t)
     tl.store(ds_ptr + ((i_part * chunks + i_c) * G + i_g) * (CHUNK * CHUNK) + o_s, b_ds)
 
 
@@ -239,7 +218,7 @@ def ssd_grad_groups_kernel(
         A = tl.load(A_ptr + i_h).to(tl.float32)
         b_dt, b_l = _steps(dt_ptr + begin * H + i_h, A, o_t, m_t, H)
         b_before = tl.exp(b_l.to(tl.float32))[:, None]
-        b_after = (b_dt * tl.exp((_last(b_l, o_t, CHUNK) - b_l).to(tl.float32)))[:, None]
+        b_after = (b_dt * tl.exp((end_of(b_l, o_t, CHUNK) - b_l).to(tl.float32)))[:, None]
         here = (i_c * H + i_h) * (N * P)
         for p in range(0, P, BLOCK_P):
             o_p = p + tl.arange(0, BLOCK_P)
@@ -274,11 +253,11 @@ def ssd_grad_inputs_kernel(
     dt_ptr += begin * H + i_h
     A = tl.load(A_ptr + i_h).to(tl.float32)
     b_dt, b_l = _steps(dt_ptr, A, o_t, m_t, H)
-    total = _last(b_l, o_t, CHUNK)
+    total = end_of(b_l, o_t, CHUNK)
     b_before, b_after = tl.exp(b_l.to(tl.float32)), tl.exp((total - b_l).to(tl.float32))
     s_ptr += (i_c * G + i_g) * (CHUNK * CHUNK)
     # transposed: rows j, columns i >= j
-    b_w = (tl.load(s_ptr + o_t[None, :] * CHUNK + o_t[:, None]) * _between(b_l, o_t, True)).to(x_ptr.dtype.element_ty)
+    b_w = (tl.load(s_ptr + o_t[None, :] * CHUNK + o_t[:, None]) * between(b_l, o_t, True)).to(x_ptr.dtype.element_ty)
     states_ptr += (i_c * H + i_h) * (N * P)
     dstates_ptr += (i_c * H + i_h) * (N * P)
     b_ddt = tl.zeros([CHUNK], dtype=tl.float32)

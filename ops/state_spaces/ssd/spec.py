@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_some, randn
+from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_every, at_some, randn
 from zoo.ops.state_spaces.ssd import ssd, ssd_summary
 
 
@@ -35,6 +35,8 @@ SPECS = (
             "no step": lambda i: i | {"dt": i["dt"] * 0},
             "forget nothing": lambda i: i | {"A": i["A"] * 0},
             "forget everything": lambda i: i | {"A": i["A"] * 0 - 500},
+            "every second gate shuts": lambda i: i | {"A": i["A"] * 0 - 1, "dt": at_every(i["dt"], 2, 100.0)},
+            "every eighth gate is strong": lambda i: i | {"A": i["A"] * 0 - 1, "dt": at_every(i["dt"] * 0.01, 8, 20.0)},
             "resets among weak gates": lambda i: i | {"dt": at_some(i["dt"] * 0.01, 100.0)},
         },
         cp_kind="affine",
