@@ -72,7 +72,7 @@ def _heads_first(z: Tensor) -> Tensor:
 def _grouped(S: Tensor, G: int) -> Tensor:
     """States (n, H, N, P) -> (n * G, N, R * P), the heads of a group side by side."""
     n, H, N, P = S.shape
-    return S.view(n * G, H // G, N, P).transpose(1, 2).reshape(n * G, N, -1)
+    return S.reshape(n * G, H // G, N, P).transpose(1, 2).reshape(n * G, N, -1)
 
 
 def _ungrouped(S: Tensor, n: int, P: int) -> Tensor:
