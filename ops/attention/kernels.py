@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import dispatch
 from zoo.ops.chunks import chunk_table
+from zoo.ops.differentiation import first_order
 from zoo.ops.kernel_case import KernelCase
 
 MAX_HEAD = 256  # a block holds whole heads: larger ones leave no registers for the scores
@@ -553,6 +554,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors)
 
 
+@first_order("attention")
 def _backward(ctx, do, dlse, _dstats):
     gradients = attention_bwd(do, dlse, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale, ctx.pairs)
     return *gradients, *(None,) * 11

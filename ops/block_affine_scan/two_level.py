@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.affine_scan.two_level import chunks_of
+from zoo.ops.differentiation import first_order
 
 # The number of chunks is the elementwise scan's. CPU time of forward / forward + backward on planes, float32, one EPYC
 # core of a busy machine (good to about 20 %): B=2 T=2048 D=256 takes 38/76, 22/51, 16/38, 13/33, 15/42 ms at P = 1, 8,
@@ -156,7 +156,7 @@ class _Scan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @first_order("block_affine_scan")
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         A, h, state = ctx.saved_tensors
         if not h.shape[2]:

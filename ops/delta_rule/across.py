@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.algebra import Matrix
 from zoo.ops.chunks import ChunkedTime
@@ -26,6 +25,7 @@ from zoo.ops.delta_rule.chunked import (
     run_back,
     run_wide,
 )
+from zoo.ops.differentiation import first_order
 from zoo.ops.shard import Crossing
 
 
@@ -87,7 +87,7 @@ class _Across(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @first_order("delta_rule")
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, transition, *kept = ctx.saved_tensors
         time, H, n = ctx.time, q.shape[2], len(ctx.segments)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops import dispatch
 from zoo.ops.decay_kernels import across, between, log_sums
+from zoo.ops.differentiation import first_order
 from zoo.ops.kernel_case import KernelCase
 
 MAX_K = 256  # keys of one head live in one block of the sequential kernels
@@ -590,6 +591,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@first_order("delta_rule")
 def _backward(ctx, do, dS):
     saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     dq, dk, dv, dbeta, dg, dS0 = delta_bwd(do, dS, *saved, ctx.scale)

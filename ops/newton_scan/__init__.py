@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops import check, dispatch, shard
 from zoo.ops.affine_scan import affine_scan
 from zoo.ops.block_affine_scan import block_affine_scan
+from zoo.ops.differentiation import first_order
 from zoo.ops.newton_scan.cell import Cell, Linearised
 from zoo.ops.newton_scan.solve import (
     Edges,
@@ -229,7 +229,7 @@ class _Solve(torch.autograd.Function):
         return out.to(u.dtype, copy=True), last
 
     @staticmethod
-    @once_differentiable
+    @first_order("newton_scan")
     def backward(ctx: Any, dout: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         cell: Cell = ctx.cell
         S = cell.states

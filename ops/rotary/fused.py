@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.differentiation import first_order
 from zoo.ops.pairs import as_complex
 
 
@@ -28,7 +28,7 @@ class _Rotary(torch.autograd.Function):
         return _turn(x, cos, sin, interleaved, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order("rotary")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin = ctx.saved_tensors
         dx = _turn(dy, cos, sin, ctx.interleaved, -1) if ctx.needs_input_grad[0] else None

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
 from zoo.ops.shard.place import SequenceShard
@@ -189,7 +189,7 @@ class _Turned(torch.autograd.Function):
         return found.arrival(lambda: there(found.shard, x, cut))
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.back(ctx.shard, dy, ctx.cut), None, None, None
 
@@ -215,7 +215,7 @@ class _Back(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         parts = dstate.split(_widths(ctx.cut.heads), dim=1)
         own = parts[ctx.shard.rank]
@@ -233,7 +233,7 @@ class _ToAll(torch.autograd.Function):
         return found.arrival(lambda: torch.cat(exchange.all_to_all(found.shard, [x] * len(likes), likes), dim=1))
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         parts = dy.split(_widths(ctx.cut.time), dim=1)
         own = parts[ctx.shard.rank]
@@ -260,7 +260,7 @@ class _FromFirst(torch.autograd.Function):
         return found.arrival(bring)
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         shard, widths = ctx.shard, _widths(ctx.cut.heads)
         if shard.rank:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops import decay
 from zoo.ops.chunks import ChunkedTime
+from zoo.ops.differentiation import first_order
 
 CHUNK = 64
 
@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
         return y.to(dtypes[0]), time.unorder(_ungrouped(S, time.n_documents, P))
 
     @staticmethod
-    @once_differentiable
+    @first_order("ssd")
     def backward(ctx: Any, dy: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, before = ctx.saved_tensors
         time, (batch, T, G, R, _N, P) = ctx.time, ctx.sizes

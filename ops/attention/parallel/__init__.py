@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops import check
 from zoo.ops.attention.parallel.crossing import Crossing
@@ -41,6 +40,7 @@ from zoo.ops.attention.parallel.lightseq import LightSeq
 from zoo.ops.attention.parallel.ring import Ring
 from zoo.ops.attention.parallel.tokenring import TokenRing
 from zoo.ops.attention.parallel.view import view
+from zoo.ops.differentiation import first_order
 from zoo.ops.dispatch import state_dtype
 from zoo.ops.shard import positions
 from zoo.ops.shard.place import SequenceShard
@@ -131,7 +131,7 @@ class _Across(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         o, lse, *inputs = ctx.saved_tensors
         wide = state_dtype(o)
