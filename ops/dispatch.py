@@ -108,6 +108,11 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
                 f"{operator}: backend 'triton' needs CUDA tensors, got {x.device}; "
                 "move them, use backend='torch', or set TRITON_INTERPRET=1 before the start to test kernels on a CPU"
             )
+        if INTERPRETED and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            raise ValueError(
+                f"{operator}: Triton's interpreter computes in numpy, which has no bfloat16, and would return garbage; "
+                "got bfloat16 tensors under TRITON_INTERPRET=1, use float16 or float32"
+            )
     return backend
 
 
