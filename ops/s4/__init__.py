@@ -73,9 +73,11 @@ def s4d(
         (last,) = last_document(cuts, u.to(dtype))
         state = shard.incoming_state(system.element(last), zeros if state is None else state, n > sizes["B"])
     if chosen == "reference":
-        return _loop(lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state, n, log_A.shape, cuts, dtype)
+        return _loop(
+            lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state, n, log_A.shape, cuts, dtype, (log_A, B, C, D)
+        )
     if not u.shape[1]:
-        return _nothing(u, state, n, log_A.shape, dtype)
+        return _nothing(u, state, n, log_A.shape, dtype, (log_A, B, C, D))
     return convolved(system, u, state, D, n, cuts, dtype)
 
 
@@ -156,11 +158,14 @@ def s4(
         zeros = u.new_zeros(n, *A.shape, dtype=dtype)
         (last,) = last_document(cuts, u.to(dtype))
         rows = (zeros if state is None else state).flatten(-2).unsqueeze(-1)
-        state = shard.incoming_state(system.element(last), rows, n > sizes["B"]).view(n, *A.shape)
+        inputs = (u, A, P, B, C, dt, D)
+        state = shard.incoming_state(system.element(last), rows, n > sizes["B"], inputs=inputs).view(n, *A.shape)
     if chosen == "reference":
-        return _loop(lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state, n, A.shape, cuts, dtype)
+        return _loop(
+            lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state, n, A.shape, cuts, dtype, (A, P, B, C, dt, D)
+        )
     if not u.shape[1]:
-        return _nothing(u, state, n, A.shape, dtype)
+        return _nothing(u, state, n, A.shape, dtype, (A, P, B, C, dt, D))
     return convolved(system, u, state, D, n, cuts, dtype)
 
 
@@ -210,18 +215,19 @@ def _entered(
 
 def _loop(
     loop: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], u: Tensor, state: Tensor | None, n: int,
-    shape: torch.Size, cuts: tuple[int, ...] | None, dtype: torch.dtype,
+    shape: torch.Size, cuts: tuple[int, ...] | None, dtype: torch.dtype, parameters: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The reference on every document."""
     if not u.shape[1]:
-        return _nothing(u, state, n, shape, dtype)
+        return _nothing(u, state, n, shape, dtype, parameters)
     return each_document(loop, cuts, (u,), u.new_zeros(n, *shape, dtype=dtype) if state is None else state)
 
 
 def _nothing(
-    u: Tensor, state: Tensor | None, n: int, shape: torch.Size, dtype: torch.dtype
+    u: Tensor, state: Tensor | None, n: int, shape: torch.Size, dtype: torch.dtype,
+    parameters: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A stretch without tokens; its output stays in the graph, since the other ranks wait for its backward pass."""
     if state is None:
         state = u.new_zeros(n, *shape, dtype=dtype)
-    return u + 0 * state.sum().to(u.dtype), state
+    return shard.tied(u, state, *parameters), state

@@ -29,6 +29,7 @@ Every exchange remembers its shard, because the backward pass runs when the `wit
 | `halo.py` | `halo`: the rows before the left edge, for convolutions; `rows_before`, `rows_after`: on either side |
 | `heads.py` | `over_heads`: from slices of time to slices of heads and back, for any mixer with heads |
 | `serial.py` | `serial`: states that no summary can replace, handed on in micro-batches |
+| `tied.py` | `tied`: outputs of a rank without a token, kept in the graph of its inputs |
 | `total.py` | `total`: sums over all ranks; `whole`: what all ranks hold |
 """
 
@@ -42,6 +43,7 @@ from zoo.ops.shard.place import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.scan import Crossing, crossing, incoming_state, largest
 from zoo.ops.shard.scope import alone, arrived, checkpoint_contexts, current, from_the_right, refuse, seen_as, use
 from zoo.ops.shard.serial import serial
+from zoo.ops.shard.tied import tied
 from zoo.ops.shard.total import total, whole
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "seen_as",
     "serial",
     "stretch",
+    "tied",
     "tokens_of",
     "total",
     "use",
