@@ -9,6 +9,8 @@ from typing import Any, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from zoo.ops.core.differentiation import drops_tangents, in_forward_mode, with_tangents
+
 try:
     import triton
 except ImportError:  # no wheel for this platform (macOS, Windows): the torch forms carry everything
@@ -31,10 +33,19 @@ R = TypeVar("R")
 
 
 def keeps_its_precision(operator: Callable[P, R]) -> Callable[P, R]:
-    """Switch autocast off inside a public operator: it accumulates in the dtypes that it documents."""
+    """Switch autocast off inside a public operator: it accumulates in the dtypes that it documents.
+
+    In forward mode the operator refuses what its form would drop.
+    """
 
     @functools.wraps(operator)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if in_forward_mode():
+            return with_tangents(kept, *args, **kwargs)
+        return kept(*args, **kwargs)
+
+    @functools.wraps(operator)
+    def kept(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next((x.device.type for x in given if isinstance(x, Tensor)), "cpu")
         if device not in AUTOCAST or not torch.is_autocast_enabled(device):
@@ -49,6 +60,7 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     """Launch kernels on the device of the first tensor: Triton takes the current one, which may be another."""
 
     @functools.wraps(launch)
+    @drops_tangents
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         given: tuple[Any, ...] = (*args, *kwargs.values())
         device = next(x.device for x in given if isinstance(x, Tensor))
@@ -100,6 +112,11 @@ def resolve(operator: str, backend: str, x: Tensor) -> str:
             raise ValueError(
                 f"{operator}: backend 'triton' needs CUDA tensors, got {x.device}; "
                 "move them, use backend='torch', or set TRITON_INTERPRET=1 before the start to test kernels on a CPU"
+            )
+        if INTERPRETED and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+            raise ValueError(
+                f"{operator}: Triton's interpreter computes in numpy, which has no bfloat16, and would return garbage; "
+                "got bfloat16 tensors under TRITON_INTERPRET=1, use float16 or float32"
             )
     return backend
 

@@ -5,8 +5,13 @@ from torch import Tensor
 
 
 def as_complex(x: Tensor) -> Tensor:
-    """(..., 2) real -> (...) complex; a view where x is contiguous."""
-    return torch.view_as_complex(x.contiguous())
+    """(..., 2) real -> (...) complex; a view where x is contiguous and its pairs lie at even places of the storage."""
+    if torch.compiler.is_compiling():  # which cannot ask where in its storage a tensor begins
+        return torch.complex(x[..., 0], x[..., 1])
+    x = x.contiguous()
+    if x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):  # strides: of dimensions of size 1
+        x = x.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(x)
 
 
 def as_pairs(z: Tensor) -> Tensor:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from zoo.ops import shard
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.replay import Setting, Tape
 
 P = ParamSpec("P")
@@ -185,7 +185,7 @@ class _Once(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order("runs_once", "call the block without activation checkpointing")
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         return None, None, *ctx.call.gradients(ctx.saved_tensors, given, again)

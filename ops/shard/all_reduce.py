@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import token_indices
 from zoo.ops.shard.scope import Scope, scope
@@ -48,7 +48,7 @@ class _Total(torch.autograd.Function):
         return active.arrival(lambda: _sum(active.shard, x))
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         return None, _sum(ctx.shard, d)
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.prefix_scan import SCANS, Kind, cut_here, folded
 from zoo.ops.shard.scope import Scope
@@ -67,7 +67,7 @@ class _Scans(torch.autograd.Function):
         return Z
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, *dZ: Tensor) -> tuple[Tensor | None, ...]:
         A, A_, *Z = ctx.saved_tensors
         views, transitions = (ctx.shard, ctx.shard.reversed()), (A, A_)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard.prefix_scan import SCANS, cut_here, incoming_state
 from zoo.ops.shard.scope import Scope
 
@@ -67,7 +67,7 @@ class _HandOn(torch.autograd.Function):
         return y.view_as(y), after.view_as(after)
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor | None, ...]:
         (transition,) = ctx.saved_tensors
         leaving = dafter[-1:] if ctx.several else dafter

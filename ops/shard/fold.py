@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.prefix_scan import cut_here
 from zoo.ops.shard.scope import Scope
@@ -135,7 +135,7 @@ class _Fold(torch.autograd.Function):
         return Z
 
     @staticmethod
-    @once_differentiable
+    @first_order("shard.incoming_fold", ON_ONE_RANK)
     def backward(ctx: Any, *dZ: Tensor) -> tuple[Tensor | None, ...]:
         rule, count = ctx.rule, len(ctx.rule.floating)
         saved = ctx.saved_tensors  # checkpointing gives them once

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Tail
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, from_the_right, scope
 from zoo.ops.shard.sequence_shard import SequenceShard
@@ -86,7 +86,7 @@ class _Halo(torch.autograd.Function):
         return active.arrival(bring)
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
         shard, missing = ctx.shard, ctx.missing
         if missing:

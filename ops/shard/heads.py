@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
 from zoo.ops.shard.prefix_scan import all_reduce_max
@@ -189,7 +189,7 @@ class _Turned(torch.autograd.Function):
         return active.arrival(lambda: there(active.shard, x, cut))
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.back(ctx.shard, dy, ctx.cut), None, None, None
 
@@ -214,7 +214,7 @@ class _Back(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
         parts = dstate.split(_widths(ctx.cut.heads), dim=1)
         own = parts[ctx.shard.rank]
@@ -232,7 +232,7 @@ class _ToAll(torch.autograd.Function):
         return active.arrival(lambda: torch.cat(exchange.all_to_all(active.shard, [x] * len(likes), likes), dim=1))
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         parts = dy.split(_widths(ctx.cut.time), dim=1)
         own = parts[ctx.shard.rank]
@@ -259,7 +259,7 @@ class _FromFirst(torch.autograd.Function):
         return active.arrival(bring)
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         shard, widths = ctx.shard, _widths(ctx.cut.heads)
         if shard.rank:

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, scope
 from zoo.ops.shard.sequence_shard import SequenceShard
@@ -97,7 +97,7 @@ class _Scan(torch.autograd.Function):
         return Z
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dZ: Tensor) -> tuple[Tensor | None, ...]:
         transition, Z = ctx.saved_tensors
         G = ctx.method.backward(ctx.kind(transition, dZ))

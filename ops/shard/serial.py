@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, scope, use
 from zoo.ops.shard.sequence_shard import SequenceShard
@@ -68,7 +68,7 @@ class _Receive(torch.autograd.Function):
         return active.arrival(lambda: exchange.receive(shard, state, shard.rank - 1, "state").wait())
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         shard: SequenceShard = ctx.shard
         if shard.rank:
@@ -88,7 +88,7 @@ class _Send(torch.autograd.Function):
         return y.view_as(y), state.view_as(state)
 
     @staticmethod
-    @once_differentiable
+    @first_order("sequence shard", ON_ONE_RANK)
     def backward(ctx: Any, dy: Tensor, d: Tensor) -> tuple[Tensor | None, ...]:
         shard: SequenceShard = ctx.shard
         if shard.rank + 1 < shard.size:

@@ -200,6 +200,15 @@ def test_any_scale(form: str, scale: float) -> None:
     assert_same(form, ours, want)
 
 
+@pytest.mark.parametrize("masks", [{}, {"causal": False}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_negative_scale_turns_the_order_of_the_keys(form: str, masks: dict[str, Any]) -> None:
+    args = inputs(1, 20, 20, V=8)  # as large as keys, where torch has a fused kernel
+    want = gradients(lambda q, k, v: (attention(-0.5 * q, k, v, scale=1.0, **masks),), args)
+    ours = gradients(lambda *a: (attention(*a, scale=-0.5, backend=form, **masks),), for_form(form, args))
+    assert_same(form, ours, want)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_equal_keys_give_the_mean(form: str) -> None:
     q, k, v = for_form(form, inputs(1, 70, 70, Hk=4))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zoo.ops.core.differentiation import first_order
 
 # One core of a shared CPU, float32, 4 heads of 64, B 2, forward + backward in ms, blocks of 64 | 128 | 256 queries:
 # T 2048: 587 | 536 | 582; window 512: 338 | 317 | 464; T 1024, window 128: 99 | 95 | 154. Keys only bound the memory.
@@ -159,7 +160,7 @@ class _Blockwise(torch.autograd.Function):
         return o, lse, m, log_l
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, do: Tensor, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, key_lengths, o, m, log_l = ctx.saved_tensors
         at = Blocks(q, k, v, key_lengths, *ctx.masks)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
 from zoo.ops.core.chunks import chunk_table
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 LOG2E = 1.4426950408889634
@@ -552,6 +553,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors)
 
 
+@first_order("attention")
 def _backward(ctx, do, dlse, _dstats):
     gradients = attention_bwd(do, dlse, *ctx.saved_tensors, ctx.causal, ctx.window, ctx.scale, ctx.pairs)
     return *gradients, *(None,) * 11

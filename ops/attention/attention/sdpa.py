@@ -21,6 +21,8 @@ def attention_sdpa(
 ) -> Tensor:
     """(B, T, H, K), (B, S, Hk, K), (B, S, Hk, V) -> (B, T, H, V); queries at the end of the keys."""
     T, S = q.shape[1], k.shape[1]
+    if scale < 0:  # torch's CPU kernel takes the largest product for the largest score, and gives NaN
+        q, scale = -q, -scale
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
     if window is not None and window >= max(T, S):
         window = None

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 BLOCK_T = 32  # not tuned on a device yet; 64 was close to the 255 registers a thread may have on sm_80
@@ -190,6 +191,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@first_order("causal_conv1d")
 def _backward(ctx, dy):
     saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     dx, dweight, dbias, dstate = causal_conv1d_bwd(dy, *saved, ctx.silu)

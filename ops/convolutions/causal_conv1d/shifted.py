@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from zoo.ops.core.differentiation import first_order
 
 # Numbers in a block of time: what one block makes stays in the cache, and memory is read and written once. CPU time of
 # forward + backward, D = 1536, one thread of an EPYC (32 MiB of L3), against arrays of the whole length: T = 1024:
@@ -67,7 +68,7 @@ class _Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("causal_conv1d")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, state, weight, bias = ctx.saved_tensors
         taps, (width, halo), length = weight.t().contiguous(), (weight.shape[1], state.shape[1]), x.shape[1]

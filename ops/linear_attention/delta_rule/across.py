@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Matrix
 from zoo.ops.core.chunks import ChunkedTime
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.linear_attention.delta_rule.chunked import (
     SEGMENT,
     Queries,
@@ -87,7 +87,7 @@ class _Across(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @first_order("delta_rule")
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, transition, *kept = ctx.saved_tensors
         time, H, n = ctx.time, q.shape[2], len(ctx.segments)

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.chunks import ChunkedTime
 from zoo.ops.core.decay import halved, halved_backward
+from zoo.ops.core.differentiation import first_order
 
 # Forward + backward, two cores (shared), float32. Chunks of 16 / 32 / 64 / 128, ms, without | with g, B = 2, T = 2048,
 # H = 4, K = V = 64: 211 / 108 / 63 / 88 | 81 / 64 / 67 / 102; B = 8, T = 256, H = 2: 18 / 15 / 19 / 23 | 18 / 19 / 18 /
@@ -239,7 +239,7 @@ class _Chunked(torch.autograd.Function):
         return out, time.unorder(S.unflatten(0, (-1, H)))
 
     @staticmethod
-    @once_differentiable
+    @first_order("delta_rule")
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, g, *kept = ctx.saved_tensors
         time, scale, H = ctx.time, ctx.scale, q.shape[2]

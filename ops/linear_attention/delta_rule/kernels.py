@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
 from zoo.ops.core.decay_kernels import across, between, log_sums
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 
@@ -588,6 +589,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@first_order("delta_rule")
 def _backward(ctx, do, dS):
     saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     dq, dk, dv, dbeta, dg, dS0 = delta_bwd(do, dS, *saved, ctx.scale)

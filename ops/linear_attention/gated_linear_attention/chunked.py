@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.chunks import ChunkedTime
+from zoo.ops.core.differentiation import first_order
 
 # CPU time of forward + backward, float32, B=2 T=2048 H=4 K=V=64, a model's gates, one core of a busy machine (to about
 # 15 %): chunks of 32 / 64 / 128 take 82 / 88 / 105 ms with blocks of 32, 94 / 102 / 114 with blocks of 16, and 130
@@ -209,7 +209,7 @@ class _Chunked(torch.autograd.Function):
         return out, time.unorder(S.unflatten(0, (-1, q.shape[2])))
 
     @staticmethod
-    @once_differentiable
+    @first_order("gated_linear_attention")
     def backward(ctx: Any, do: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         (q, k, v, g, *starts), time = ctx.saved_tensors, ctx.time
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 CHUNK = 64
@@ -496,6 +497,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@first_order("gated_linear_attention")
 def _backward(ctx, do, dlast):
     return *gla_bwd(do, dlast, *ctx.saved_tensors, ctx.scale), None, None, None, None
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 from zoo.ops.scans.newton_scan.in_kernels import (
     ENOUGH,
@@ -222,6 +223,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(u, a, keep, state, output[0], offsets)
 
 
+@first_order("para_gru")
 def _backward(ctx, dh, dlast):
     du, da, dstate = para_gru_bwd(dh, dlast, *ctx.saved_tensors)
     return du, da, None, dstate, None

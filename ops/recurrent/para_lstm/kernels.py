@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 from zoo.ops.scans.newton_scan.in_kernels import (
     ENOUGH,
@@ -288,6 +289,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(u, a, p, keep, state, output[0], offsets)
 
 
+@first_order("para_lstm")
 def _backward(ctx, ds, dlast):
     du, da, dp, dstate = para_lstm_bwd(ds[1], dlast, *ctx.saved_tensors)
     return du, da, dp, None, dstate, None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 from zoo.ops.recurrent.rnn_sequential.cells import CELLS
 
@@ -385,6 +386,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, *output)
 
 
+@first_order("a recurrent cell")
 def _backward(ctx, dh, dlast, dkept):
     return *rnn_bwd(dh, dlast, *ctx.saved_tensors, ctx.cell), None, None, None, None, None
 

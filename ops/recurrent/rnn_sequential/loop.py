@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from zoo.ops.core.differentiation import drops_tangents, first_order
 from zoo.ops.recurrent.rnn_sequential.cells import CELLS
 from zoo.ops.recurrent.rnn_sequential.layout import Slabs
 
@@ -20,6 +21,7 @@ def _slabs(x: Tensor, cuts: Sequence[int] | None) -> Slabs:
 
 
 @torch.library.custom_op("zoo::rnn_loop", mutates_args=())
+@drops_tangents
 def rnn_loop(
     x: Tensor, R: Tensor, b: Tensor, state: Tensor, cell: str, cuts: Sequence[int] | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,6 +98,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(R, state, gates, kept)
 
 
+@first_order("a recurrent cell")
 def _backward(ctx, dh, dlast, dgates, dkept):
     return *rnn_loop_bwd(dh, dlast, *ctx.saved_tensors, ctx.cell, ctx.cuts), None, None, None
 

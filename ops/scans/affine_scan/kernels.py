@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 CHUNK = 64  # steps of a chunk; not tuned on a device yet
@@ -231,6 +232,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(a, output[0], state, *table)
 
 
+@first_order("affine_scan")
 def _backward(ctx, dh, dlast):
     return *affine_bwd(dh, dlast, *ctx.saved_tensors), None, None, None, None
 

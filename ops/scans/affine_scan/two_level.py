@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zoo.ops.core.differentiation import first_order
 
 # Numbers in one step of P chunks side by side. CPU time of forward / forward + backward, float32, one EPYC core of a
 # busy machine (good to about 20 %): B=2 T=2048 D=256 takes 10/31, 5.8/13, 3.3/11, 3.4/7.3, 2.8/7.3, 3.5/14 ms at P = 1
@@ -125,7 +126,7 @@ class _Scan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @first_order("affine_scan")
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         a, h, state = (x.conj().resolve_conj() for x in ctx.saved_tensors)  # of complex numbers; nothing for real ones
         if not h.shape[1]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.scans.affine_scan.two_level import chunks_of
 
 # The number of chunks is the elementwise scan's. CPU time of forward / forward + backward on planes, float32, one EPYC
@@ -156,7 +156,7 @@ class _Scan(torch.autograd.Function):
         return out, last
 
     @staticmethod
-    @once_differentiable
+    @first_order("block_affine_scan")
     def backward(ctx: Any, dh: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         A, h, state = ctx.saved_tensors
         if not h.shape[2]:

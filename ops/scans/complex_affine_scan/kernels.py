@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 CHUNK = 64  # steps of a chunk; not tuned on a device yet
@@ -290,6 +291,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(a, output[0], keep, state, *table)
 
 
+@first_order("complex_affine_scan")
 def _backward(ctx, dh, dlast):
     da, db, dstate = complex_affine_bwd(dh, dlast, *ctx.saved_tensors)
     return da, db, None, dstate, None, None, None, None

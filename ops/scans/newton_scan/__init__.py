@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.call import Call, Operator
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.packing import each_document
 from zoo.ops.scans.affine_scan import affine_scan
 from zoo.ops.scans.block_affine_scan import block_affine_scan
@@ -226,7 +226,7 @@ class _Solve(torch.autograd.Function):
         return out.to(u.dtype, copy=True), last
 
     @staticmethod
-    @once_differentiable
+    @first_order("newton_scan")
     def backward(ctx: Any, dout: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         cell: Cell = ctx.cell
         S = cell.states

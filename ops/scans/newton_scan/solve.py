@@ -291,7 +291,9 @@ class _Crossing:
         """The states (S, n, D) after the last step of the rank before, in the row of the first document."""
         S = last.shape[0]
         leaving = last[:, -1:] if self.several else last
-        element = _element(torch.zeros_like(leaving).expand(S, *leaving.shape), leaving)
+        passing = not self.problem.u[0].shape[1] and not self.several  # no token here: what arrives goes on
+        A = torch.eye(S, dtype=leaving.dtype, device=leaving.device).mul_(passing)[:, :, None, None]
+        element = _element(A.expand(S, S, *leaving.shape[1:]), torch.zeros_like(leaving) if passing else leaving)
         return _planes(shard.incoming_state(element, _public(self.problem.state), self.several), S)
 
     def correction(self, J: Tensor, d: Tensor) -> Tensor:

@@ -73,9 +73,9 @@ def s4d(
         (last,) = call.last_document(u.to(dtype))
         state = shard.incoming_state(system.element(last), call.state(given, "H N 2"), call.several)
     if call.backend == "reference":
-        return _loop(call, lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state)
+        return _loop(call, lambda u, x: s4d_reference(u, x, log_A, B, C, D), u, state, (log_A, B, C, D))
     if not u.shape[1]:
-        return _nothing(call, u, state)
+        return _nothing(call, u, state, (log_A, B, C, D))
     return convolved(system, u, state, D, call.documents, call.cuts, dtype)
 
 
@@ -148,11 +148,13 @@ def s4(
     if shard.current() is not None:
         (last,) = call.last_document(u.to(call.dtype))
         rows = call.state(given, "H N 2").flatten(-2).unsqueeze(-1)
-        state = shard.incoming_state(system.element(last), rows, call.several).view(-1, *A.shape)
+        inputs = (u, A, P, B, C, dt, D)
+        arrived = shard.incoming_state(system.element(last), rows, call.several, inputs=inputs)
+        state = arrived.view(-1, *A.shape)
     if call.backend == "reference":
-        return _loop(call, lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state)
+        return _loop(call, lambda u, x: s4_reference(u, x, A, P, B, C, dt, D), u, state, (A, P, B, C, dt, D))
     if not u.shape[1]:
-        return _nothing(call, u, state)
+        return _nothing(call, u, state, (A, P, B, C, dt, D))
     return convolved(system, u, state, D, call.documents, call.cuts, call.dtype)
 
 
@@ -183,13 +185,21 @@ def _maps(**maps: Tensor) -> dict[str, tuple[Tensor | None, str]]:
 
 
 def _loop(
-    call: Call, loop: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], u: Tensor, state: Tensor | None
+    call: Call,
+    loop: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    u: Tensor,
+    state: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
     """The reference on every document."""
+    if not u.shape[1]:
+        return _nothing(call, u, state, parameters)
     return each_document(loop, call.cuts, (u,), call.state(state, "H N 2"))
 
 
-def _nothing(call: Call, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+def _nothing(
+    call: Call, u: Tensor, state: Tensor | None, parameters: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:
     """A stretch without tokens; its output stays in the graph, since the other ranks wait for its backward pass."""
     state = call.state(state, "H N 2")
-    return u + 0 * state.sum().to(u.dtype), state
+    return shard.tied(u, state, *parameters), state

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 from zoo.ops.state_spaces.s4.vandermonde import times
 
@@ -155,6 +156,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
+@first_order("s4")
 def _backward(ctx, dK):
     return *vandermonde_bwd(dK, *ctx.saved_tensors), None
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zoo.ops.core.differentiation import first_order
 
 # exp(x) as exp2(x / ln 2): torch's exp2 takes 0.71 ns a number on a CPU with AVX2, its exp 1.33 ns (a product 0.17)
 _LOG2_E = math.log2(math.e)
@@ -198,7 +199,7 @@ class _Chunked(torch.autograd.Function):
         return y, last.mT.contiguous()
 
     @staticmethod
-    @once_differentiable
+    @first_order("selective_scan")
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, state, saved = ctx.saved_tensors
         cuts, chunk, dtype = ctx.cuts, ctx.chunk, state.dtype

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 # Not tuned on a device yet. The states between chunks are N / CHUNK times as large as u in float32.
@@ -311,6 +312,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors, states, total, begin, end, offsets)
 
 
+@first_order("selective_scan")
 def _backward(ctx, dy, dlast, dstates, dtotal):
     saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     *grads, dD, dstate = selective_bwd(dy, dlast, *saved)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.core import decay
 from zoo.ops.core.chunks import ChunkedTime
+from zoo.ops.core.differentiation import first_order
 
 CHUNK = 64
 
@@ -72,7 +72,7 @@ def _heads_first(z: Tensor) -> Tensor:
 def _grouped(S: Tensor, G: int) -> Tensor:
     """States (n, H, N, P) -> (n * G, N, R * P), the heads of a group side by side."""
     n, H, N, P = S.shape
-    return S.view(n * G, H // G, N, P).transpose(1, 2).reshape(n * G, N, -1)
+    return S.reshape(n * G, H // G, N, P).transpose(1, 2).reshape(n * G, N, -1)
 
 
 def _ungrouped(S: Tensor, n: int, P: int) -> Tensor:
@@ -116,7 +116,7 @@ class _Chunked(torch.autograd.Function):
         return y.to(dtypes[0]), time.unorder(_ungrouped(S, time.n_documents, P))
 
     @staticmethod
-    @once_differentiable
+    @first_order("ssd")
     def backward(ctx: Any, dy: Tensor, dS: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, before = ctx.saved_tensors
         time, (batch, T, G, R, _N, P) = ctx.time, ctx.sizes

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
 from zoo.ops.core.decay_kernels import across, between, end_of, log_sums
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 CHUNK = 64
@@ -448,6 +449,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@first_order("ssd")
 def _backward(ctx, dy, dlast):
     saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     *grads, dD, dstate = ssd_bwd(dy, dlast, *saved)

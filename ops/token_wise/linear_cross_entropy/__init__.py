@@ -73,11 +73,11 @@ def linear_cross_entropy(
             "use 'sum' and divide by the number of scored targets of all ranks"
         )
     targets = torch.where(targets == ignore_index, -1, torch.where(targets < 0, V, targets)).long()
-    return _run(x, weight, bias, targets, reduction, call.backend, products or x.dtype)
+    return _linear_cross_entropy(x, weight, bias, targets, reduction, call.backend, products or x.dtype)
 
 
 @dispatch.keeps_its_precision
-def _run(
+def _linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, reduction: str, chosen: str, products: torch.dtype
 ) -> Tensor:
     """The chosen form; targets (B, T) are tokens, -1 where not scored, V where there is no such token."""

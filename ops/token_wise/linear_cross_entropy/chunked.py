@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.differentiation import first_order
+
 # A chunk holds CHUNK_BYTES of logits, within (least, most) tokens. Too few tokens, and adding to a weight gradient that
 # fits no cache dominates; too many, and the logits leave the cache. CPU, one thread, float32, forward and backward
 # over F.linear + F.cross_entropy, on a shared machine: N=1024 D=512 V=50000: 64 tokens 1.05, 128 0.88, 192 0.86,
@@ -79,8 +81,8 @@ class _Reduced(torch.autograd.Function):
         return losses.sum() * ctx.scale
 
     @staticmethod
+    @first_order("linear_cross_entropy", "use backend='reference', which holds all logits")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_cross_entropy: its gradients are made in the forward pass and given away by the first backward "
@@ -111,8 +113,8 @@ class _PerToken(torch.autograd.Function):
         return _sweep(x, weight, bias, targets, None, (False, False, False), *ctx.how)[0]
 
     @staticmethod
+    @first_order("linear_cross_entropy", "use backend='reference', which holds all logits")
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
         x, weight, bias, targets = ctx.saved_tensors
         # small upstream gradients would be lost in half precision: 1 at most here, the size comes back in float32
         size = dlosses.abs().amax().clamp(min=torch.finfo(dlosses.dtype).tiny)
@@ -123,14 +125,6 @@ class _PerToken(torch.autograd.Function):
             for g, dtype in zip(gradients, _dtypes(x, weight, bias), strict=True)
         )
         return *found, None, None, None, None
-
-
-def _refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():  # as it is in a backward pass with create_graph=True
-        raise RuntimeError(
-            "linear_cross_entropy: has no second derivatives, and create_graph=True asks for them; "
-            "use backend='reference', which holds all logits"
-        )
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:

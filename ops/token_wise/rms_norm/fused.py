@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from zoo.ops.core.differentiation import first_order
 
 WIDE = (torch.float32, torch.float64)
 
@@ -51,7 +52,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, scale = ctx.saved_tensors
         u, z, d = _wide(x), None if gate is None else _wide(gate), _wide(dy)

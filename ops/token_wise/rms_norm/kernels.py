@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 PLAIN, NORM_FIRST, GATE_FIRST = 0, 1, 2
@@ -161,6 +162,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@first_order("rms_norm")
 def _backward(ctx, dy):
     x, gate, weight = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
     dx, dgate, dweight = rms_norm_bwd(dy, x, gate, weight, ctx.eps, ctx.gate_first)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from zoo.ops.core.differentiation import first_order
+from zoo.ops.core.pairs import as_complex
 
 
 def rotary_fused(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -26,7 +28,7 @@ class _Rotary(torch.autograd.Function):
         return _turn(x, cos, sin, interleaved, 1)
 
     @staticmethod
-    @once_differentiable
+    @first_order("rotary")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, cos, sin = ctx.saved_tensors
         dx = _turn(dy, cos, sin, ctx.interleaved, -1) if ctx.needs_input_grad[0] else None
@@ -54,7 +56,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> 
     wide = torch.promote_types(torch.promote_types(x.dtype, cos.dtype), torch.float32)
     cos, sin, half = cos.to(wide).unsqueeze(-2), sign * sin.to(wide).unsqueeze(-2), cos.shape[-1]
     if interleaved:
-        pairs = torch.view_as_complex(x.to(wide).contiguous().unflatten(-1, (half, 2)))
+        pairs = as_complex(x.to(wide).unflatten(-1, (half, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     pairs = x.to(wide).unflatten(-1, (2, half))
     y = pairs.flip(-2).mul_(torch.stack([-sin, sin], dim=-2)).addcmul_(pairs, cos.unsqueeze(-2))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 from zoo.ops.token_wise.rotary.fused import table_gradients
 
@@ -93,6 +94,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x if any(ctx.needs_input_grad[1:3]) else None, cos, sin)
 
 
+@first_order("rotary")
 def _backward(ctx, dy):
     x, cos, sin = ctx.saved_tensors
     dcos, dsin = (None, None) if x is None else table_gradients(dy, x, cos, ctx.interleaved)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
 
 BLOCK = 2048  # not tuned on a device yet: 16 numbers a thread, in loads of 16 bytes
@@ -80,6 +81,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
+@first_order("swiglu")
 def _backward(ctx, dy):
     return swiglu_bwd(dy, *ctx.saved_tensors)
 

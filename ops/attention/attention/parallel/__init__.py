@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zoo.ops.attention.attention.parallel.crossing import Crossing
 from zoo.ops.attention.attention.parallel.gathered import Gathered, Reached
@@ -41,6 +40,7 @@ from zoo.ops.attention.attention.parallel.ring import Ring
 from zoo.ops.attention.attention.parallel.tokenring import TokenRing
 from zoo.ops.attention.attention.parallel.view import view
 from zoo.ops.core import check
+from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.dispatch import state_dtype
 from zoo.ops.shard import positions
 from zoo.ops.shard.scope import Scope
@@ -130,7 +130,7 @@ class _Across(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
         o, lse, *inputs = ctx.saved_tensors
         wide = state_dtype(o)
