@@ -81,3 +81,17 @@ def test_an_end_symbol_counts_in_the_row_that_it_begins(kind: Any) -> None:
     """Rows of two targets: "ab", its end and "c", "d" and its end."""
     source = kind(Corpus.of(["ab", "cd"], Lossy()), LENGTHS, seq_len=2, batch_size=1, seed=None)
     assert [int(source.batch(0, step, 0, 1)["n_bytes"]) for step in range(source.steps(1))] == [6, 3 - 4, 3 - 4]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_tokens_are_as_small_as_their_vocabulary_allows_and_no_smaller(vocab_size: int, dtype: Any) -> None:
+    class Wide(ByteTokenizer):
+        """Its last id ends a document."""
+
+        def byte_lengths(self) -> np.ndarray:
+            return np.array([1] * 256 + [0] * (vocab_size - 256))
+
+    Wide.vocab_size, Wide.eos_id = vocab_size, vocab_size - 1
+    tokens = Corpus.of(["ab"], Wide()).tokens
+    assert tokens.dtype == dtype
+    assert tokens.tolist() == [vocab_size - 1, 97, 98, vocab_size - 1]

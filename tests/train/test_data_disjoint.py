@@ -74,6 +74,28 @@ def test_independent_draws_would_meet(name: str) -> None:
     assert drawn[0] & drawn[1]
 
 
+COUNTED: list[tuple[SyntheticData, int]] = [  # rows there are, but for how the keys of mqar fall into their slots
+    (Parity(seq_len=7), 1),
+    (WordProblem(group="s3", seq_len=3), 1),
+    (KHop(vocab_size=5, seq_len=4), 1),
+    (Copying(vocab_size=5, n_tokens=2, seq_len=8), 1),
+    (Copying(vocab_size=5, n_tokens=4, seq_len=10, variant="plain"), 1),
+    (InductionHeads(vocab_size=3, seq_len=7), 1),
+    (MQAR(vocab_size=10, n_pairs=2, seq_len=8), 2),  # both keys in the only two slots
+    (MQAR(vocab_size=8, n_pairs=1, seq_len=6), 2),
+    (MQAR(vocab_size=10, n_pairs=1, n_passes=2, seq_len=8), 2),
+    (MQAR(vocab_size=6, n_pairs=1, seq_len=4, filler="random"), 1),
+    (MQAR(vocab_size=8, n_pairs=1, n_passes=2, seq_len=6, filler="random"), 1),
+]
+
+
+@pytest.mark.parametrize(("data", "slots"), COUNTED)
+def test_the_variety_of_a_task_is_the_number_of_its_rows(data: SyntheticData, slots: int) -> None:
+    numbers = np.arange(30_000)
+    drawn = set(map(tuple, data.generate(Draws(0, TRAINING, numbers), len(numbers))[0].tolist()))
+    assert len(drawn) == slots * round(2 ** data.variety())
+
+
 def test_every_row_is_on_one_side() -> None:
     """All 128 sequences of seven bits; about a quarter of them are validation's."""
     data = Parity(seq_len=7)
