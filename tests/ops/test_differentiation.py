@@ -22,6 +22,7 @@ CASES = [
     for form in spec.forms
     for length in ((1, 6) if form == "torch" else (6,))
 ]
+LINEAR = {"dropout"}  # in its one input: there are no second derivatives to drop
 Derivative = Callable[[str], Sequence[Tensor]]
 
 
@@ -64,6 +65,9 @@ def test_second_derivatives_under_a_constant_upstream_gradient(spec: OperatorSpe
             return [torch.zeros_like(x) for x in leaves.values()]
         return torch.autograd.grad(sum(along), list(leaves.values()), allow_unused=True, materialize_grads=True)
 
+    if spec.name in LINEAR:
+        assert all(not x.any() for x in second("reference"))
+        return
     _right_or_refused(second, form, "has no second derivatives, and create_graph=True asks for them")
 
 
