@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import token_indices
 from zoo.ops.shard.scope import Scope, scope
@@ -23,7 +24,7 @@ def total(x: Tensor) -> Tensor:
     active = scope()
     if active is None or active.shard.size == 1:
         return x
-    summed: Tensor = _Total.apply(active, x)
+    summed: Tensor = apply(_Total, active, x)
     return summed
 
 

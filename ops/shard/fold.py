@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.shard import exchange
 from zoo.ops.shard.prefix_scan import cut_here
 from zoo.ops.shard.scope import Scope
@@ -69,7 +70,7 @@ def incoming_fold(
             f"and {wanted}, convert the element"
         )
     rule = _Rule(join, structure, [x.is_floating_point() for x in given])
-    first = _Fold.apply(active, rule, several, *given, *own, *inputs)
+    first = apply(_Fold, active, rule, several, *given, *own, *inputs)
     if not several:
         arrived: S = tree_unflatten(list(first), structure)
         return arrived

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zoo.ops.core.algebra import Tail
+from zoo.ops.core.autograd import apply
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, from_the_right, scope
 from zoo.ops.shard.sequence_shard import SequenceShard
@@ -27,7 +28,7 @@ def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
     active.shard.require_contiguous("a convolution over time")
     if several:
         tail = tail.reset_to(tail.apply(state[-1:]))
-    first = _Halo.apply(active, state[:1] if several else state, tail.rows)
+    first = apply(_Halo, active, state[:1] if several else state, tail.rows)
     return torch.cat([first, state[1:]]) if several else first
 
 

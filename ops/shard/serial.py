@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, scope, use
 from zoo.ops.shard.sequence_shard import SequenceShard
@@ -44,10 +45,10 @@ def serial(
     cut = [x.tensor_split(groups) for x in (*inputs, state)]
     outputs, states = [], []
     for *parts, before in zip(*cut, strict=True):
-        before = _Receive.apply(active, before, *parts)
+        before = apply(_Receive, active, before, *parts)
         with use(None):
             y, after = run(*parts, before)
-        y, after = _Send.apply(active, y, after)
+        y, after = apply(_Send, active, y, after)
         outputs.append(y)
         states.append(after)
     return torch.cat(outputs), torch.cat(states)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from zoo.ops.core.autograd import apply
+
 # Numbers in one step of P chunks side by side. CPU time of forward / forward + backward, float32, one EPYC core of a
 # busy machine (good to about 20 %): B=2 T=2048 D=256 takes 10/31, 5.8/13, 3.3/11, 3.4/7.3, 2.8/7.3, 3.5/14 ms at P = 1
 # (the plain loop), 8, 16, 32, 64, 128, where copying a and b takes 0.9; B=1 T=16384 D=512 takes 97/244, 63/158, 51/153,
@@ -37,7 +39,8 @@ def affine_scan_two_level(
         chunks: P, how many chunks are walked side by side; chosen by size when omitted.
     """
     if cuts is None:
-        return _Scan.apply(a, b, state, chunks)
+        result: tuple[Tensor, Tensor] = apply(_Scan, a, b, state, chunks)
+        return result
     # a document begins where the transition is zero and its own state enters with the input
     filled = [i for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     first, ends, index = (
@@ -47,7 +50,7 @@ def affine_scan_two_level(
     dtype = b.dtype
     a, b = a.to(state.dtype), b.to(state.dtype)
     b = b.index_add(1, first, a[:, first] * state[index])
-    h, _ = _Scan.apply(a.index_fill(1, first, 0), b, torch.zeros_like(state[:1]), chunks)
+    h, _ = apply(_Scan, a.index_fill(1, first, 0), b, torch.zeros_like(state[:1]), chunks)
     return h.to(dtype), state.index_copy(0, index, h[0, ends])
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
+
 # A chunk holds CHUNK_BYTES of logits, within (least, most) tokens. Too few tokens, and adding to a weight gradient that
 # fits no cache dominates; too many, and the logits leave the cache. CPU, one thread, float32, forward and backward
 # over F.linear + F.cross_entropy, on a shared machine: N=1024 D=512 V=50000: 64 tokens 1.05, 128 0.88, 192 0.86,
@@ -52,14 +54,16 @@ def reduced_loss(
         drop: leave tokens that are not scored out first. That reads the targets: not where a device would be waited
             for. The torch step needs it on a CPU.
     """
-    return _Reduced.apply(x, weight, bias, targets, mean, products, drop, torch.is_grad_enabled(), step)
+    y: Tensor = apply(_Reduced, x, weight, bias, targets, mean, products, drop, torch.is_grad_enabled(), step)
+    return y
 
 
 def token_losses(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, products: torch.dtype, drop: bool, step: Step
 ) -> Tensor:
     """The loss of every token, (N,); the backward pass makes the logits again, for it needs the upstream gradient."""
-    return _PerToken.apply(x, weight, bias, targets, products, drop, step)
+    y: Tensor = apply(_PerToken, x, weight, bias, targets, products, drop, step)
+    return y
 
 
 class _Reduced(torch.autograd.Function):
@@ -76,7 +80,8 @@ class _Reduced(torch.autograd.Function):
         ctx.gradients = gradients  # plain attributes: what checkpointing or offloading does to saved tensors costs here
         ctx.scale = 1 / count.to(losses.dtype)
         ctx.dtypes = _dtypes(x, weight, bias)
-        return losses.sum() * ctx.scale
+        loss: Tensor = losses.sum() * ctx.scale
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
