@@ -106,7 +106,8 @@ def _halos(
     sizes = [x.shape[2] for x in xs]
     state = torch.cat(list(states), dim=2) if states else xs[0].new_zeros(n, width, sum(sizes))
     rows = torch.cat([Tail.of(last_document(cuts, x)[0], width).rows for x in xs], dim=2)
-    return shard.halo(Tail(rows, width), state.to(rows.dtype), n > batch).split(sizes, dim=2)
+    tails: tuple[Tensor, ...] = shard.halo(Tail(rows, width), state.to(rows.dtype), n > batch).split(sizes, dim=2)
+    return tails
 
 
 def initial_tails(convs: Iterable[nn.Module], batch: int) -> tuple[Tensor, ...]:
