@@ -47,8 +47,11 @@ class ShortConvolution(_Taps):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        weight, bias = self.weight, self.bias
+        if weight.dtype != x.dtype:
+            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return causal_conv1d(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype), state,
+            x, weight, bias, state,
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -79,6 +80,18 @@ class RunFolder:
             known = json.loads(self.versions.read_text(encoding="utf-8"))
             known["operators"] = {name: choice._asdict() for name, choice in sorted(choices.items())}
             self.versions.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+
+    @rank_zero_only
+    def discard(self) -> None:
+        """Take back what `create` made for a run that was refused; the folder of an earlier run is left alone."""
+        if not self._fresh:
+            return
+        for path in self.path.iterdir():  # it was empty before `create`
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # another run may have come to lie beside this one
+                folder.rmdir()
+        self._fresh = False
 
     @classmethod
     def existing(cls, path: Path) -> "RunFolder":

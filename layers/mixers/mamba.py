@@ -119,9 +119,11 @@ class Mamba(nn.Module):
         x, tail = self.conv1d(x, tail, cu_seqlens=cu_seqlens)
         delta, B, C = self._selection(x)
         wide = delta.dtype
+        A = self.A_log.to(wide).exp()
+        A = -A if torch.is_grad_enabled() else A.neg_()
         y, h = selective_scan(
-            x, delta, -self.A_log.to(wide).exp(), B, C, self.D.to(wide), h, cu_seqlens=cu_seqlens, backend=self.backend
-        )
+            x, delta, A, B, C, self.D.to(wide), h, cu_seqlens=cu_seqlens, backend=self.backend
+        )  # fmt: skip
         return self.out_proj(swiglu(z, y, backend=self.backend)), MambaState(h, tail)
 
     def _selection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Numbers of a model's config: whatever is given makes a model or is refused in one sentence."""
 
 import math
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +30,6 @@ def numeric_fields(name: str) -> Iterator[tuple[str, Any]]:
 def test_a_number_makes_a_model_or_is_refused_in_one_sentence(name: str) -> None:
     small = {key: value for key, value in SMALL.items() if key in model_info(name).fields}
     for field, value in numeric_fields(name):
-        start = time.perf_counter()
         try:
             model = zoo.create_model(name, **(small | {field: value}))
         except UserError as refusal:
@@ -42,7 +40,6 @@ def test_a_number_makes_a_model_or_is_refused_in_one_sentence(name: str) -> None
         else:
             assert math.isfinite(value), (field, value)
             assert all(parameter.numel() for parameter in model.parameters()), (field, value)
-        assert time.perf_counter() - start < 20, (field, value)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +71,15 @@ def test_a_subclass_that_changes_a_default_keeps_the_range() -> None:
     assert model_info("mamba").fields["hidden_size"] == {"type": "int | None", "default": 0, "range": {"least": 0}}
 
 
-def test_parameters_that_do_not_fit_are_refused_before_they_are_made() -> None:
-    start = time.perf_counter()
+def test_parameters_that_do_not_fit_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    fill = torch.Tensor.normal_
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda x, *a, **k: (devices.append(x.device.type), fill(x, *a, **k))[1]
+    )
     with pytest.raises(UserError, match=r"its parameters take [\d,]+\.\d GiB and this machine has [\d,.]+ GiB left"):
         zoo.create_model("deltanet", d_model=10_000_000)
-    assert time.perf_counter() - start < 20
+    assert set(devices) == {"meta"}
 
 
 def test_sizes_that_torch_cannot_count_are_refused_on_any_device() -> None:

@@ -13,12 +13,13 @@ from zoo.settings import indexed
 
 INTEGERS = (0, -1, -2, 10**30)
 FLOATS = (0.0, -1.0, -2.0, 1e300, math.inf, -math.inf, math.nan)
-PLAIN = sorted(path.stem for path in ROOT.glob("*/*.json") if dataclasses.is_dataclass(resolve(path.stem)))
+CLASSES = sorted((path.parent.name, path.stem) for path in ROOT.glob("*/*.json"))
+PLAIN = [(group, target) for group, target in CLASSES if dataclasses.is_dataclass(resolve(target))]
 
 
-@pytest.mark.parametrize("target", PLAIN)
-def test_a_number_makes_settings_or_is_refused_in_one_sentence(target: str) -> None:
-    settings, owner = indexed(target), resolve(target)
+@pytest.mark.parametrize(("group", "target"), PLAIN)
+def test_a_number_makes_settings_or_is_refused_in_one_sentence(group: str, target: str) -> None:
+    settings, owner = indexed(group, target), resolve(target)
     assert settings
     for name, setting in settings.items():
         kinds = set(setting.type.split(" | "))
