@@ -162,7 +162,8 @@ class SequenceModel(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
-        return self.lm_head(x)
+        logits: Tensor = self.lm_head(x)
+        return logits
 
     def head_loss(
         self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"

@@ -47,7 +47,8 @@ class ShortConvolution(_Taps):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if weight.dtype != x.dtype:
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         return causal_conv1d(
@@ -109,7 +110,8 @@ def _halos(
     sizes = [x.shape[2] for x in xs]
     state = torch.cat(list(states), dim=2) if states else xs[0].new_zeros(n, width, sum(sizes))
     rows = torch.cat([Tail.of(last_document(cuts, x)[0], width).rows for x in xs], dim=2)
-    return shard.halo(Tail(rows, width), state.to(rows.dtype), n > batch).split(sizes, dim=2)
+    tails: tuple[Tensor, ...] = shard.halo(Tail(rows, width), state.to(rows.dtype), n > batch).split(sizes, dim=2)
+    return tails
 
 
 def initial_tails(convs: Iterable[nn.Module], batch: int) -> tuple[Tensor, ...]:

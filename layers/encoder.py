@@ -66,7 +66,8 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
         types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
-        return self.dropout(self.norm(self.word(tokens) + types))
+        embedded: Tensor = self.dropout(self.norm(self.word(tokens) + types))
+        return embedded
 
 
 class EncoderLayer(nn.Module):
@@ -89,7 +90,8 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, rows: RowsApart | None = None) -> Tensor:
         if self.prenorm:
             return x + self._mix(self.norm(x), cu_seqlens, rows)
-        return self.norm(x + self._mix(x, cu_seqlens, rows))
+        normed: Tensor = self.norm(x + self._mix(x, cu_seqlens, rows))
+        return normed
 
     def _mix(self, x: Tensor, cu_seqlens: Tensor | None, rows: RowsApart | None) -> Tensor:
         if rows is None:
@@ -115,10 +117,12 @@ class MaskedTokenHead(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """All but the last product."""
-        return self.norm(F.gelu(self.dense(x)))
+        transformed: Tensor = self.norm(F.gelu(self.dense(x)))
+        return transformed
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(self.transform(x))
+        logits: Tensor = self.decoder(self.transform(x))
+        return logits
 
 
 class ClassificationHead(nn.Module):
@@ -137,7 +141,8 @@ class ClassificationHead(nn.Module):
         Where time is cut across ranks, every rank gives the logits of all whole sequences.
         """
         one = pooled(x, self.pooling, mask, cu_seqlens)
-        return self.classes(self.dropout(torch.tanh(self.pooler(one))))
+        logits: Tensor = self.classes(self.dropout(torch.tanh(self.pooler(one))))
+        return logits
 
 
 class Encoder(nn.Module):
@@ -245,9 +250,11 @@ class Encoder(nn.Module):
     def head(self, x: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """The logits of what `encode` returned; a head for tokens looks at each alone, at any (..., D)."""
         if self.lm_head is not None:
-            return self.lm_head(x)
+            logits: Tensor = self.lm_head(x)
+            return logits
         assert self.classifier is not None
-        return self.classifier(x, None if mask is None else mask.bool(), cu_seqlens)
+        logits = self.classifier(x, None if mask is None else mask.bool(), cu_seqlens)
+        return logits
 
     def head_loss(
         self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"

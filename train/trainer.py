@@ -91,7 +91,7 @@ class TrainerConfig:
     def _check_processes(self) -> None:
         """Refuse more processes on a CPU than it can hold: Lightning would start them all."""
         on_cpu = self.accelerator == "cpu" or (self.accelerator == "auto" and not torch.accelerator.is_available())
-        count = int(self.devices) if str(self.devices).isdecimal() else 0
+        count = int(str(self.devices)) if str(self.devices).isdecimal() else 0
         cores = os.cpu_count() or 1
         if on_cpu and count > PROCESSES_A_CORE * cores:
             raise UsageError(

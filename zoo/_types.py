@@ -109,13 +109,15 @@ def _require(value: Any, holds: bool) -> Any:
 def _fit_int(value: Any, exact: bool) -> int:
     if not exact and isinstance(value, float) and value.is_integer():
         return int(value)  # 1e4
-    return _require(value, isinstance(value, int) and not isinstance(value, bool))
+    fitted: int = _require(value, isinstance(value, int) and not isinstance(value, bool))
+    return fitted
 
 
 def _fit_float(value: Any, exact: bool) -> float:
     if not exact and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    return _require(value, isinstance(value, float))
+    fitted: float = _require(value, isinstance(value, float))
+    return fitted
 
 
 _SCALAR_RULES: dict[str, Callable[[Any, bool], Any]] = {

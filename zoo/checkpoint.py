@@ -301,7 +301,8 @@ def read_trainer_state(path: Path) -> dict[str, Any]:
     weights = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path} is no trainer's checkpoint: it has no state_dict of tensors; take another copy")
-    return content
+    state: dict[str, Any] = content
+    return state
 
 
 def read_trainer(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

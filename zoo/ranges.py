@@ -88,7 +88,8 @@ def check_fields(instance: Any, prefix: str = "") -> None:
     Raises:
         UsageError: the sentence names the field after `prefix`.
     """
-    for name, range_ in ranges_of(type(instance)).items():
+    kind: Any = type(instance)
+    for name, range_ in ranges_of(kind).items():
         range_.check(prefix + name, getattr(instance, name))
 
 

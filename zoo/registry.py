@@ -307,7 +307,7 @@ def _former(field: "dataclasses.Field[Any]") -> dict[str, list[str]]:
     return {RENAMED_FROM: list(field.metadata[RENAMED_FROM])} if RENAMED_FROM in field.metadata else {}
 
 
-def _default(field: dataclasses.Field) -> Any:
+def _default(field: "dataclasses.Field[Any]") -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     if field.default is dataclasses.MISSING:

@@ -58,7 +58,8 @@ def settings_of(owner: Any) -> dict[str, Setting]:
     """The settings of a class or function; parameters for objects (a module, a callback) are not the user's to give."""
     init = inspect.unwrap(getattr(owner, "__init__") if isinstance(owner, type) else owner)  # noqa: B009 - may be inherited
     hints = _hints(init)
-    ranges = ranges_of(owner if dataclasses.is_dataclass(owner) else init) if hints else {}
+    declares: Any = owner if dataclasses.is_dataclass(owner) else init
+    ranges = ranges_of(declares) if hints else {}
     settings = {}
     for name, parameter in inspect.signature(owner).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:

@@ -154,7 +154,8 @@ class SentencePieceTokenizer:
         if self._processor.is_control(id) or self._processor.is_unused(id):
             return b""
         if self._processor.is_unknown(id):
-            return self._processor.decode([id]).encode()
+            text: bytes = self._processor.decode([id]).encode()
+            return text
         piece = self._processor.id_to_piece(id)
         if self._processor.is_byte(id) and (match := _BYTE_PIECE.match(piece)):
             return bytes.fromhex(match[1])
@@ -215,7 +216,8 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """The pieces of the text."""
         if SPACE_MARK not in text:
-            return self._processor.encode(text)
+            ids: list[int] = self._processor.encode(text)
+            return ids
         # Another character that neither text nor vocabulary has takes its place: it falls back to its own bytes.
         other = next(c for c in map(chr, _PRIVATE_USE) if c not in text and c not in self._spelled)
         ids = self._processor.encode(text.replace(SPACE_MARK, other))

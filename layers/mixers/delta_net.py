@@ -1,6 +1,7 @@
 """DeltaNet and Gated DeltaNet: a matrix memory that writes corrections instead of sums."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,12 @@ def _identity(x: Tensor) -> Tensor:
 
 
 # Functions with names of a module: what a layer holds must be picklable, and a lambda is not.
-FEATURES = {"silu": F.silu, "relu": F.relu, "elu": _elu_plus_one, "identity": _identity}
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu": _elu_plus_one,
+    "identity": _identity,
+}
 NORMS = {"l2": l2_norm, "sum": _sum_norm, "none": _identity}
 
 

@@ -101,7 +101,8 @@ class _ParaRNN(nn.Module):
         B, b = self.B.to(x.dtype), self.b.to(x.dtype)
         if heads == 1:
             u = x @ B[0].flatten(1)  # (B, T, 3 D)
-            return u.unflatten(-1, (3, each)) + b
+            u_h: Tensor = u.unflatten(-1, (3, each)) + b
+            return u_h
         rows = x.reshape(batch * T, heads, each).transpose(0, 1)
         u = torch.bmm(rows, B.flatten(2)).view(heads, batch, T, 3, each)
         return u.permute(1, 2, 3, 0, 4).reshape(batch, T, 3, heads * each) + b

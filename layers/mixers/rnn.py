@@ -211,7 +211,8 @@ class SLSTM(nn.Module):
 
     def _convolved(self, x: Tensor, tail: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.conv is not None:
-            return self.conv(x, tail, cu_seqlens=cu_seqlens)
+            convolved: tuple[Tensor, Tensor] = self.conv(x, tail, cu_seqlens=cu_seqlens)
+            return convolved
         if tail is None:
             tail = x.new_zeros(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1, 0, x.shape[-1])
         return x, tail

@@ -16,20 +16,20 @@ caller is told once, with the reason. `watched` shows what was chosen to whoever
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from zoo.ops.core import check, dispatch
-from zoo.ops.core.algebra import Affine
+from zoo.ops.core.algebra import Block2x2, ComplexElementwise, Diagonal, Elementwise, Matrix
 from zoo.ops.core.packing import last_document
 from zoo.ops.core.recompute import no_recompute
 from zoo.ops.shard.scope import scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
-E = TypeVar("E", bound=Affine)
+E = TypeVar("E", Elementwise, Diagonal, Matrix, Block2x2, ComplexElementwise)
 
 Arguments = Mapping[str, tuple[Tensor | None, str]]  # name -> (tensor or None, its dimensions as "B T H K")
 
@@ -86,6 +86,14 @@ class Operator:
     def __repr__(self) -> str:
         return f"Operator({self.name!r}, cp_kind={self.cp_kind!r})"
 
+    @overload
+    def public(
+        self, *, recomputed: bool = False, precise: bool = True
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    @overload
+    def public(
+        self, *, recomputed: bool = False, precise: bool = True, step: Callable[P, R]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
     def public(
         self, *, recomputed: bool = False, precise: bool = True, step: Callable[P, R] | None = None
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:

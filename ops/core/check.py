@@ -87,7 +87,7 @@ def boundaries(operator: str, cu_seqlens: Tensor, batch: int, length: int) -> tu
             )
         seen = (version, tuple(cu_seqlens.tolist()))
         _CHECKED_BOUNDARIES[cu_seqlens] = seen
-    cuts = seen[1]
+    cuts: tuple[int, ...] = seen[1]
     if cuts[0] != 0 or cuts[-1] != length:
         raise ValueError(
             f"{operator}: cu_seqlens must start at 0 and end at T = {length}; got {cuts[0]} and {cuts[-1]}"

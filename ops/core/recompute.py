@@ -26,6 +26,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from zoo.ops import shard
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.replay import Setting, Tape
 
@@ -91,7 +92,7 @@ class _Call:
             entering = [i for i, needed in enumerate(wanted) if needed]
             if entering:
                 root = torch.zeros((), requires_grad=True)
-                for i, x in zip(entering, _Entry.apply(root, *(leaves[i] for i in entering)), strict=True):
+                for i, x in zip(entering, apply(_Entry, root, *(leaves[i] for i in entering)), strict=True):
                     leaves[i] = x
             supply = iter(leaves)
             args, kwargs = tree_unflatten([next(supply) if isinstance(x, Tensor) else x for x in given], spec)
@@ -223,7 +224,7 @@ def no_recompute(operator: Callable[P, R]) -> Callable[P, R]:
         inputs = [x for x in given if isinstance(x, Tensor)]
         record = scope.tape.value(lambda: _Call(scope.keeping))
         again = record.spec is not None
-        flat = _Once.apply(record, None if again else functools.partial(record.run, operator, spec, given), *inputs)
+        flat = apply(_Once, record, None if again else functools.partial(record.run, operator, spec, given), *inputs)
         assert record.spec is not None
         result: R = tree_unflatten(list(flat), record.spec)
         return result

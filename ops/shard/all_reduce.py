@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import token_indices
@@ -23,7 +24,7 @@ def total(x: Tensor) -> Tensor:
     active = scope()
     if active is None or active.shard.size == 1:
         return x
-    summed: Tensor = _Total.apply(active, x)
+    summed: Tensor = apply(_Total, active, x)
     return summed
 
 

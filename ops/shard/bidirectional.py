@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.prefix_scan import SCANS, Kind, cut_here, folded
@@ -42,7 +43,7 @@ def incoming_states(elements: tuple[Affine, Affine], states: tuple[Tensor, Tenso
     if active is None:
         return states
     left, right = elements
-    arrived: tuple[Tensor, Tensor] = _Scans.apply(active, type(left), *states, *left, *right)
+    arrived: tuple[Tensor, Tensor] = apply(_Scans, active, type(left), *states, *left, *right)
     return arrived
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard.prefix_scan import SCANS, cut_here, incoming_state
 from zoo.ops.shard.scope import Scope
@@ -44,7 +45,7 @@ def run_from_incoming(
     rank, size = active.shard.rank, active.shard.size
     if rank == 0:
         y, after = run(state)
-        handed_on: tuple[Tensor, Tensor] = _HandOn.apply(active, kind, several, y, after)
+        handed_on: tuple[Tensor, Tensor] = apply(_HandOn, active, kind, several, y, after)
         return handed_on
     if rank + 1 < size:
         return run(incoming_state(element(), state, several, inputs=inputs))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.prefix_scan import cut_here
@@ -69,7 +70,7 @@ def incoming_fold(
             f"and {wanted}, convert the element"
         )
     rule = _Rule(join, structure, [x.is_floating_point() for x in given])
-    first = _Fold.apply(active, rule, several, *given, *own, *inputs)
+    first = apply(_Fold, active, rule, several, *given, *own, *inputs)
     if not several:
         arrived: S = tree_unflatten(list(first), structure)
         return arrived

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.shard.scope import scope, use
 from zoo.ops.shard.serial import _Receive, _Send
 
@@ -62,10 +63,10 @@ def frontier(
         left, ys, lasts = None, [], []
         cut = [x.tensor_split(blocks, dim=2) for x in strip]
         for *parts, before in zip(*cut, above.tensor_split(blocks, dim=1), strict=True):
-            before = _Receive.apply(active, before, *parts)
+            before = apply(_Receive, active, before, *parts)
             with use(None):
                 y, last, left = run(*parts, before, left)
-            y, last = _Send.apply(active, y, last)
+            y, last = apply(_Send, active, y, last)
             ys.append(y)
             lasts.append(last)
         outputs.append(torch.cat(ys, dim=2))

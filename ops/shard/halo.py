@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core.algebra import Tail
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, from_the_right, scope
@@ -27,7 +28,7 @@ def halo(tail: Tail, state: Tensor, several: bool = False) -> Tensor:
     active.shard.require_contiguous("a convolution over time")
     if several:
         tail = tail.reset_to(tail.apply(state[-1:]))
-    first = _Halo.apply(active, state[:1] if several else state, tail.rows)
+    first = apply(_Halo, active, state[:1] if several else state, tail.rows)
     return torch.cat([first, state[1:]]) if several else first
 
 

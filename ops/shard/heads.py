@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.layout import local_boundaries, stretch
@@ -88,25 +89,25 @@ def _run(
             continue
         dim = split.get(key, 0)
         if dim >= 2 and x.shape[dim] == first.shape[2]:
-            taken[key] = _Turned.apply(active, x.movedim(dim, 2), cut, _to_heads, _to_time).movedim(2, dim)
+            taken[key] = apply(_Turned, active, x.movedim(dim, 2), cut, _to_heads, _to_time).movedim(2, dim)
         elif key in split and dim < 2:
             taken[key] = x.movedim(dim, 0)[own].movedim(0, dim)
         elif key in grouped:
-            everyone = _ToAll.apply(active, x, cut).movedim(grouped[key], 2)
+            everyone = apply(_ToAll, active, x, cut).movedim(grouped[key], 2)
             taken[key] = _groups_of(everyone, first.shape[2], own).movedim(2, grouped[key])
         elif key in shared or key in split:  # one number for all heads
             taken[key] = _everywhere(active, x, cut)
     if given.get("cu_seqlens") is not None:
         taken["cu_seqlens"] = _documents(shard, name, given)
     if given.get("state") is not None:
-        taken["state"] = _FromFirst.apply(active, given["state"], first, cut)
+        taken["state"] = apply(_FromFirst, active, given["state"], first, cut)
     with use(None):
         result = operator(**taken)
     if isinstance(result, Tensor):
-        back: Tensor = _Turned.apply(active, result, cut, _to_time, _to_heads)
+        back: Tensor = apply(_Turned, active, result, cut, _to_time, _to_heads)
         return back
     y, state, *numbers = result
-    y, state = _Back.apply(active, y, state, cut)
+    y, state = apply(_Back, active, y, state, cut)
     if shard.documents is not None and given.get("cu_seqlens") is not None:
         local = local_boundaries(taken["cu_seqlens"], shard.rank, shard.size, cut.time[-1][1])
         state = state[list(local.documents)]
@@ -149,9 +150,8 @@ def _groups_of(x: Tensor, heads: int, own: slice) -> Tensor:
 
 
 def _everywhere(active: Scope, x: Tensor, cut: _Cut) -> Tensor:
-    if x.dtype != torch.bool:
-        return _ToAll.apply(active, x, cut)
-    return _ToAll.apply(active, x.to(torch.uint8), cut).bool()
+    whole: Tensor = apply(_ToAll, active, x.to(torch.uint8) if x.dtype == torch.bool else x, cut)
+    return whole.to(x.dtype)
 
 
 def _widths(spans: Sequence[tuple[int, int]]) -> list[int]:

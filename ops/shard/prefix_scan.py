@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core.algebra import Affine
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, scope
@@ -57,7 +58,7 @@ def incoming_state(
     if several:
         element = element.reset_to(element.apply(state[-1:]))
     transition, b = element
-    first = _Scan.apply(active, type(element), state[:1] if several else state, transition, b, *inputs)
+    first = apply(_Scan, active, type(element), state[:1] if several else state, transition, b, *inputs)
     return torch.cat([first, state[1:]]) if several else first
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import ON_ONE_RANK, first_order
 from zoo.ops.shard import exchange
 from zoo.ops.shard.scope import Scope, scope, use
@@ -44,10 +45,10 @@ def serial(
     cut = [x.tensor_split(groups) for x in (*inputs, state)]
     outputs, states = [], []
     for *parts, before in zip(*cut, strict=True):
-        before = _Receive.apply(active, before, *parts)
+        before = apply(_Receive, active, before, *parts)
         with use(None):
             y, after = run(*parts, before)
-        y, after = _Send.apply(active, y, after)
+        y, after = apply(_Send, active, y, after)
         outputs.append(y)
         states.append(after)
     return torch.cat(outputs), torch.cat(states)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
+
 
 def tied(y: Tensor, *inputs: Tensor | None) -> Tensor:
     """y, as a function of the inputs with zero gradients.
@@ -23,7 +25,7 @@ def tied(y: Tensor, *inputs: Tensor | None) -> Tensor:
     Cost: none; the backward makes zeros in the inputs' shapes.
     """
     differentiable = [x for x in inputs if x is not None and (x.is_floating_point() or x.is_complex())]
-    made: Tensor = _Tied.apply(y, *differentiable)
+    made: Tensor = apply(_Tied, y, *differentiable)
     return made
 
 

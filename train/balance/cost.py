@@ -70,7 +70,8 @@ class Ring:
     def per_sequence(self, tokens: np.ndarray, degree: np.ndarray) -> np.ndarray:
         """ms_per_token s (d - 1) / d."""
         degree = np.asarray(degree)
-        return self.ms_per_token * np.asarray(tokens) * (degree - 1) / degree
+        milliseconds: np.ndarray = self.ms_per_token * np.asarray(tokens) * (degree - 1) / degree
+        return milliseconds
 
     def fixed(self, degree: int) -> float:
         """Nothing."""
@@ -120,7 +121,8 @@ class CostModel:
     def time(self, tokens: np.ndarray, degree: np.ndarray) -> np.ndarray:
         """Milliseconds of sequences of `tokens` tokens on `degree` ranks, without the step's fixed cost."""
         s, d = np.asarray(tokens, float), np.asarray(degree)
-        return (self.a1 * s * s + self.a2 * s) / d + self.communication.per_sequence(s, d)
+        milliseconds: np.ndarray = (self.a1 * s * s + self.a2 * s) / d + self.communication.per_sequence(s, d)
+        return milliseconds
 
     def fixed(self, degree: int) -> float:
         """Milliseconds of a micro-step before its first token."""

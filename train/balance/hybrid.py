@@ -80,7 +80,8 @@ def _degrees(s: np.ndarray, ranks: int, cost: CostModel) -> list[tuple[int, ...]
 def _times(tokens: int, degrees: np.ndarray, cost: CostModel) -> np.ndarray:
     """A sequence alone in a micro-step, on every number of ranks that the communication is known for."""
     times = cost.time(np.full(len(degrees), tokens), degrees)
-    return times + np.array([cost.fixed(int(d)) for d in degrees])
+    whole: np.ndarray = times + np.array([cost.fixed(int(d)) for d in degrees])
+    return whole
 
 
 def _by_time(s: np.ndarray, degrees: Sequence[int], ranks: int, cost: CostModel) -> tuple[float, list[Group]]:

@@ -31,7 +31,8 @@ class Lengths:
         if cap is not None and cap < lengths[-1]:
             share = share * (1 - np.exp(-np.interp(np.log(cap), log_length, depth)))
         drawn = np.exp(np.interp(-np.log1p(-share), depth, log_length))
-        return np.maximum(1, np.floor(drawn if cap is None else np.minimum(drawn, cap))).astype(np.int64)
+        whole: np.ndarray = np.maximum(1, np.floor(drawn if cap is None else np.minimum(drawn, cap))).astype(np.int64)
+        return whole
 
     def sample(self, n: int, rng: np.random.Generator, cap: int | None = None) -> np.ndarray:
         """n lengths of documents of at most `cap` tokens; longer ones are left out and not cut, (n,) int64."""

@@ -186,9 +186,11 @@ def cayley(group: str) -> np.ndarray:
     if group in ("s3", "s4", "s5", "a4", "a5"):
         return _table(_permutations(int(group[1]), even=group[0] == "a"), _after)
     if group == "z60":
-        return ((np.arange(60)[:, None] + np.arange(60)) % 60).astype(np.uint8)
+        table: np.ndarray = ((np.arange(60)[:, None] + np.arange(60)) % 60).astype(np.uint8)
+        return table
     four, five = cayley("a4").astype(int), (np.arange(5)[:, None] + np.arange(5)) % 5
-    return (four[:, None, :, None] * 5 + five[None, :, None, :]).reshape(60, 60).astype(np.uint8)
+    table = (four[:, None, :, None] * 5 + five[None, :, None, :]).reshape(60, 60).astype(np.uint8)
+    return table
 
 
 GROUPS = {"s3": 6, "s4": 24, "s5": 120, "a5": 60, "z60": 60, "a4xz5": 60}

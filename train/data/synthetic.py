@@ -136,7 +136,8 @@ def _places(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     words = philox(at, np.zeros_like(at), np.zeros_like(at), np.zeros_like(at), HASH_KEY)
     weights = words[:, 0] << np.uint64(32) | words[:, 1]
     values = np.where(np.arange(tokens.shape[1]) < lengths, tokens + 1, 0).astype(np.uint64)
-    return ((values * weights).sum(axis=1, dtype=np.uint64) >> np.uint64(32)) / 2.0**32
+    share: np.ndarray = ((values * weights).sum(axis=1, dtype=np.uint64) >> np.uint64(32)) / 2.0**32
+    return share
 
 
 class _Samples:

@@ -240,7 +240,8 @@ def _run_loss(model: Any, batch: int, length: int, how: Precision, device: torch
         del hidden
         gradients = torch.autograd.grad(loss, list(ends.parameters()), allow_unused=True)
     del gradients
-    vocabulary, wide = model.config.vocab_size, torch.promote_types(how.activations, torch.float32)
+    vocabulary: int = model.config.vocab_size
+    wide = torch.promote_types(how.activations, torch.float32)
     work = wide if device.type == "cpu" else how.activations
     here, there = (chunk_tokens(batch * length, vocabulary, work, torch.device(d)) for d in (device, "meta"))
     return bytes_.peak + (here - there) * vocabulary * work.itemsize

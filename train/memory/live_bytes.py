@@ -4,13 +4,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from zoo.ops.core.autograd import apply
 
 __all__ = ["LiveBytes", "flash_on_meta"]
 
@@ -23,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)  # by name: `super().__init__` has no types
         self.live = self.peak = 0
         self._storages: dict[int, tuple[Any, int]] = {}
 
@@ -60,11 +62,15 @@ class LiveBytes(TorchDispatchMode):
         self.live += size
         self.peak = max(self.peak, self.live)
 
+    def __enter__(self) -> Self:
+        TorchDispatchMode.__enter__(self)
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._storages.clear()
-        super().__exit__(kind, error, trace)
+        TorchDispatchMode.__exit__(self, kind, error, trace)
 
 
 @contextmanager
@@ -76,7 +82,7 @@ def flash_on_meta() -> Iterator[None]:
     real = F.scaled_dot_product_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _Flash.apply(q, k, v) if q.is_meta else real(q, k, v, *args, **kwargs)
+        return apply(_Flash, q, k, v) if q.is_meta else real(q, k, v, *args, **kwargs)
 
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:

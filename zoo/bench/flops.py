@@ -39,7 +39,8 @@ def training_flops(model: nn.Module, length: int) -> float:
         tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(tokens)
-        return 3 * counter.get_total_flops() / length
+        total: int = counter.get_total_flops()
+        return 3 * total / length
 
 
 def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:

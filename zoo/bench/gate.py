@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from zoo.bench.flops import forms
 from zoo.bench.shapes import Sizes
@@ -77,7 +78,8 @@ def loop_bytes(spec: OperatorSpec, sizes: Sizes) -> int:
     own = {key: value for key, value in sizes.items() if key not in ("B", "T")}
     if spec.state is None:
         return 8 * sizes["B"] * sizes.get("H", 1) * sizes["T"] ** 2
-    return 8 * sizes["B"] * sizes["T"] * spec.state(1, own, torch.Generator()).numel()
+    numbers: int = sum(x.numel() for x in tree_leaves(spec.state(1, own, torch.Generator())))
+    return 8 * sizes["B"] * sizes["T"] * numbers
 
 
 def exact_numbers(spec: OperatorSpec, sizes: Sizes, dtype: torch.dtype, device: torch.device, seed: int) -> Exact:

@@ -58,7 +58,8 @@ class Clock:
             call()
         end_event.record()
         torch.cuda.synchronize(self.device)
-        return start_event.elapsed_time(end_event) / 1e3 / n
+        milliseconds: float = start_event.elapsed_time(end_event)
+        return milliseconds / 1e3 / n
 
     def first(self, call: Callable[[], Any]) -> float:
         """Seconds of a first call as a user waits for it: compilation and tuning included."""

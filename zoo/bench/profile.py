@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from zoo import ops
@@ -145,7 +146,8 @@ def profile_model(request: ModelRequest, trace: Path) -> Profile:
 @contextlib.contextmanager
 def named_operators() -> Iterator[None]:
     """Inside, every call of a public operator from a layer or model is a range of the trace."""
-    public = {id(getattr(ops, name)): name for name in ops.__all__ if callable(getattr(ops, name))}
+    names: list[str] = vars(ops)["__all__"]  # the stub of zoo.ops has no list
+    public = {id(getattr(ops, name)): name for name in names if callable(getattr(ops, name))}
     places = [
         (module, attribute, value)
         for name, module in sorted(sys.modules.items())
@@ -176,7 +178,7 @@ def times_by_group(seen: profile, *, on_cuda: bool) -> dict[str, float]:
     events = [
         _event(e, e.name, e.cpu_parent, e.sequence_nr, e.scope == FUNCTION, e.time_range.start)
         for e in seen.events() or []
-        if e.device_type == torch.autograd.DeviceType.CPU
+        if e.device_type == DeviceType.CPU
     ]
     groups = _Groups(events)
     found: dict[str, float] = defaultdict(float)

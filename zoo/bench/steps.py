@@ -251,7 +251,7 @@ class _Watch(TorchDispatchMode):
     """Notes every matrix product."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)  # by name: `super().__init__` has no types
         self.calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -110,4 +110,5 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     data = load_class("data", settings.pop(TARGET))(**settings)
     if getattr(data, "tokenizer", None) is None:
         raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
-    return data.tokenizer
+    tokenizer: tokenizers.Tokenizer = data.tokenizer
+    return tokenizer

@@ -84,7 +84,7 @@ def fill(
         piece = tensor
         for part, piece in zip(held[name], tensor.chunk(max(1, len(held[name]))), strict=False):
             own = tensors[ours[part]]
-            kind = dtype if piece.is_floating_point() else own.dtype
+            kind = own.dtype if dtype is None or not piece.is_floating_point() else dtype
             new = _own_copy(piece.reshape(own.shape), kind, device, taken, mapped=stored.mapped)
             if id(own) not in done:
                 done[id(own)] = new

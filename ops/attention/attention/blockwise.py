@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 # One core of a shared CPU, float32, 4 heads of 64, B 2, forward + backward in ms, blocks of 64 | 128 | 256 queries:
@@ -22,7 +23,7 @@ def attention_blockwise(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(B, T, H, K), (B, S, Hk, K), (B, S, Hk, V) -> o (B, T, H, V) and its log-sum-exp (B, T, H)."""
-    o, lse, _, _ = _Blockwise.apply(q, k, v, key_lengths, causal, window, scale)
+    o, lse, _, _ = apply(_Blockwise, q, k, v, key_lengths, causal, window, scale)
     return o, lse
 
 
@@ -53,7 +54,8 @@ class Blocks:
 
     def back(self, x: Tensor, queries: int) -> Tensor:
         """The inverse of `rows`: (B, Hk, G * queries, X) -> (B, queries, H, X)."""
-        return x.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        y: Tensor = x.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return y
 
     def queries(self) -> Iterator[tuple[int, int]]:
         for left in range(0, self.T, BLOCK_QUERIES):

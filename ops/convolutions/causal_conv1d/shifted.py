@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 # Numbers in a block of time: what one block makes stays in the cache, and memory is read and written once. CPU time of
@@ -36,7 +37,7 @@ def causal_conv1d_shifted(
     silu = activation == "silu"
     halo, length = weight.shape[1] - 1, x.shape[1]
     if cuts is None:
-        y = _Taps.apply(x, state, weight, bias, silu)
+        y = apply(_Taps, x, state, weight, bias, silu)
         # A copy: a view would keep all of x alive as long as the state.
         return y, torch.cat([state[:, min(length, halo) :], x[:, max(0, length - halo) :]], dim=1)
     rows: list[int] = []  # of the stream with every document's history before it: indices into [x; state]
@@ -48,7 +49,7 @@ def causal_conv1d_shifted(
         rows += range(left, right)
         tails += range(len(rows) - halo, len(rows))
     stream = torch.cat([x[0], state.flatten(0, 1)])[torch.tensor(rows, device=x.device)]  # (T + n (W - 1), D)
-    y = _Taps.apply(stream[None, halo:], stream[None, :halo], weight, bias, silu)
+    y = apply(_Taps, stream[None, halo:], stream[None, :halo], weight, bias, silu)
     y = y[:, torch.tensor(outputs, dtype=torch.long, device=x.device)]
     return y, stream[torch.tensor(tails, dtype=torch.long, device=x.device)].unflatten(0, state.shape[:2])
 

@@ -26,7 +26,8 @@ def convolve(u: Tensor, k: Tensor) -> Tensor:
     k = k[:, :T]
     n = fast_length(T + k.shape[1] - 1)  # long enough that nothing wraps around
     spectrum = torch.fft.rfft(u, n, dim=1) * torch.fft.rfft(k, n).T
-    return torch.fft.irfft(spectrum, n, dim=1)[:, :T]
+    y: Tensor = torch.fft.irfft(spectrum, n, dim=1)[:, :T]
+    return y
 
 
 def fft_convolution_fourier(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.core.autograd import apply
+
 
 def grid_scan_wavefront(
     x: Tensor, a: Tensor, b: Tensor, above: Tensor, left: Tensor | None = None
@@ -28,7 +30,7 @@ def grid_scan_wavefront(
     x = torch.cat([x[:, :1] + a[:, :1] * above.unsqueeze(1), x[:, 1:]], dim=1)
     if left is not None:
         x = torch.cat([x[:, :, :1] + b[:, :, :1] * left.unsqueeze(2), x[:, :, 1:]], dim=2)
-    y: Tensor = _Wavefront.apply(x, a, b)
+    y: Tensor = apply(_Wavefront, x, a, b)
     return y, y[:, -1], y[:, :, -1]
 
 
@@ -44,7 +46,7 @@ class _Wavefront(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         a, b, y = ctx.saved_tensors
-        g = _Wavefront.apply(_turned(dy), _turned(_shift(a, 1, -1)), _turned(_shift(b, 2, -1)))
+        g = apply(_Wavefront, _turned(dy), _turned(_shift(a, 1, -1)), _turned(_shift(b, 2, -1)))
         g = _turned(g)
         da = g * _shift(y, 1, 1) if ctx.needs_input_grad[1] else None
         db = g * _shift(y, 2, 1) if ctx.needs_input_grad[2] else None
@@ -80,11 +82,13 @@ def _skewed(x: Tensor) -> Tensor:
     """(B, H, W, D) -> (H + W - 1, B, H, D): slab d holds the cells with i + j = d, zeros where a row has none."""
     H, W = x.shape[1:3]
     lines = F.pad(x, (0, 0, 0, H)).flatten(1, 2)[:, : H * (H + W - 1)]  # a row longer than the view: each slips by one
-    return lines.unflatten(1, (H, H + W - 1)).permute(2, 0, 1, 3).contiguous()
+    slabs: Tensor = lines.unflatten(1, (H, H + W - 1)).permute(2, 0, 1, 3).contiguous()
+    return slabs
 
 
 def _straight(y: Tensor, W: int) -> Tensor:
     """The other way, (H + W - 1, B, H, D) -> (B, H, W, D)."""
     H = y.shape[2]
     lines = F.pad(y.permute(1, 2, 0, 3).flatten(1, 2), (0, 0, 0, H))
-    return lines.unflatten(1, (H, H + W))[:, :, :W].contiguous()
+    rows: Tensor = lines.unflatten(1, (H, H + W))[:, :, :W].contiguous()
+    return rows

@@ -110,7 +110,10 @@ def _run(
     if chosen == "torch":
         return delta_rule_chunked(q, k, v, beta, g, state, scale, cuts)
     table = chunk_table(B, T, kernels.chunk_size(K, V, q.dtype), cuts, q.device)
-    return kernels.delta_fwd(q, k, v, beta, g, state, table.begin, table.end, table.offsets, scale)
+    result: tuple[Tensor, Tensor] = kernels.delta_fwd(
+        q, k, v, beta, g, state, table.begin, table.end, table.offsets, scale
+    )
+    return result
 
 
 @dispatch.keeps_its_precision

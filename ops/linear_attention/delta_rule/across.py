@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core.algebra import Matrix
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.chunks import ChunkedTime
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.linear_attention.delta_rule.chunked import (
@@ -34,7 +35,8 @@ def delta_rule_across(
     cuts: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `delta_rule_chunked`, where S0 is what the caller knows and `crossing` brings the rest."""
-    return _Across.apply(crossing, q, k, v, beta, g, S0, scale, cuts)
+    result: tuple[Tensor, Tensor] = apply(_Across, crossing, q, k, v, beta, g, S0, scale, cuts)
+    return result
 
 
 class _Across(torch.autograd.Function):
@@ -106,14 +108,16 @@ class _Across(torch.autograd.Function):
             for i in reversed(range(n)):
                 rows = _rows(time, ctx.segments[i], H, 0 if ctx.packed else None)
                 pull_back(prepared[i][0], inverses[i], *asked[i], d, rows)
-            return d.unflatten(0, (-1, H))
+            dafter: Tensor = d.unflatten(0, (-1, H))
+            return dafter
 
         def back(dafter: Tensor) -> Tensor:
             d = time.order(dafter).flatten(0, 1).clone()
             for i in reversed(range(n)):
                 rows = time.rows(ctx.segments[i], H)
                 found.insert(0, run_back(prepared[i][0], inverses[i], *asked[i], d, rows))
-            return time.unorder(d.unflatten(0, (-1, H)))
+            dbefore: Tensor = time.unorder(d.unflatten(0, (-1, H)))
+            return dbefore
 
         befores: list[Tensor] = []
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.chunks import ChunkedTime
 from zoo.ops.core.differentiation import first_order
 
@@ -70,7 +71,8 @@ def gated_linear_attention_chunked(
     longest = T if cuts is None else max(right - left for left, right in itertools.pairwise(cuts))
     chunk = min(chunk, 1 << max(0, longest - 1).bit_length())
     time = ChunkedTime(B, T, chunk, cuts, q.device)
-    return _Chunked.apply(q, k, v, g, state, scale, time, segment)
+    result: tuple[Tensor, Tensor] = apply(_Chunked, q, k, v, g, state, scale, time, segment)
+    return result
 
 
 class _Level(NamedTuple):
@@ -118,7 +120,8 @@ def _times(rows: Tensor, factor: Tensor, b: int) -> Tensor:
     """(..., blocks * b, K) rows times (..., blocks, K) factors."""
     if b == 1:
         return rows * factor
-    return (rows.unflatten(-2, (-1, b)) * factor.unsqueeze(-2)).flatten(-3, -2)
+    scaled: Tensor = (rows.unflatten(-2, (-1, b)) * factor.unsqueeze(-2)).flatten(-3, -2)
+    return scaled
 
 
 def _by_block(x: Tensor, b: int) -> Tensor:

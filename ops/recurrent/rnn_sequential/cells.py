@@ -6,13 +6,15 @@ from what the forward kept; what is left for its loop is linear in the gradients
 Buffers are of rows (token, head) in the order of `layout.Slabs`, views of one step are (H, n, ...).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from zoo.ops.recurrent.rnn_sequential.layout import Slabs
+
+_softplus: Callable[..., Tensor] = torch._C._nn.softplus  # its declared arguments leave `out` away
 
 
 class Cell:
@@ -179,7 +181,7 @@ class Slstm(Cell):
             count = a_t.shape[1]
             a_t.baddbmm_(h[:, :count], W)
             torch.neg(f, out=shut)
-            torch._C._nn.softplus(shut, 1, 40, out=shut)  # torch's logsigmoid starts threads for tensors of any size
+            _softplus(shut, 1, 40, out=shut)  # torch's logsigmoid starts threads for tensors of any size
             torch.sub(m[:, :count], shut, out=f)
             torch.maximum(i, f, out=new_m)
             if t == 0:

@@ -62,7 +62,8 @@ class Slabs:
     def tokens(self, rows: Tensor) -> Tensor:
         """(rows, ...) -> (B, T, H, ...)."""
         if self.cuts is None:
-            return rows.unflatten(0, (self.T, self.H, self.B)).permute(2, 0, 1, *range(3, rows.ndim + 2))
+            tokens: Tensor = rows.unflatten(0, (self.T, self.H, self.B)).permute(2, 0, 1, *range(3, rows.ndim + 2))
+            return tokens
         return rows[self.place].unsqueeze(0)
 
     def heads(self, rows: Tensor) -> Tensor:
@@ -72,7 +73,8 @@ class Slabs:
     def steps(self, rows: Tensor) -> Sequence[Tensor]:
         """Views (H, n, ...) of the rows of each step."""
         if self.cuts is None:
-            return rows.unflatten(0, (self.T, self.H, self.B)).unbind(0)
+            steps: Sequence[Tensor] = rows.unflatten(0, (self.T, self.H, self.B)).unbind(0)
+            return steps
         counts = self.documents.counts
         parts = rows.split([self.H * n for n in counts])
         return [part.unflatten(0, (self.H, n)) for part, n in zip(parts, counts, strict=True)]

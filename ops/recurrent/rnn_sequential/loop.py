@@ -5,6 +5,7 @@ and x are made of those of the gates after the loop, in one product and one sum.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def rnn_loop(
 
 
 @rnn_loop.register_fake
-def _(x, R, b, state, cell, cuts, keep):
+def _(
+    x: Tensor, R: Tensor, b: Tensor, state: Tensor, cell: str, cuts: Sequence[int] | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     what, rows = CELLS[cell], x.shape[0] * x.shape[1] * x.shape[3]
     D = x.shape[-1]
     gates = state.new_empty((rows, what.recurrent, D) if keep else (0,))
@@ -84,13 +87,20 @@ def rnn_loop_bwd(
 
 
 @rnn_loop_bwd.register_fake
-def _(dh, dlast, R, state, gates, kept, cell, cuts):
+def _(
+    dh: Tensor, dlast: Tensor, R: Tensor, state: Tensor, gates: Tensor, kept: Tensor, cell: str,
+    cuts: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     what, (B, T, H, D) = CELLS[cell], dh.shape
     dx, db = dh.new_empty(B, T, what.given, H, D), R.new_empty(what.gates, H, D)
     return dx, R.new_empty(R.shape), db, state.new_empty(state.shape)
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, str, Sequence[int] | None, bool],
+    output: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
     _, R, _, state, ctx.cell, ctx.cuts, keep = inputs
     assert keep, "a graph needs what the backward reads"
     _, _, gates, kept = output
@@ -99,7 +109,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 @first_order("a recurrent cell")
-def _backward(ctx, dh, dlast, dgates, dkept):
+def _backward(
+    ctx: Any, dh: Tensor, dlast: Tensor, dgates: Tensor | None, dkept: Tensor | None
+) -> tuple[Tensor | None, ...]:
     return *rnn_loop_bwd(dh, dlast, *ctx.saved_tensors, ctx.cell, ctx.cuts), None, None, None
 
 
@@ -107,12 +119,19 @@ rnn_loop.register_autograd(_backward, setup_context=_save)
 
 
 @register_flop_formula(torch.ops.zoo.rnn_loop)
-def _flops(x_shape, R_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops(x_shape: Sequence[int], R_shape: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """The products with R."""
     return 2 * x_shape[0] * x_shape[1] * R_shape[0] * R_shape[1] * R_shape[2] ** 2
 
 
 @register_flop_formula(torch.ops.zoo.rnn_loop_bwd)
-def _flops_bwd(dh_shape, dlast_shape, R_shape, *args, out_shape=None, **kwargs) -> int:
+def _flops_bwd(
+    dh_shape: Sequence[int],
+    dlast_shape: Sequence[int],
+    R_shape: Sequence[int],
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
     """Twice: what goes back through R, and the gradient of R."""
     return 2 * _flops(dh_shape, R_shape)

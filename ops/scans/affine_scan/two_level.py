@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 # Numbers in one step of P chunks side by side. CPU time of forward / forward + backward, float32, one EPYC core of a
@@ -38,7 +39,8 @@ def affine_scan_two_level(
         chunks: P, how many chunks are walked side by side; chosen by size when omitted.
     """
     if cuts is None:
-        return _Scan.apply(a, b, state, chunks)
+        result: tuple[Tensor, Tensor] = apply(_Scan, a, b, state, chunks)
+        return result
     # a document begins where the transition is zero and its own state enters with the input
     filled = [i for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     first, ends, index = (
@@ -48,7 +50,7 @@ def affine_scan_two_level(
     dtype = b.dtype
     a, b = a.to(state.dtype), b.to(state.dtype)
     b = b.index_add(1, first, a[:, first] * state[index])
-    h, _ = _Scan.apply(a.index_fill(1, first, 0), b, torch.zeros_like(state[:1]), chunks)
+    h, _ = apply(_Scan, a.index_fill(1, first, 0), b, torch.zeros_like(state[:1]), chunks)
     return h.to(dtype), state.index_copy(0, index, h[0, ends])
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.scans.affine_scan.two_level import chunks_of
 
@@ -32,7 +33,8 @@ def block_affine_scan_two_level(
         chunks: P, how many chunks are walked side by side; chosen by size when omitted.
     """
     if cuts is None:
-        return _Scan.apply(A, b, state, chunks)
+        result: tuple[Tensor, Tensor] = apply(_Scan, A, b, state, chunks)
+        return result
     # a document begins where the transition is zero and its own state enters with the input
     filled = [i for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     first, ends, index = (
@@ -43,7 +45,7 @@ def block_affine_scan_two_level(
     A, b = A.to(state.dtype), b.to(state.dtype)
     entering = A[:, :, :, first] * state[None, :, None, index]  # (2, 2, 1, documents, D)
     b = b.index_add(2, first, entering.sum(1))
-    h, _ = _Scan.apply(A.index_fill(3, first, 0), b, torch.zeros_like(state[:, :1]), chunks)
+    h, _ = apply(_Scan, A.index_fill(3, first, 0), b, torch.zeros_like(state[:, :1]), chunks)
     return h.to(dtype), state.index_copy(1, index, h[:, 0, ends])
 
 

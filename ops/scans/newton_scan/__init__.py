@@ -8,6 +8,7 @@ from torch import Tensor
 
 from zoo.ops import shard
 from zoo.ops.core import check, dispatch
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.call import Call, Operator
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.packing import each_document
@@ -148,7 +149,8 @@ def solve(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The torch form, on prepared arguments."""
     found = shard.current()
-    return _Solve.apply(cell, found, keep, cuts, iterations, window, u, state, *w)
+    result: tuple[Tensor, Tensor] = apply(_Solve, cell, found, keep, cuts, iterations, window, u, state, *w)
+    return result
 
 
 def _loop(

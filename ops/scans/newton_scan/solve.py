@@ -131,7 +131,8 @@ class Problem:
         J = stacked([x for row in rows for x in row]).unflatten(0, (S, S))
         if self.keep is not None:
             J = J * self.keep
-        return J.index_fill(3, zero_at, 0) if len(zero_at) else J
+        made: Tensor = J.index_fill(3, zero_at, 0) if len(zero_at) else J
+        return made
 
     def part(self, left: int, right: int, h: Tensor, state: Tensor) -> "Problem":
         """The steps [left, right), from the states h that were found before them and those that entered."""

@@ -32,8 +32,12 @@ def _inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
     return {"u": randn(generator, B, T, 1, sizes["D"]), "w": torch.sigmoid(randn(generator, sizes["D"]))}
 
 
+def _state(n: int, sizes: Sizes, generator: torch.Generator, *, shape: tuple[int, ...]) -> Tensor:
+    return randn(generator, n, sizes["D"], *shape)
+
+
 @wraps(newton_scan)
-def _run(u: Tensor, w: Tensor, *, cell: Cell, **options: Any) -> tuple[Tensor, Tensor]:
+def _run(u: Tensor, w: Tensor, *, cell: Cell, **options: Any) -> tuple[Tensor, ...]:
     return newton_scan(cell, u, (w,), **options)
 
 
@@ -42,7 +46,7 @@ SPECS = tuple(
         name=f"newton_scan, {type(cell).__name__.lower()}",
         function=partial(_run, cell=cell),
         make=_inputs,
-        state=lambda n, sizes, generator, shape=shape: randn(generator, n, sizes["D"], *shape),
+        state=partial(_state, shape=shape),
         sizes=({"D": 7},),
         time=("u",),
         extremes={"w-0": lambda i: i | {"w": i["w"] * 0}},

@@ -109,14 +109,16 @@ class Dplr:
         while x.shape[2] > 1:
             x = x[:, :, 0::2] @ self.power(k).mT.to(self.dtype).unsqueeze(1) + x[:, :, 1::2]
             k += 1
-        return x[:, :, 0].transpose(0, 1).unflatten(-1, (-1, 2))
+        state: Tensor = x[:, :, 0].transpose(0, 1).unflatten(-1, (-1, 2))
+        return state
 
     def advance(self, x: Tensor, lengths: Tensor, most: int) -> Tensor:
         state = x.flatten(-2).unsqueeze(-1)  # (n, H, 2N, 1)
         for k in range(most.bit_length()):
             on = (lengths >> k & 1).bool().view(-1, 1, 1, 1)
             state = torch.where(on, self.power(k).to(self.dtype) @ state, state)
-        return state.squeeze(-1).unflatten(-1, (-1, 2))
+        pairs: Tensor = state.squeeze(-1).unflatten(-1, (-1, 2))
+        return pairs
 
     def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         after = self._transition(as_complex(x.double())) + self.B_bar * u.unsqueeze(-1)
@@ -155,7 +157,8 @@ def cauchy_kernel(A: Tensor, P: Tensor, B: Tensor, C: Tensor, dt: Tensor, length
             parts.append(checkpoint(_cauchy, A, v, dt, part, use_reentrant=False))
         else:
             parts.append(_cauchy(A, v, dt, part))
-    return torch.fft.irfft(torch.cat(parts, dim=-1), length, dim=-1)
+    kernel: Tensor = torch.fft.irfft(torch.cat(parts, dim=-1), length, dim=-1)
+    return kernel
 
 
 def _cauchy(A: Tensor, v: Tensor, dt: Tensor, t: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Diagonal:
 
     def _vandermonde(self, w: Tensor, length: int) -> Tensor:
         if self.triton:
-            return kernels.vandermonde_fwd(self.log_A, as_pairs(w), length)
+            sums: Tensor = kernels.vandermonde_fwd(self.log_A, as_pairs(w), length)
+            return sums
         return vandermonde(self.log_A, as_pairs(w), length)
 
     def kernel(self, length: int) -> Tensor:

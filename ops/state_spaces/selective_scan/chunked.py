@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 # exp(x) as exp2(x / ln 2): torch's exp2 takes 0.71 ns a number on a CPU with AVX2, its exp 1.33 ns (a product 0.17)
@@ -75,7 +76,8 @@ def selective_scan_chunked(
         chunk = min(CHUNK_MAX, max(CHUNK_MIN, CHUNK_NUMBERS // max(1, rows * N * E)))
     given = (u, delta, A, B, C, D, state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    return _Chunked.apply(*given, cuts, max(1, min(chunk, T)), rows, keep)
+    result: tuple[Tensor, Tensor] = apply(_Chunked, *given, cuts, max(1, min(chunk, T)), rows, keep)
+    return result
 
 
 class _Rows(NamedTuple):

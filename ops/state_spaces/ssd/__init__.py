@@ -82,7 +82,8 @@ def ssd(
         return ssd_step(x, dt, A, B, C, D, state)
     if call.backend == "triton":
         begin, end, _, offsets = chunk_table(*x.shape[:2], kernels.CHUNK, call.cuts, x.device)
-        return kernels.ssd_fwd(x, dt, A, B, C, D, state, begin, end, offsets)
+        result: tuple[Tensor, Tensor] = kernels.ssd_fwd(x, dt, A, B, C, D, state, begin, end, offsets)
+        return result
     return ssd_chunked(x, dt, A, B, C, D, state, call.cuts)
 
 

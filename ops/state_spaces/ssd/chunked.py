@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.core import decay
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.chunks import ChunkedTime
 from zoo.ops.core.differentiation import first_order
 
@@ -43,7 +44,8 @@ def ssd_chunked(
     """The whole sequence in chunks of `size` tokens (CHUNK when None, less for short documents); T >= 1."""
     lengths = [x.shape[1]] if cuts is None else [right - left for left, right in itertools.pairwise(cuts)]
     size = size or min(CHUNK, 1 << max(0, max(lengths) - 1).bit_length())
-    return _Chunked.apply(x, dt, A, B, C, D, state, cuts, size)
+    result: tuple[Tensor, Tensor] = apply(_Chunked, x, dt, A, B, C, D, state, cuts, size)
+    return result
 
 
 class _Decays(NamedTuple):
@@ -77,7 +79,8 @@ def _grouped(S: Tensor, G: int) -> Tensor:
 
 def _ungrouped(S: Tensor, n: int, P: int) -> Tensor:
     """The inverse of `_grouped`."""
-    return S.unflatten(2, (-1, P)).transpose(1, 2).reshape(n, -1, S.shape[1], P)
+    states: Tensor = S.unflatten(2, (-1, P)).transpose(1, 2).reshape(n, -1, S.shape[1], P)
+    return states
 
 
 class _Chunked(torch.autograd.Function):
@@ -168,12 +171,14 @@ class _Chunked(torch.autograd.Function):
 
 def _by_head(x: Tensor, A: Tensor, G: int) -> Tensor:
     """(N0, Q, R) times the number of each head."""
-    return (x.unflatten(0, (len(x) // G, G)) * A.view(G, 1, -1)).flatten(0, 1)
+    scaled: Tensor = (x.unflatten(0, (len(x) // G, G)) * A.view(G, 1, -1)).flatten(0, 1)
+    return scaled
 
 
 def _of_heads(x: Tensor, G: int) -> Tensor:
     """(N0, Q, R) -> (H,), summed over chunks and steps."""
-    return x.unflatten(0, (len(x) // G, G)).sum((0, 2)).flatten()
+    sums: Tensor = x.unflatten(0, (len(x) // G, G)).sum((0, 2)).flatten()
+    return sums
 
 
 def _add_input(y: Tensor, x: Tensor, D: Tensor, G: int) -> None:

@@ -82,6 +82,7 @@ def dropout(
     if call.backend == "reference":
         return dropout_reference(x, least, scale, seed, stream, at)
     if call.backend == "triton":
-        return kernels.dropout_fwd(x, least, scale, seed, stream, at)
+        y: Tensor = kernels.dropout_fwd(x, least, scale, seed, stream, at)
+        return y
     zero = torch.zeros((), dtype=x.dtype, device=x.device)
     return torch.where(keep_mask(D, least, seed, stream, at), x * scale, zero)

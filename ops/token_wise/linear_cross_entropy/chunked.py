@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 # A chunk holds CHUNK_BYTES of logits, within (least, most) tokens. Too few tokens, and adding to a weight gradient that
@@ -54,14 +55,16 @@ def reduced_loss(
         drop: leave tokens that are not scored out first. That reads the targets: not where a device would be waited
             for. The torch step needs it on a CPU.
     """
-    return _Reduced.apply(x, weight, bias, targets, mean, products, drop, torch.is_grad_enabled(), step)
+    y: Tensor = apply(_Reduced, x, weight, bias, targets, mean, products, drop, torch.is_grad_enabled(), step)
+    return y
 
 
 def token_losses(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, products: torch.dtype, drop: bool, step: Step
 ) -> Tensor:
     """The loss of every token, (N,); the backward pass makes the logits again, for it needs the upstream gradient."""
-    return _PerToken.apply(x, weight, bias, targets, products, drop, step)
+    y: Tensor = apply(_PerToken, x, weight, bias, targets, products, drop, step)
+    return y
 
 
 class _Reduced(torch.autograd.Function):
@@ -78,7 +81,8 @@ class _Reduced(torch.autograd.Function):
         ctx.gradients = gradients  # plain attributes: what checkpointing or offloading does to saved tensors costs here
         ctx.scale = 1 / count.to(losses.dtype)
         ctx.dtypes = _dtypes(x, weight, bias)
-        return losses.sum() * ctx.scale
+        loss: Tensor = losses.sum() * ctx.scale
+        return loss
 
     @staticmethod
     @first_order("linear_cross_entropy", "use backend='reference', which holds all logits")

@@ -113,4 +113,5 @@ def _norm(
         return rms_norm_reference(x, gate, weight, eps, gate_first)
     if call.backend == "torch":
         return rms_norm_fused(x, weight, eps, gate, gate_first)
-    return kernels.rms_norm_fwd(x, gate, weight, eps, gate_first)
+    y: Tensor = kernels.rms_norm_fwd(x, gate, weight, eps, gate_first)
+    return y

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
 WIDE = (torch.float32, torch.float64)
@@ -22,7 +23,8 @@ def rms_norm_fused(
     """x, gate (..., D), weight (D,) -> (..., D)."""
     if not torch.is_grad_enabled():  # without autograd's wrapper, half of the time of a decoded token's norm
         return _normed(x, gate, weight, eps, gate_first)[0]
-    return _RMSNorm.apply(x, gate, weight, eps, gate_first)
+    y: Tensor = apply(_RMSNorm, x, gate, weight, eps, gate_first)
+    return y
 
 
 def _normed(
@@ -96,4 +98,5 @@ def _wide(x: Tensor) -> Tensor:
 def _scale(u: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(u^2) + eps), (..., 1)."""
     norm = torch.linalg.vector_norm(u, dim=-1, keepdim=True)
-    return norm.square_().div_(u.shape[-1]).add_(eps).rsqrt_()
+    scale: Tensor = norm.square_().div_(u.shape[-1]).add_(eps).rsqrt_()
+    return scale

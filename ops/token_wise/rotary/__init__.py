@@ -62,4 +62,5 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", back
         return rotary_reference(x, cos, sin, layout == "interleaved")
     if call.backend == "torch":
         return rotary_fused(x, cos, sin, layout == "interleaved")
-    return kernels.rotary_fwd(x, cos, sin, layout == "interleaved")
+    y: Tensor = kernels.rotary_fwd(x, cos, sin, layout == "interleaved")
+    return y

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.pairs import as_complex
 
 
 def rotary_fused(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (B, T, H, K), tables (B or 1, T, K / 2) -> as x."""
-    return _Rotary.apply(x, cos, sin, interleaved)
+    y: Tensor = apply(_Rotary, x, cos, sin, interleaved)
+    return y
 
 
 class _Rotary(torch.autograd.Function):
@@ -60,4 +62,5 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: int) -> 
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
     pairs = x.to(wide).unflatten(-1, (2, half))
     y = pairs.flip(-2).mul_(torch.stack([-sin, sin], dim=-2)).addcmul_(pairs, cos.unsqueeze(-2))
-    return y.flatten(-2).to(x.dtype)
+    turned: Tensor = y.flatten(-2).to(x.dtype)
+    return turned

@@ -40,6 +40,7 @@ from zoo.ops.attention.attention.parallel.ring import Ring
 from zoo.ops.attention.attention.parallel.tokenring import TokenRing
 from zoo.ops.attention.attention.parallel.view import view
 from zoo.ops.core import check
+from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.dispatch import state_dtype
 from zoo.ops.shard import positions
@@ -68,7 +69,8 @@ def attention_across(
         ValueError: the shard does not hold what came, or its method cannot take it.
     """
     crossing = _crossing(active.shard, q, k, causal, window, scale)
-    return _Across.apply(active, crossing, q, k, v)
+    result: tuple[Tensor, Tensor] = apply(_Across, active, crossing, q, k, v)
+    return result
 
 
 def _crossing(shard: SequenceShard, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> Crossing:

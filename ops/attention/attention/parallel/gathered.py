@@ -86,7 +86,7 @@ class Reached(Gathered):
             self.seat: self.view.tokens(self.seat)
         }
         parts = dict(zip(sorted(widths), dx.split([widths[seat] for seat in sorted(widths)], dim=1), strict=True))
-        own = parts[self.seat].clone()
+        own: Tensor = parts[self.seat].clone()
         receives = {seat: columns(block, own) for seat, block in asked.items()}
         arrived = exchange.meet(self.shard, {seat: [parts[seat]] for seat in wanted}, receives).wait()
         for seat, block in asked.items():
