@@ -29,9 +29,9 @@ def test_evaluation_and_zero_are_the_identity(layer: type[Dropout]) -> None:
 @pytest.mark.parametrize("layer", [Dropout, ChannelDropout])
 @pytest.mark.parametrize("p", [1.0, -0.1])
 def test_a_rate_out_of_range_is_refused(layer: type[Dropout], p: float) -> None:
-    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\); got {p}"):
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\)[;,] got {p}"):
         layer(p)
-    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\); got {p}"):
+    with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\)[;,] got {p}"):
         SequenceConfig(dropout=p)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("suite", ["folds", "frontiers"])
 def test_a_cut_equals_one_process(tmp_path: Path, suite: str) -> None:
     """Outputs, states and gradients on 1 to 4 ranks; where a message is dropped, the same comparisons must fail."""

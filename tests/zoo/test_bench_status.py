@@ -14,7 +14,7 @@ import pytest
 
 from zoo import cli
 from zoo.bench import operators, steps
-from zoo.bench.base import _Worker
+from zoo.bench.compare_commits import _Worker
 from zoo.bench.models import run_model
 from zoo.bench.operators import OperatorBench
 from zoo.bench.report import markdown
