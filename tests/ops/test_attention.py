@@ -456,6 +456,7 @@ def test_auto_on_a_gpu_asks_for_kernels_where_sdpa_would_need_a_mask(monkeypatch
     run = kernels.attention_kernels
     monkeypatch.setattr(kernels, "attention_kernels", lambda *a: (calls.append(True), run(*a))[1])
     monkeypatch.setattr(dispatch, "resolve", lambda *_: "triton")
+    monkeypatch.setattr(dispatch, "on_cuda", lambda _: True)
     q, k, v = inputs(1, 5, 5, dtype=torch.float32)
     cases: list[tuple[dict[str, Any], bool]] = [
         ({}, False),
