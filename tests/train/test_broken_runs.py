@@ -1,5 +1,6 @@
 """Runs that break: weights that are not finite, damaged folders, a closed terminal, settings out of range."""
 
+import contextlib
 import math
 import os
 import pty
@@ -227,9 +228,12 @@ def test_an_evaluation_by_another_task_is_refused(finished: Path, capsys: pytest
 # -- a closed terminal -------------------------------------------------------------------------------------------
 
 
-def wait_for(path: Path, text: str, child: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(path: Path, text: str, child: subprocess.Popen[bytes], terminal: int) -> None:
+    """Until a file holds a text; what the child writes to its terminal is read, for a full terminal would stop it."""
+    deadline = time.monotonic() + 240
     while not (path.is_file() and text in path.read_text()):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)
         assert child.poll() is None
         assert time.monotonic() < deadline, path.read_text() if path.is_file() else "nothing yet"
         time.sleep(0.05)
@@ -248,9 +252,9 @@ def test_closing_the_terminal_saves_the_run(tmp_path: Path) -> None:
     os.close(inner)
     try:
         os.set_blocking(terminal, False)
-        wait_for(run / "log.txt", "step 3 ", child)
+        wait_for(run / "log.txt", "step 3 ", child, terminal)
         os.close(terminal)
-        assert child.wait(timeout=60) == 130
+        assert child.wait(timeout=120) == 130
     finally:
         if child.poll() is None:
             child.kill()
