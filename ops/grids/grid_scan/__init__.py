@@ -86,9 +86,9 @@ def _each_picture(wide: list[Tensor], state: Tensor, cuts: tuple[int, ...] | Non
 
 
 def _strip(x: Tensor, a: Tensor, b: Tensor, above: Tensor, left: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Some columns of a strip; one without rows stays in the graph of what arrived."""
+    """Some columns of a strip; one without rows stays in the graph of its inputs and of what arrived."""
     y, last, right = grid_scan_wavefront(x, a, b, above, left)
-    return y if x.shape[1] else shard.tied(y, above), last, right
+    return y if x.shape[1] else shard.tied(y, x, a, b, above), last, right
 
 
 class _Pictures:
