@@ -1,4 +1,4 @@
-"""Settings for every test: warnings are errors, fresh memory is NaN, kernels run in the interpreter without a GPU."""
+"""Settings for every test: fresh memory is NaN, kernels run in the interpreter without a GPU."""
 
 import os
 import sys
