@@ -12,6 +12,7 @@ from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
+from zoo.layers.state import reserve
 from zoo.ops import linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
@@ -179,6 +180,14 @@ class SequenceModel(nn.Module):
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for."""
         return tuple(mixer.init_state(batch) for mixer in self._mixers())
+
+    def reserve(self, state: Any, slots: int) -> Any:
+        """The state with room for `slots` tokens a row, for a caller who decodes from it and keeps it to itself.
+
+        Caches that grow with the text are then written in place: what a row has seen stays, what lies behind may
+        change. Without it every call copies them. See zoo.layers.state.Reserves.
+        """
+        return tuple(reserve(mixer, part, slots) for mixer, part in zip(self._mixers(), state, strict=True))
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of all layers after `length` tokens."""
