@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.layers.block import Block
@@ -11,8 +12,8 @@ from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
-from zoo.layers.padding import unpadded
-from zoo.layers.state import reserve
+from zoo.layers.padding import Rows, unpadded
+from zoo.layers.state import LayersPrefixes, Prefixes, reserve
 from zoo.ops import linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
@@ -160,6 +161,26 @@ class SequenceModel(nn.Module):
                 states.append(block_state)
             del block_state
         return self.norm(x), tuple(states)
+
+    def look_ahead(self, tokens: Tensor, mask: Tensor, state: Any) -> tuple[Tensor, Prefixes]:
+        """Run a ragged window and keep the way back to the state after any prefix of each row.
+
+        Args:
+            tokens: (B, W).
+            mask: (B, W) bool, False behind a row's tokens; a row may have none.
+            state: of B rows, not None.
+
+        Returns:
+            hidden vectors (B, W, D), zeros where there is no token; and the prefixes of all layers.
+        """
+        mask = mask.bool()
+        lengths = mask.sum(dim=1)
+        rows = Rows(mask, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        x, prefixes = self.embedding(rows.pack(tokens)), []
+        for block, block_state in zip(self._blocks(), state, strict=True):
+            x, block_prefixes = block.look_ahead(x, block_state, cu_seqlens=rows.cu_seqlens)
+            prefixes.append(block_prefixes)
+        return rows.unpack(self.norm(x)), LayersPrefixes(tuple(prefixes), lengths)
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from zoo.layers.dropout import Draw, Dropout
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.norms import RMSNorm
+from zoo.layers.state import Prefixes, State, look_ahead
 
 
 class Block(nn.Module):
@@ -60,11 +61,17 @@ class Block(nn.Module):
     def mix(self, x: Tensor, state: Any, cu_seqlens: Tensor | None, draw: Draw | None = None) -> tuple[Tensor, Any]:
         """y = s x + mixer(norm(x)), and the mixer's state."""
         mixed, state = self.mixer(self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
-        if draw is not None:
-            mixed = draw.apply(mixed)
+        return self._joined(x, mixed if draw is None else draw.apply(mixed)), state
+
+    def look_ahead(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, Prefixes]:
+        """As `forward` without training, with the way back to the state after any prefix; see zoo.layers.state."""
+        mixed, prefixes = look_ahead(self.mixer, self.mixer_norm(x), state, cu_seqlens=cu_seqlens)
+        return self.feed(self._joined(x, mixed)), prefixes
+
+    def _joined(self, x: Tensor, mixed: Tensor) -> Tensor:
         if self.residual_scale is None:
-            return x + mixed, state
-        return torch.addcmul(mixed, x, self.residual_scale.to(x.dtype)), state
+            return x + mixed
+        return torch.addcmul(mixed, x, self.residual_scale.to(x.dtype))
 
     def feed(self, x: Tensor, tokens: slice | None = None, draw: Draw | None = None) -> Tensor:
         """z = y + feed_forward(norm(y)); `tokens`: which of all in one line x (1, n, D) is, all when None."""
