@@ -64,6 +64,11 @@ class Session:
         """The state of all rows, as a value: nothing that the session does later changes it."""
         return None if self._state is None else values(self._state)
 
+    @property
+    def proposing(self) -> bool:
+        """A proposal is open: `commit` or `rollback` comes next."""
+        return self._open is not None
+
     def text(self, row: int) -> list[int]:
         """The tokens of a row, with the newest."""
         newest = self.newest[row]
