@@ -42,7 +42,7 @@ from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
 from zoo.train.checkpoint_io import AtomicCheckpointIO
-from zoo.train.data.base import DataModule
+from zoo.train.data.core.base import DataModule
 from zoo.train.endless_epoch import EndlessData
 from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.loggers import CsvLog

@@ -30,7 +30,7 @@ from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
 from zoo.settings import NO_DEFAULT, Setting, as_plain, indexed, is_plain, settings_of
-from zoo.targets import KINDS, TARGET, load_class, refuse_nested
+from zoo.targets import KINDS, TARGET, current_target, load_class, refuse_nested
 
 MISSING = "???"  # Hydra's mark for a value that the user must give
 REQUIRES = (
@@ -104,6 +104,7 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
         elif section is None and group in NEEDED:
             raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
+            section = {**section, TARGET: current_target(section[TARGET])}
             config[group] = _fill(group, section, raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own

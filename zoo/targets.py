@@ -51,6 +51,19 @@ KINDS: Mapping[str, Kind] = {
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
 }
 
+# {module of before: its name today}: the folders of old runs name classes by where they lay then.
+MOVED: Mapping[str, str] = {
+    "zoo.train.data.copying": "zoo.train.data.synthetic.copying",
+    "zoo.train.data.digits": "zoo.train.data.images.digits",
+    "zoo.train.data.documents": "zoo.train.data.text.documents",
+    "zoo.train.data.hub": "zoo.train.data.text.hub",
+    "zoo.train.data.induction_heads": "zoo.train.data.synthetic.induction_heads",
+    "zoo.train.data.mqar": "zoo.train.data.synthetic.mqar",
+    "zoo.train.data.pydocs": "zoo.train.data.text.pydocs",
+    "zoo.train.data.state_tracking": "zoo.train.data.synthetic.state_tracking",
+    "zoo.train.data.text_files": "zoo.train.data.text.text_files",
+}
+
 _allowed: set[str] = set()
 
 
@@ -75,6 +88,12 @@ def trusted_packages() -> set[str]:
     """The packages, besides zoo, whose classes a config may name."""
     listed = {name.strip() for name in os.environ.get(ALLOWED, "").split(",")} - {""}
     return (_allowed | listed | packages_with_models()) - {"zoo"}
+
+
+def current_target(target: object) -> object:
+    """The name of a class today, for one that may lie in another module since; anything else comes back as it is."""
+    module, dot, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    return f"{MOVED[module]}{dot}{name}" if module in MOVED else target
 
 
 def load_class(group: str, target: object) -> type:

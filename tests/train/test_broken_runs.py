@@ -24,7 +24,7 @@ from zoo import cli, decoding
 from zoo.errors import UsageError, UserError
 from zoo.tokenizers import ByteTokenizer
 from zoo.train import fit
-from zoo.train.data.text_files import TextFiles
+from zoo.train.data.text.text_files import TextFiles
 from zoo.train.evaluate import evaluate
 from zoo.train.interrupt import Interrupts
 from zoo.train.optim import AdamW, Limits

@@ -14,8 +14,8 @@ import zoo
 from zoo.config import compose
 from zoo.errors import UserError
 from zoo.train import fit
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.pydocs import PyDocs
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.text.pydocs import PyDocs
 from zoo.train.evaluate import evaluate
 from zoo.train.optim import AdamW, Limits
 from zoo.train.tasks.language_modelling import LanguageModelling
