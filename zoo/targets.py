@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from zoo.configs import ROOT
+from zoo._deprecation import current_name
+from zoo.configs import MOVED, ROOT
 from zoo.errors import UsageError
 from zoo.registry import packages_with_models
 
@@ -45,7 +46,7 @@ KINDS: Mapping[str, Kind] = {
     "data": Kind("lightning.pytorch.core.datamodule.LightningDataModule", "zoo.train.data"),
     "task": Kind("zoo.train.tasks.task.Task", "zoo.train.tasks"),
     "optim": Kind("zoo.train.optim.Recipe", "zoo.train.optim"),
-    "trainer": Kind("zoo.train.trainer.TrainerConfig", "zoo.train.trainer"),
+    "trainer": Kind("zoo.train.run.trainer.TrainerConfig", "zoo.train.run.trainer"),
     "strategy": Kind("lightning.pytorch.strategies.strategy.Strategy", "zoo.train.strategies"),
     "memory": Kind("zoo.train.memory.choose.MemoryConfig", "zoo.train.memory"),
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
@@ -92,6 +93,7 @@ def load_class(group: str, target: object) -> type:
         raise UsageError(f"{group} names no class, got {key}={target!r}; {' and '.join(KINDS)} do")
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII):
         raise UsageError(f"{key} must be the dotted name of a class, got {target!r}; {_choices(group)}")
+    target = current_name(key, target, MOVED.get(group, {}))
     module, _, name = target.rpartition(".")
     if not _may_import(group, module, target):
         raise UsageError(
