@@ -45,7 +45,7 @@ KINDS: Mapping[str, Kind] = {
     "data": Kind("lightning.pytorch.core.datamodule.LightningDataModule", "zoo.train.data"),
     "task": Kind("zoo.train.tasks.task.Task", "zoo.train.tasks"),
     "optim": Kind("zoo.train.optim.Recipe", "zoo.train.optim"),
-    "trainer": Kind("zoo.train.trainer.TrainerConfig", "zoo.train.trainer"),
+    "trainer": Kind("zoo.train.run.trainer.TrainerConfig", "zoo.train.run.trainer"),
     "strategy": Kind("lightning.pytorch.strategies.strategy.Strategy", "zoo.train.strategies"),
     "memory": Kind("zoo.train.memory.choose.MemoryConfig", "zoo.train.memory"),
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
@@ -62,6 +62,7 @@ MOVED: Mapping[str, str] = {
     "zoo.train.data.pydocs": "zoo.train.data.text.pydocs",
     "zoo.train.data.state_tracking": "zoo.train.data.synthetic.state_tracking",
     "zoo.train.data.text_files": "zoo.train.data.text.text_files",
+    "zoo.train.trainer": "zoo.train.run.trainer",
 }
 
 _allowed: set[str] = set()
@@ -109,6 +110,7 @@ def load_class(group: str, target: object) -> type:
     key = f"{group}.{TARGET}"
     if group not in KINDS:
         raise UsageError(f"{group} names no class, got {key}={target!r}; {' and '.join(KINDS)} do")
+    target = current_target(target)
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII):
         raise UsageError(f"{key} must be the dotted name of a class, got {target!r}; {_choices(group)}")
     module, _, name = target.rpartition(".")

@@ -23,11 +23,11 @@ import zoo
 from zoo import cli, decoding
 from zoo.errors import UsageError, UserError
 from zoo.tokenizers import ByteTokenizer
-from zoo.train import fit
 from zoo.train.data.text.text_files import TextFiles
-from zoo.train.evaluate import evaluate
-from zoo.train.interrupt import Interrupts
 from zoo.train.optim import AdamW, Limits
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
+from zoo.train.run.interrupt import Interrupts
 from zoo.train.tasks.language_modelling import LanguageModelling
 
 HERE = Path(__file__).parent
@@ -244,7 +244,7 @@ def test_closing_the_terminal_saves_the_run(tmp_path: Path) -> None:
     settings = config(trainer__max_steps=1_000_000, trainer__val_every=100_000, trainer__checkpoint_every=100_000)
     terminal, inner = pty.openpty()
     program = f"import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.path.insert(0, {str(HERE)!r}); "
-    program += f"from zoo.train import fit; import tiny; sys.exit(fit.run({settings!r}, {str(run)!r}))"
+    program += f"from zoo.train.run import fit; import tiny; sys.exit(fit.run({settings!r}, {str(run)!r}))"
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -17,7 +17,19 @@ from zoo.checkpoint import save
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError
 from zoo.targets import TARGET, load_class
-from zoo.train.build import (
+from zoo.train.callbacks.checkpoints import Checkpoints
+from zoo.train.callbacks.limits import StopAtLimits
+from zoo.train.callbacks.log import LogMetrics
+from zoo.train.callbacks.memory import FitMemory
+from zoo.train.callbacks.operators import ReportOperators
+from zoo.train.callbacks.plot import plot_loss
+from zoo.train.callbacks.progress import Bar, describe
+from zoo.train.callbacks.sample import SampleText, sample
+from zoo.train.data.core.base import DataModule
+from zoo.train.memory.choose import MemoryConfig
+from zoo.train.optim import Limits
+from zoo.train.rng import seed_all
+from zoo.train.run.build import (
     RUN_DIR,
     build_data,
     build_model,
@@ -33,26 +45,14 @@ from zoo.train.build import (
     task_class,
     trainer_config_of,
 )
-from zoo.train.callbacks.checkpoints import Checkpoints
-from zoo.train.callbacks.limits import StopAtLimits
-from zoo.train.callbacks.log import LogMetrics
-from zoo.train.callbacks.memory import FitMemory
-from zoo.train.callbacks.operators import ReportOperators
-from zoo.train.callbacks.plot import plot_loss
-from zoo.train.callbacks.progress import Bar, describe
-from zoo.train.callbacks.sample import SampleText, sample
-from zoo.train.checkpoint_io import AtomicCheckpointIO
-from zoo.train.data.core.base import DataModule
-from zoo.train.endless_epoch import EndlessData
-from zoo.train.interrupt import Interrupted, Interrupts
-from zoo.train.loggers import CsvLog
-from zoo.train.memory.choose import MemoryConfig
-from zoo.train.optim import Limits
-from zoo.train.quiet import quiet_lightning
-from zoo.train.rng import seed_all
-from zoo.train.run_folder import RunFolder, is_main_process
+from zoo.train.run.checkpoint_io import AtomicCheckpointIO
+from zoo.train.run.endless_epoch import EndlessData
+from zoo.train.run.folder import RunFolder, is_main_process
+from zoo.train.run.interrupt import Interrupted, Interrupts
+from zoo.train.run.loggers import CsvLog
+from zoo.train.run.quiet import quiet_lightning
+from zoo.train.run.trainer import TrainerConfig
 from zoo.train.strategies.fsdp import whole_weights
-from zoo.train.trainer import TrainerConfig
 
 __all__ = ["resume", "run"]
 

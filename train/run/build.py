@@ -17,9 +17,9 @@ from zoo.errors import UsageError, UserError
 from zoo.registry import create_model, model_info
 from zoo.targets import TARGET, load_class
 from zoo.train.optim import Limits, Recipe
-from zoo.train.run_folder import RunFolder
+from zoo.train.run.folder import RunFolder
+from zoo.train.run.trainer import TrainerConfig
 from zoo.train.tasks.task import Task
-from zoo.train.trainer import TrainerConfig
 
 RUN_DIR = "ZOO_RUN_DIR"  # tells the processes that Lightning starts for further devices which folder is the run's
 LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", RUN_DIR)  # set for those processes

@@ -14,7 +14,9 @@ from zoo.config import check, compose, parse_fields
 from zoo.errors import UsageError, UserError, remedy
 from zoo.registry import model_info
 from zoo.targets import TARGET
-from zoo.train.build import (
+from zoo.train.optim import Limits
+from zoo.train.rng import seed_all
+from zoo.train.run.build import (
     build_data,
     build_task,
     check_fields,
@@ -27,10 +29,8 @@ from zoo.train.build import (
     task_class,
     trainer_config_of,
 )
-from zoo.train.optim import Limits
-from zoo.train.quiet import quiet_lightning
-from zoo.train.rng import seed_all
-from zoo.train.run_folder import RunFolder
+from zoo.train.run.folder import RunFolder
+from zoo.train.run.quiet import quiet_lightning
 
 __all__ = ["evaluate"]
 
