@@ -10,6 +10,7 @@ from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
+from zoo.layers.mixer import Initialises, Mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
@@ -79,14 +80,12 @@ class SequenceModel(nn.Module):
             )
             for i in range(config.n_layers)
         )
-        if any(getattr(own, "bidirectional", False) for own in self._mixers()):
-            raise ValueError("a bidirectional mixer sees the future and cannot be part of a causal model; leave it out")
         self.norm = RMSNorm(d, eps=eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
         for block_mixer in self._mixers():
-            if not getattr(block_mixer, "causal", True):
+            if not block_mixer.causal:
                 raise ValueError(
                     f"the mixers of a causal model must not see the future, and {type(block_mixer).__name__} does; "
                     "take it out of the pattern, or compose a zoo.layers.Encoder of it"
@@ -108,12 +107,10 @@ class SequenceModel(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Initialises):  # a mixer with a start of its own; its linear layers came before it
+            module.initialise(self.config.n_layers)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -184,7 +181,7 @@ class SequenceModel(nn.Module):
         """Bytes of the state of all layers after `length` tokens."""
         return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
 
-    def _mixers(self) -> list[Any]:
+    def _mixers(self) -> list[Mixer]:
         return [block.mixer for block in self._blocks()]
 
     def _blocks(self) -> list[Any]:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.dropout import Dropout
 from zoo.layers.memory import contexts
+from zoo.layers.mixer import Initialises, as_mixer
 from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
@@ -83,7 +84,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, d_model: int, mixer: nn.Module, *, prenorm: bool = False, norm_eps: float = 1e-5):
         super().__init__()
-        self.mixer: Any = mixer
+        self.mixer = as_mixer(mixer)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.prenorm = prenorm
 
@@ -179,12 +180,10 @@ class Encoder(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Initialises):  # a mixer with a start of its own; its linear layers came before it
+            module.initialise(self.config.n_layers)
 
     def forward(
         self,
