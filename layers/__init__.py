@@ -15,6 +15,7 @@ from zoo.layers.encoder import Encoder, EncoderConfig
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.mixer import FeedForward, Layer, Mixer, Solver, Surroundings
 from zoo.layers.mixer_registry import register_mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers
 
@@ -28,8 +29,10 @@ __all__ = [
     "FeedForward",
     "GatedRMSNorm",
     "HeadNorm",
+    "Input",
     "Layer",
     "Mixer",
+    "Model",
     "RMSNorm",
     "SequenceConfig",
     "SequenceModel",

@@ -30,6 +30,8 @@ from zoo.layers.mixers.rnn import LSTM as LSTM
 from zoo.layers.mixers.rnn import SLSTM as SLSTM
 from zoo.layers.mixers.s4 import S4 as S4
 from zoo.layers.mixers.s5 import S5 as S5
+from zoo.layers.model import Input as Input
+from zoo.layers.model import Model as Model
 from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm
 from zoo.layers.norms import HeadNorm as HeadNorm
 from zoo.layers.norms import RMSNorm as RMSNorm

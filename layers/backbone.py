@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.layers.block import Block
@@ -11,6 +12,7 @@ from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Initialises, Mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
@@ -50,7 +52,7 @@ class SequenceConfig:
         check_fields(self)
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Model):
     """Tokens -> logits through a stack of blocks; time may be cut anywhere, the state carries on.
 
     Args:
@@ -62,8 +64,6 @@ class SequenceModel(nn.Module):
     """
 
     operators = (linear_cross_entropy,)
-
-    causal = True
 
     def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):
         super().__init__()
@@ -92,6 +92,15 @@ class SequenceModel(nn.Module):
                 )
         self.apply(self._initialise)
         self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents may go with them."""
+        return (
+            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+        )
 
     @property
     def memory(self) -> MemoryPlan:

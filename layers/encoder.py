@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo.layers.dropout import Dropout
 from zoo.layers.memory import contexts
 from zoo.layers.mixer import Initialises, as_mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
@@ -146,7 +147,7 @@ class ClassificationHead(nn.Module):
         return logits
 
 
-class Encoder(nn.Module):
+class Encoder(Model):
     """Tokens -> logits of every token or of every sequence, through mixers that see both sides.
 
     It follows the contract of models, `model(tokens) -> (logits, state)`, with None for a state: the whole sequence
@@ -176,6 +177,16 @@ class Encoder(nn.Module):
         else:
             self.classifier = ClassificationHead(d, config.n_classes, pooling=config.pooling, dropout=config.dropout)
         self.apply(self._initialise)
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents, and kinds of tokens, may go with them."""
+        return (
+            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+            Input("token_types", "B T", torch.int64, self.config.n_token_types, optional=True),
+        )
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -270,7 +281,3 @@ class Encoder(nn.Module):
             self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias,
             ignore_index=ignore_index, reduction=reduction, backend=backend,
         )  # fmt: skip
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Nothing is carried from one call to the next."""
-        return 0

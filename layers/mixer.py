@@ -1,7 +1,7 @@
 """What mixers and feed-forwards declare of themselves, so that models, optimisers and strategies need not guess."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -175,5 +175,5 @@ def as_mixer(module: nn.Module) -> Mixer:
             setattr(module, name, value)
     for name in ("init_state", "state_bytes"):
         if name not in own:
-            setattr(module, name, vars(Mixer)[name].__get__(module))
+            setattr(module, name, MethodType(vars(Mixer)[name], module))
     return cast(Mixer, module)
