@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo.checkpoint import IN_TRAINER, describe
 from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
+from zoo.layers.mixer import Solver
 from zoo.train.clock import Clock
 from zoo.train.metrics import IGNORED, MeanLoss
 from zoo.train.optim import Limits, Recipe, gradients, set_lr
@@ -223,9 +224,9 @@ class Task(LightningModule):
             layer.watched = on
 
     @cached_property
-    def _solvers(self) -> dict[str, Any]:
-        """Those layers: they have `watched`, which is set here, and `residual`, None until it was measured."""
-        return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "watched")}
+    def _solvers(self) -> dict[str, Solver]:
+        """Those layers, by name."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Solver)}
 
     def _residuals(self) -> dict[str, float]:
         """The newest that was measured: the largest, and that of each layer (metrics.csv has the first alone)."""
