@@ -1,6 +1,5 @@
 """From a composed config to a trained model in a run's folder, and back to it after an interruption."""
 
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -199,14 +198,13 @@ def _fit(
         if trainer.global_step == 0:
             folder.discard()
         raise
-    sound = task.weights_are_finite()
+    fault = task.fault(log.final.get("val_loss", 0.0))
     weights = whole_weights(model) if keeps else None
     if not trainer.is_global_zero:
         return DONE
-    if not sound or not math.isfinite(log.final.get("val_loss", 0.0)):
-        what = "the validation loss" if sound else "the model's weights"
+    if fault is not None:
         raise UserError(
-            f"the run in {folder.path} ended with a model that is of no use, {what} being not finite; lower optim.lr "
+            f"the run in {folder.path} ended with a model that is of no use, {fault} being not finite; lower optim.lr "
             "and start a new run (the checkpoints are kept)"
         )
     if not keeps:
