@@ -18,6 +18,7 @@ from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.model import Input, Model
 from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers
+from zoo.layers.stack import Stack
 
 __all__ = [
     "Block",
@@ -38,6 +39,7 @@ __all__ = [
     "SequenceModel",
     "ShortConvolution",
     "Solver",
+    "Stack",
     "Surroundings",
     "SwiGLU",
     "layer_mixers",

@@ -36,3 +36,4 @@ from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm
 from zoo.layers.norms import HeadNorm as HeadNorm
 from zoo.layers.norms import RMSNorm as RMSNorm
 from zoo.layers.pattern import layer_mixers as layer_mixers
+from zoo.layers.stack import Stack as Stack
