@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zoo.layers.block import Block
 from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.head_loss import head_loss
 from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Surroundings
@@ -93,6 +94,7 @@ class SequenceModel(Model):
         self.blocks = Stack(blocks, causal=True)
         self.norm = RMSNorm(d, eps=eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False) if head is None else head
+        self._linear_head = head is None
         if config.tie_embeddings:
             if not isinstance(self.lm_head, nn.Linear) or not isinstance(self.embedding, nn.Embedding):
                 raise ValueError(
@@ -157,7 +159,8 @@ class SequenceModel(Model):
         if tokens.ndim != 2 and isinstance(self.embedding, nn.Embedding):
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
         x, around = self.embedding(tokens), Surroundings(cu_seqlens=cu_seqlens)
-        return self.blocks(x, state, around=around, mask=mask, final=self.norm, keep=keep)
+        encoded: tuple[Tensor, Any] = self.blocks(x, state, around=around, mask=mask, final=self.norm, keep=keep)
+        return encoded
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""
@@ -167,13 +170,14 @@ class SequenceModel(Model):
     def head_loss(
         self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"
     ) -> Tensor:
-        """Cross entropy of `head(x)`, without its logits in memory: zoo.ops.linear_cross_entropy.
+        """Cross entropy of `head(x)`, without its logits in memory where the head is linear: zoo.layers.head_loss.
 
         A model that overrides `head` overrides this as well.
         """
-        return linear_cross_entropy(
-            x, self.lm_head.weight, targets, ignore_index=ignore_index, reduction=reduction, backend=backend
-        )
+        return head_loss(
+            self.lm_head, x, targets, ignore_index=ignore_index, reduction=reduction, backend=backend,
+            plain=self._linear_head,
+        )  # fmt: skip
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for."""

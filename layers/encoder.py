@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from zoo.layers.block import Block
 from zoo.layers.dropout import Dropout
+from zoo.layers.head_loss import head_loss
 from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Surroundings
@@ -89,7 +90,9 @@ class EncoderLayer(Block):
 
     def __init__(self, d_model: int, mixer: nn.Module, *, prenorm: bool = False, norm_eps: float = 1e-5):
         super().__init__(d_model, mixer, None, norm=partial(nn.LayerNorm, eps=norm_eps), post_norm=not prenorm)
-        self.norm = self._modules.pop("mixer_norm")  # as checkpoints call it
+        own = self._modules.pop("mixer_norm")
+        assert own is not None
+        self.norm = own  # as checkpoints call it
 
     @property
     def mixer_norm(self) -> nn.Module:  # type: ignore[override]
@@ -252,8 +255,7 @@ class Encoder(Model):
         """
         if self.lm_head is None:
             raise ValueError("head_loss is that of a head for tokens, and this model has n_classes; take the logits")
-        decoder = self.lm_head.decoder
-        return linear_cross_entropy(
-            self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias,
+        return head_loss(
+            self.lm_head.decoder, self.lm_head.transform(x), targets,
             ignore_index=ignore_index, reduction=reduction, backend=backend,
         )  # fmt: skip
