@@ -7,10 +7,6 @@ ROOT = Path(__file__).parent
 GROUPS = ("model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment")
 # {group: {old name of a choice: its name today}}; an old one keeps working and says once what to write.
 RENAMED: dict[str, dict[str, str]] = {}
-# {group: {where a class was: where it is today}}; the configs of earlier runs name it by the old place.
-MOVED: dict[str, dict[str, str]] = {
-    "trainer": {"zoo.train.trainer.TrainerConfig": "zoo.train.run.trainer.TrainerConfig"},
-}
 
 
 def choices(extra: Iterable[Path] = ()) -> dict[str, list[str]]:

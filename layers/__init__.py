@@ -13,7 +13,9 @@ from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
 from zoo.layers.dropout import Dropout
 from zoo.layers.encoder import Encoder, EncoderConfig
 from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.mixer import FeedForward, Layer, Mixer, Solver, Surroundings
 from zoo.layers.mixer_registry import register_mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers
 
@@ -24,12 +26,19 @@ __all__ = [
     "Dropout",
     "Encoder",
     "EncoderConfig",
+    "FeedForward",
     "GatedRMSNorm",
     "HeadNorm",
+    "Input",
+    "Layer",
+    "Mixer",
+    "Model",
     "RMSNorm",
     "SequenceConfig",
     "SequenceModel",
     "ShortConvolution",
+    "Solver",
+    "Surroundings",
     "SwiGLU",
     "layer_mixers",
     "register_mixer",

@@ -9,6 +9,11 @@ from zoo.layers.dropout import Dropout as Dropout
 from zoo.layers.encoder import Encoder as Encoder
 from zoo.layers.encoder import EncoderConfig as EncoderConfig
 from zoo.layers.feed_forward import SwiGLU as SwiGLU
+from zoo.layers.mixer import FeedForward as FeedForward
+from zoo.layers.mixer import Layer as Layer
+from zoo.layers.mixer import Mixer as Mixer
+from zoo.layers.mixer import Solver as Solver
+from zoo.layers.mixer import Surroundings as Surroundings
 from zoo.layers.mixer_registry import register_mixer as register_mixer
 from zoo.layers.mixers.attention import Attention as Attention
 from zoo.layers.mixers.delta_net import DeltaNet as DeltaNet
@@ -25,6 +30,8 @@ from zoo.layers.mixers.rnn import LSTM as LSTM
 from zoo.layers.mixers.rnn import SLSTM as SLSTM
 from zoo.layers.mixers.s4 import S4 as S4
 from zoo.layers.mixers.s5 import S5 as S5
+from zoo.layers.model import Input as Input
+from zoo.layers.model import Model as Model
 from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm
 from zoo.layers.norms import HeadNorm as HeadNorm
 from zoo.layers.norms import RMSNorm as RMSNorm

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.layers.block import Block
 from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
 from zoo.layers.memory import MemoryPlan
+from zoo.layers.mixer import Initialises, Mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import unpadded
 from zoo.ops import linear_cross_entropy
@@ -49,7 +52,7 @@ class SequenceConfig:
         check_fields(self)
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Model):
     """Tokens -> logits through a stack of blocks; time may be cut anywhere, the state carries on.
 
     Args:
@@ -61,8 +64,6 @@ class SequenceModel(nn.Module):
     """
 
     operators = (linear_cross_entropy,)
-
-    causal = True
 
     def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):
         super().__init__()
@@ -79,20 +80,27 @@ class SequenceModel(nn.Module):
             )
             for i in range(config.n_layers)
         )
-        if any(getattr(own, "bidirectional", False) for own in self._mixers()):
-            raise ValueError("a bidirectional mixer sees the future and cannot be part of a causal model; leave it out")
         self.norm = RMSNorm(d, eps=eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
         for block_mixer in self._mixers():
-            if not getattr(block_mixer, "causal", True):
+            if not block_mixer.causal:
                 raise ValueError(
                     f"the mixers of a causal model must not see the future, and {type(block_mixer).__name__} does; "
                     "take it out of the pattern, or compose a zoo.layers.Encoder of it"
                 )
         self.apply(self._initialise)
         self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents may go with them."""
+        return (
+            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+        )
 
     @property
     def memory(self) -> MemoryPlan:
@@ -108,12 +116,10 @@ class SequenceModel(nn.Module):
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Initialises):  # a mixer with a start of its own; its linear layers came before it
+            module.initialise(self.config.n_layers)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -184,7 +190,7 @@ class SequenceModel(nn.Module):
         """Bytes of the state of all layers after `length` tokens."""
         return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
 
-    def _mixers(self) -> list[Any]:
+    def _mixers(self) -> list[Mixer]:
         return [block.mixer for block in self._blocks()]
 
     def _blocks(self) -> list[Any]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from zoo.layers.dropout import Draw, Dropout
 from zoo.layers.memory import MemoryPlan
+from zoo.layers.mixer import TokenWise, as_mixer
 from zoo.layers.norms import RMSNorm
 
 
@@ -15,9 +16,9 @@ class Block(nn.Module):
 
     Args:
         d_model: D.
-        mixer: (x, state, cu_seqlens=) -> (y, state).
-        feed_forward: (B, T, D) -> (B, T, D), or None. One with an attribute `token_wise` that is true treats every
-            token alone, and may be given tiles of tokens.
+        mixer: a zoo.layers.Mixer.
+        feed_forward: (B, T, D) -> (B, T, D), or None. A zoo.layers.FeedForward that is `token_wise` may be given tiles
+            of tokens.
         norm_eps: of both norms.
         residual_scale: s is learnt, one number a channel that starts at 1; else it is 1.
         dropout: share of the numbers that each half adds which is dropped in training, see zoo.layers.Dropout.
@@ -37,7 +38,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
-        self.mixer: Any = mixer  # a module with init_state and state_bytes
+        self.mixer = as_mixer(mixer)
         self.feed_forward_norm = RMSNorm(d_model, eps=norm_eps) if feed_forward is not None else None
         self.feed_forward = feed_forward
         self.residual_scale = nn.Parameter(torch.ones(d_model)) if residual_scale else None
@@ -47,7 +48,7 @@ class Block(nn.Module):
     @property
     def token_wise(self) -> bool:
         """The second half may be cut into tiles of tokens."""
-        return bool(getattr(self.feed_forward, "token_wise", False))
+        return isinstance(self.feed_forward, TokenWise) and self.feed_forward.token_wise
 
     def forward(self, x: Tensor, state: Any = None, *, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Any]:
         # Drawn before anything is recomputed or cut into tiles, so that these see the same masks.

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.layers.dropout import Dropout
 from zoo.layers.memory import contexts
+from zoo.layers.mixer import Initialises, as_mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.padding import RowsApart, rows_apart, unpadded
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.state import refuse_state
@@ -83,7 +85,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, d_model: int, mixer: nn.Module, *, prenorm: bool = False, norm_eps: float = 1e-5):
         super().__init__()
-        self.mixer: Any = mixer
+        self.mixer = as_mixer(mixer)
         self.norm = nn.LayerNorm(d_model, eps=norm_eps)
         self.prenorm = prenorm
 
@@ -145,7 +147,7 @@ class ClassificationHead(nn.Module):
         return logits
 
 
-class Encoder(nn.Module):
+class Encoder(Model):
     """Tokens -> logits of every token or of every sequence, through mixers that see both sides.
 
     It follows the contract of models, `model(tokens) -> (logits, state)`, with None for a state: the whole sequence
@@ -176,15 +178,23 @@ class Encoder(nn.Module):
             self.classifier = ClassificationHead(d, config.n_classes, pooling=config.pooling, dropout=config.dropout)
         self.apply(self._initialise)
 
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents, and kinds of tokens, may go with them."""
+        return (
+            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+            Input("token_types", "B T", torch.int64, self.config.n_token_types, optional=True),
+        )
+
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, Initialises):  # a mixer with a start of its own; its linear layers came before it
+            module.initialise(self.config.n_layers)
 
     def forward(
         self,
@@ -271,7 +281,3 @@ class Encoder(nn.Module):
             self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias,
             ignore_index=ignore_index, reduction=reduction, backend=backend,
         )  # fmt: skip
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Nothing is carried from one call to the next."""
-        return 0

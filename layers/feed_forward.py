@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from zoo.layers.mixer import FeedForward
 from zoo.ops import swiglu
 
 
@@ -10,11 +11,11 @@ def swiglu_size(d_model: int) -> int:
     return 256 * -(-int(8 * d_model / 3) // 256)
 
 
-class SwiGLU(nn.Module):
-    """W_down(silu(W_gate x) * W_up x), without biases; (B, T, D) -> (B, T, D)."""
+class SwiGLU(FeedForward):
+    """W_down(silu(W_gate x) * W_up x), without biases; (..., D) -> (..., D)."""
 
     operators = (swiglu,)
-    token_wise = True  # a block may run it on tiles of tokens
+    token_wise = True
 
     def __init__(self, d_model: int, *, hidden_size: int | None = None):
         super().__init__()

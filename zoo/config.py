@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import GROUPS, MOVED, RENAMED, ROOT, choices
+from zoo.configs import GROUPS, RENAMED, ROOT, choices
 from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
 from zoo.settings import NO_DEFAULT, Setting, as_plain, indexed, is_plain, settings_of
-from zoo.targets import KINDS, TARGET, load_class, refuse_nested
+from zoo.targets import KINDS, TARGET, current_target, load_class, refuse_nested
 
 MISSING = "???"  # Hydra's mark for a value that the user must give
 REQUIRES = (
@@ -104,7 +104,7 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
         elif section is None and group in NEEDED:
             raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
-            section = _in_its_place(group, section)
+            section = {**section, TARGET: current_target(section[TARGET])}
             config[group] = _fill(group, section, raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
@@ -190,10 +190,6 @@ def read_run(path: Path) -> dict[str, Any]:
     for group in ("trainer", "memory"):  # a section of either may leave out its class: there is one
         if isinstance(config.get(group), dict):
             config[group] = {TARGET: KINDS[group].base, **config[group]}
-    for group, moved in MOVED.items():  # silently: nobody typed it
-        section = config.get(group)
-        if isinstance(section, dict) and isinstance(section.get(TARGET), str):
-            config[group] = {**section, TARGET: moved.get(section[TARGET], section[TARGET])}
     try:
         return check(config)
     except UsageError as error:
@@ -223,13 +219,6 @@ def _fill(group: str, section: dict[str, Any], raw: Mapping[str, str], config: M
         if setting.range is not None:
             setting.range.check(f"{group}.{key}", filled[key])
     return filled
-
-
-def _in_its_place(group: str, section: dict[str, Any]) -> dict[str, Any]:
-    """The section with the name of today for a class that has moved."""
-    if not isinstance(section[TARGET], str):
-        return section
-    return {**section, TARGET: current_name(f"{group}.{TARGET}", section[TARGET], MOVED.get(group, {}))}
 
 
 def _check_own_rules(group: str, filled: Mapping[str, Any]) -> None:

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from zoo._deprecation import current_name
-from zoo.configs import MOVED, ROOT
+from zoo.configs import ROOT
 from zoo.errors import UsageError
 from zoo.registry import packages_with_models
 
@@ -52,6 +51,20 @@ KINDS: Mapping[str, Kind] = {
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
 }
 
+# {module of before: its name today}: the folders of old runs name classes by where they lay then.
+MOVED: Mapping[str, str] = {
+    "zoo.train.data.copying": "zoo.train.data.synthetic.copying",
+    "zoo.train.data.digits": "zoo.train.data.images.digits",
+    "zoo.train.data.documents": "zoo.train.data.text.documents",
+    "zoo.train.data.hub": "zoo.train.data.text.hub",
+    "zoo.train.data.induction_heads": "zoo.train.data.synthetic.induction_heads",
+    "zoo.train.data.mqar": "zoo.train.data.synthetic.mqar",
+    "zoo.train.data.pydocs": "zoo.train.data.text.pydocs",
+    "zoo.train.data.state_tracking": "zoo.train.data.synthetic.state_tracking",
+    "zoo.train.data.text_files": "zoo.train.data.text.text_files",
+    "zoo.train.trainer": "zoo.train.run.trainer",
+}
+
 _allowed: set[str] = set()
 
 
@@ -78,6 +91,12 @@ def trusted_packages() -> set[str]:
     return (_allowed | listed | packages_with_models()) - {"zoo"}
 
 
+def current_target(target: object) -> object:
+    """The name of a class today, for one that may lie in another module since; anything else comes back as it is."""
+    module, dot, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    return f"{MOVED[module]}{dot}{name}" if module in MOVED else target
+
+
 def load_class(group: str, target: object) -> type:
     """The class that `GROUP._target_` names. Nothing is imported before its name is allowed.
 
@@ -91,9 +110,9 @@ def load_class(group: str, target: object) -> type:
     key = f"{group}.{TARGET}"
     if group not in KINDS:
         raise UsageError(f"{group} names no class, got {key}={target!r}; {' and '.join(KINDS)} do")
+    target = current_target(target)
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII):
         raise UsageError(f"{key} must be the dotted name of a class, got {target!r}; {_choices(group)}")
-    target = current_name(key, target, MOVED.get(group, {}))
     module, _, name = target.rpartition(".")
     if not _may_import(group, module, target):
         raise UsageError(

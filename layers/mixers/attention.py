@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
@@ -25,7 +26,7 @@ class AttentionState(NamedTuple):
 
 
 @register_mixer("attention")
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal softmax attention, (B, T, D) -> (B, T, D).
 
     When time is cut across ranks (zoo.ops.shard) positions are those of the whole sequence; the state that comes back

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.state import state_bytes
 from zoo.layers.time_segments import in_segments
 from zoo.ops import selective_scan, ssd, swiglu
 
@@ -44,7 +44,7 @@ def _initialise_projections(modules: tuple[nn.Module, ...], out_proj: nn.Linear,
 
 
 @register_mixer("mamba")
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Mamba's mixer, (B, T, D) -> (B, T, D): y = W_o (S6(silu(conv(x))) * silu(z)), with x, z = W_i input.
 
     The scan's step size, input map and output map are linear in silu(conv(x)), token by token.
@@ -147,16 +147,12 @@ class Mamba(nn.Module):
         h = torch.zeros(batch, self.d_inner, self.d_state, dtype=dtype, device=self.D.device)
         return MambaState(h, self.conv1d.init_state(batch))
 
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
-
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}, selective={self.selective}"
 
 
 @register_mixer("mamba2")
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mamba-2's mixer, (B, T, D) -> (B, T, D): one decay per head, y = W_o RMSNorm(SSD(silu(conv(x B C))) * silu(z)).
 
     Args:
@@ -234,10 +230,6 @@ class Mamba2(nn.Module):
         dtype = torch.promote_types(self.D.dtype, torch.float32)
         S = torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, dtype=dtype, device=self.D.device)
         return MambaState(S, self.conv1d.init_state(batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, head_dim={self.head_dim}, n_groups={self.n_groups}"

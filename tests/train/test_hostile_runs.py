@@ -110,9 +110,9 @@ CONFIGS: dict[str, Change] = {
     "subprocess through a module of zoo": change(
         "optim", target="zoo.train.run.folder.subprocess.check_output", args=TOUCH
     ),
-    "a foreign class in the right module": change("data", target="zoo.train.data.text_files.Path", args=TOUCH),
+    "a foreign class in the right module": change("data", target="zoo.train.data.text.text_files.Path", args=TOUCH),
     "a foreign function in the right module": change(
-        "data", target="zoo.train.data.text_files.datasets.load_dataset", path="MARKER"
+        "data", target="zoo.train.data.text.text_files.datasets.load_dataset", path="MARKER"
     ),
     "a function of zoo": change("data", target="zoo.cli.sweep._spawn", command=TOUCH),
     "the command line of zoo": change("data", target="zoo.__main__.main"),

@@ -40,7 +40,7 @@ def test_the_seed_of_the_run_goes_where_it_is_taken_and_not_given() -> None:
 
 def test_a_group_with_a_class_of_its_own_needs_no_target() -> None:
     assert instantiate("trainer", {"max_steps": 3}) == TrainerConfig(max_steps=3)
-    with pytest.raises(UsageError, match=r"strategy._target_ must name a class that can be made"):
+    with pytest.raises(UsageError, match=r"strategy._target_ must be the dotted name of a class, got None"):
         instantiate("strategy", {})
     assert strategy_of({}) == strategy_of(None) == "auto"
 

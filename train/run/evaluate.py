@@ -1,5 +1,6 @@
 """A trained model measured on data: its own held-out part, or others."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
 
     Returns:
         the metrics, by name: loss and what the data can be judged by; the same on all ranks.
+
+    Raises:
+        UserError: the loss is not finite, so that no metric says anything.
     """
     found = locate(path)
     model = load(found)
@@ -54,7 +58,13 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     with launch_environment(), quiet_lightning():
         trainer = make_trainer(options, config["strategy"])
         trainer.validate(task, datamodule=data, verbose=False)
-    return {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
+    measured = {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
+    if not math.isfinite(measured.get("loss", 0.0)):
+        raise UserError(
+            f"the loss of the model in {found} is {measured['loss']}, so its weights are broken or its training "
+            "diverged; take an earlier checkpoint, or train again with a lower optim.lr"
+        )
+    return measured
 
 
 def _evaluation_config(known: dict[str, Any] | None, overrides: Sequence[str]) -> dict[str, Any]:

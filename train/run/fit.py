@@ -1,6 +1,5 @@
 """From a composed config to a trained model in a run's folder, and back to it after an interruption."""
 
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
-from zoo.train.data.base import DataModule
+from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
 from zoo.train.rng import seed_all
@@ -175,14 +174,13 @@ def _fit(
         folder.say(f"going on with {folder.path}")
     _run(trainer, task, parts.data, checkpoint, folder)
     keeps = not options.fast_dev_run
-    sound = task.weights_are_finite()
+    fault = task.fault(watch.log.final.get("val_loss", 0.0))
     weights = whole_weights(model) if keeps else None
     if not trainer.is_global_zero:
         return DONE
-    if not sound or not math.isfinite(watch.log.final.get("val_loss", 0.0)):
-        what = "the validation loss" if sound else "the model's weights"
+    if fault is not None:
         raise UserError(
-            f"the run in {folder.path} ended with a model that is of no use, {what} being not finite; lower optim.lr "
+            f"the run in {folder.path} ended with a model that is of no use, {fault} being not finite; lower optim.lr "
             "and start a new run (the checkpoints are kept)"
         )
     if not keeps:

@@ -16,8 +16,12 @@ def class_of(group: str, section: Mapping[str, Any]) -> Any:
 
     Returns:
         a class that is, or inherits from, `zoo.targets.KINDS[group].base`.
+
+    Raises:
+        UsageError: it is not allowed, or there is none.
     """
-    return load_class(group, section.get(TARGET, KINDS[group].base))
+    base = KINDS[group].base
+    return load_class(group, section.get(TARGET, base if base.startswith("zoo.") else None))
 
 
 def instantiate(group: str, section: Mapping[str, Any], *given: Any, **unless_set: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
 from zoo.config import parse_fields
-from zoo.errors import UsageError
+from zoo.layers.model import as_model
 from zoo.ranges import Range
 from zoo.registry import create_model, model_info
 
@@ -82,15 +82,18 @@ def _config_table(model: nn.Module, fields: Any) -> Table:
 
 def _work(model: nn.Module) -> str:
     flops, _ = forward_flops(model)
+    unit = as_model(model).unit
+    at = f" at T = {LENGTH}" if unit == "token" else ""
     return (
-        f"FLOPs per token at T = {LENGTH}: {short_count(flops)} forward, {short_count(3 * flops)} in training "
+        f"FLOPs per {unit}{at}: {short_count(flops)} forward, {short_count(3 * flops)} in training "
         "(forward + backward, the backward counted as twice the forward)"
     )
 
 
 def _state(model: nn.Module) -> str:
-    if not hasattr(model, "state_bytes"):
-        raise UsageError(f"{type(model).__name__} has no state_bytes(batch, length)")
-    short, long = model.state_bytes(1, LENGTH), model.state_bytes(1, 2 * LENGTH)  # type: ignore[operator]
+    known = as_model(model)
+    short, long = known.state_bytes(1, LENGTH), known.state_bytes(1, 2 * LENGTH)
+    if not long:
+        return "state: none, the whole input goes in at once"
     grows = "the same at any length" if short == long else f"{long:,} at T = {2 * LENGTH}: it grows with the context"
     return f"state bytes per sequence: {short:,} at T = {LENGTH}, {grows}"
