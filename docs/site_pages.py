@@ -100,7 +100,7 @@ def api() -> dict[str, str]:
         "zoo": {"zoo": "zoo", "Decoding": "zoo.decoding"},
         "ops": {"Operators": "zoo.ops", "Time cut across ranks": "zoo.ops.shard"},
         "layers": {"Layers": "zoo.layers"},
-        "train": {"Strategies": "zoo.train.strategies", "Runs": "zoo.train.run.fit"},
+        "train": {"Strategies": "zoo.train.strategies", "Runs": "zoo.train.fit"},
     }
     return {
         name: "\n".join(

@@ -13,7 +13,7 @@ import zoo
 from zoo import tokenizers
 from zoo.config import compose
 from zoo.decoding import generate
-from zoo.train.run import fit
+from zoo.train import fit
 
 SETTINGS = [
     "model=deltanet", "model.d_model=64", "model.n_layers=2", "model.hidden_size=128",

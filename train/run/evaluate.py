@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from zoo import tokenizers
@@ -17,21 +16,12 @@ from zoo.registry import model_info
 from zoo.targets import TARGET
 from zoo.train.optim import Limits
 from zoo.train.rng import seed_all
-from zoo.train.run.build import (
-    build_data,
-    build_task,
-    check_fields,
-    cluster_environment,
-    launch_environment,
-    precision_of,
-    readable_refusals,
-    recipe_of,
-    strategy_of,
-    task_class,
-    trainer_config_of,
-)
+from zoo.train.run.build import check_fields, launch_environment
 from zoo.train.run.folder import RunFolder
+from zoo.train.run.instantiate import class_of, instantiate
 from zoo.train.run.quiet import quiet_lightning
+from zoo.train.run.trainer import TrainerConfig, make_trainer
+from zoo.train.tasks.task import Task
 
 __all__ = ["evaluate"]
 
@@ -59,29 +49,14 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
     config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
-    data = build_data(config)
-    kind = task_class(config["task"])
+    data = instantiate("data", config["data"], seed=config["seed"])
+    kind = class_of("task", config["task"])
     check_fields(model, data, kind)
-    trainer_config = trainer_config_of(config["trainer"])
-    optim = recipe_of(config["optim"])
-    task = build_task(config["task"], model, optim, Limits(), data)
+    options: TrainerConfig = instantiate("trainer", config["trainer"])
+    optim = instantiate("optim", config["optim"])
+    task: Task = instantiate("task", config["task"], model, optim, Limits(), data)
     with launch_environment(), quiet_lightning():
-        with readable_refusals():
-            trainer = Trainer(
-                accelerator=trainer_config.accelerator,
-                strategy=strategy_of(config["strategy"]),
-                devices=trainer_config.devices,
-                num_nodes=trainer_config.num_nodes,
-                precision=precision_of(trainer_config),  # type: ignore[arg-type]
-                limit_val_batches=trainer_config.limit_val_batches,
-                inference_mode=False,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                use_distributed_sampler=False,
-                plugins=[*cluster_environment()],
-            )
+        trainer = make_trainer(options, config["strategy"])
         trainer.validate(task, datamodule=data, verbose=False)
     measured = {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(measured.get("loss", 0.0)):
@@ -142,7 +117,7 @@ def _is_own_task(override: str, known: Mapping[str, Any]) -> bool:
     """
     if not override.startswith("task="):
         return False
-    own, asked = (task_class(section) for section in (known["task"], compose([override])["task"]))
+    own, asked = (class_of("task", section) for section in (known["task"], compose([override])["task"]))
     if own is not asked:
         raise UsageError(
             f"a run is measured by the task that it was trained for, {own.__name__}, and {override} asks for another; "

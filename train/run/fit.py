@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
@@ -15,7 +15,7 @@ from torch import nn
 from zoo.checkpoint import save
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError
-from zoo.targets import TARGET, load_class
+from zoo.targets import TARGET
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
@@ -28,30 +28,18 @@ from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
 from zoo.train.rng import seed_all
-from zoo.train.run.build import (
-    RUN_DIR,
-    build_data,
-    build_model,
-    build_task,
-    cluster_environment,
-    launch_environment,
-    precision_of,
-    readable_refusals,
-    recipe_of,
-    refused_settings,
-    settings_of,
-    strategy_of,
-    task_class,
-    trainer_config_of,
-)
+from zoo.train.run.build import RUN_DIR, build_model, launch_environment
 from zoo.train.run.checkpoint_io import AtomicCheckpointIO
 from zoo.train.run.endless_epoch import EndlessData
 from zoo.train.run.folder import RunFolder, is_main_process
+from zoo.train.run.instantiate import class_of, instantiate
 from zoo.train.run.interrupt import Interrupted, Interrupts
 from zoo.train.run.loggers import CsvLog
 from zoo.train.run.quiet import quiet_lightning
-from zoo.train.run.trainer import TrainerConfig
+from zoo.train.run.trainer import TrainerConfig, make_trainer, training_settings
 from zoo.train.strategies.fsdp import whole_weights
+from zoo.train.strategies.ranks import ManyRanks
+from zoo.train.tasks.task import Task
 
 __all__ = ["resume", "run"]
 
@@ -134,6 +122,27 @@ def _report_interrupt(folder: RunFolder, stop: Interrupted) -> int:
     return INTERRUPTED
 
 
+class Parts(NamedTuple):
+    """What a config names, made."""
+
+    options: TrainerConfig
+    data: Any
+    kind: type[Task]
+    model: nn.Module
+    limits: Limits
+    task: Task
+
+
+class Watch(NamedTuple):
+    """What looks on while a run trains, as far as its end asks for it."""
+
+    callbacks: list[Callback]
+    table: CsvLog
+    log: LogMetrics
+    checkpoints: Checkpoints
+    draw: Callable[[nn.Module], str] | None
+
+
 def _fit(
     config: Mapping[str, Any],
     folder: RunFolder,
@@ -141,23 +150,72 @@ def _fit(
     interrupts: Interrupts,
     further: Sequence[Callback],
 ) -> int:
+    parts = _make(config)
+    options, model, task = parts.options, parts.model, parts.task
+    io = AtomicCheckpointIO()
+    watch = _watch(config, parts, folder, interrupts, io)
+    trainer = make_trainer(
+        options,
+        config.get("strategy"),
+        plugins=[io],
+        callbacks=[*watch.callbacks, *further],
+        logger=[watch.table, *_loggers(config, folder)],
+        default_root_dir=folder.path,
+        **training_settings(options, parts.limits.max_steps),
+    )
+    if not folder.config.is_file():
+        vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
+        folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
+    if checkpoint is None:
+        parameters = sum(p.numel() for p in model.parameters())
+        what = parts.kind.__name__
+        folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
+    else:
+        folder.say(f"going on with {folder.path}")
+    _run(trainer, task, parts.data, checkpoint, folder)
+    keeps = not options.fast_dev_run
+    fault = task.fault(watch.log.final.get("val_loss", 0.0))
+    weights = whole_weights(model) if keeps else None
+    if not trainer.is_global_zero:
+        return DONE
+    if fault is not None:
+        raise UserError(
+            f"the run in {folder.path} ended with a model that is of no use, {fault} being not finite; lower optim.lr "
+            "and start a new run (the checkpoints are kept)"
+        )
+    if not keeps:
+        return DONE
+    if weights is not None:
+        model = build_model(config["model"], parts.data, parts.kind)
+        model.load_state_dict(weights)
+    return _finish(folder, model, parts.data, watch.draw, watch.log.final, watch.checkpoints.failed)
+
+
+def _make(config: Mapping[str, Any]) -> Parts:
+    """Data first, then the model, whose vocabulary is theirs, then the task. Bad data are refused before all else."""
     seed_all(config["seed"])
-    options = trainer_config_of(config["trainer"])
-    data = build_data(config)
+    options: TrainerConfig = instantiate("trainer", config["trainer"])
+    data = instantiate("data", config["data"], seed=config["seed"])
     data.prepare_data()
-    data.setup("fit")  # bad data are refused before there is a folder for the run
-    kind = task_class(config["task"])
+    data.setup("fit")
+    kind = class_of("task", config["task"])
     model = build_model(config["model"], data, kind)
     per_epoch = None
     if options.max_epochs is not None:
-        per_epoch = _batches_per_epoch(options, data, strategy_of(config.get("strategy")))
+        per_epoch = _batches_per_epoch(options, data, config.get("strategy"))
     limits = options.limits(per_epoch)
-    optim = recipe_of(config["optim"])
-    task = build_task(config["task"], model, optim, limits, data)
+    optim = instantiate("optim", config["optim"])
+    task = instantiate("task", config["task"], model, optim, limits, data)
+    return Parts(options, data, kind, model, limits, task)
 
+
+def _watch(
+    config: Mapping[str, Any], parts: Parts, folder: RunFolder, interrupts: Interrupts, io: AtomicCheckpointIO
+) -> Watch:
+    """The run's callbacks, in the order in which Lightning calls them."""
+    options, data, task, limits = parts.options, parts.data, parts.task, parts.limits
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
-    io = AtomicCheckpointIO()
     checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io, folder.say)
     callbacks: list[Callback] = [StopAtLimits(limits, task.clock, interrupts)]
     show = partial(_show_line, folder, limits)
@@ -175,21 +233,12 @@ def _fit(
     if keeps:
         callbacks.append(checkpoints)
     callbacks.append(ReportOperators(folder.note_operators))
-    callbacks += _memory(config.get("memory"), model, folder)
-    callbacks += further
-    loggers = [table, *_loggers(config, folder)]
-    with readable_refusals():
-        trainer = _build_trainer(config, options, limits, callbacks, loggers, io, folder)
+    callbacks += _memory(config.get("memory"), parts.model, folder)
+    return Watch(callbacks, table, log, checkpoints, draw)
 
-    if not folder.config.is_file():
-        vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
-        folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
-    if checkpoint is None:
-        parameters = sum(p.numel() for p in model.parameters())
-        what = kind.__name__
-        folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
-    else:
-        folder.say(f"going on with {folder.path}")
+
+def _run(trainer: Trainer, task: Task, data: Any, checkpoint: Path | None, folder: RunFolder) -> None:
+    """Train; a run that is refused before its first update leaves no folder."""
     try:
         trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
     except OSError as error:
@@ -198,21 +247,6 @@ def _fit(
         if trainer.global_step == 0:
             folder.discard()
         raise
-    fault = task.fault(log.final.get("val_loss", 0.0))
-    weights = whole_weights(model) if keeps else None
-    if not trainer.is_global_zero:
-        return DONE
-    if fault is not None:
-        raise UserError(
-            f"the run in {folder.path} ended with a model that is of no use, {fault} being not finite; lower optim.lr "
-            "and start a new run (the checkpoints are kept)"
-        )
-    if not keeps:
-        return DONE
-    if weights is not None:
-        model = build_model(config["model"], data, kind)
-        model.load_state_dict(weights)
-    return _finish(folder, model, data, draw, log.final, checkpoints.failed)
 
 
 def _finish(
@@ -253,8 +287,7 @@ def _show_bar(folder: RunFolder, bar: Bar, step: int, row: dict[str, float]) -> 
 
 def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]:
     """What chooses how activations are kept, where anything is asked for; runs of before had no such settings."""
-    with refused_settings():
-        options = MemoryConfig(**settings_of(section or {}))
+    options: MemoryConfig = instantiate("memory", section or {})
     if not options.changes:
         return []
     if not hasattr(model, "use_memory"):
@@ -264,73 +297,20 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
     return [FitMemory(options, folder.say)]
 
 
-def _build_trainer(
-    config: Mapping[str, Any],
-    options: TrainerConfig,
-    limits: Limits,
-    callbacks: list[Callback],
-    loggers: list[Logger],
-    io: AtomicCheckpointIO,
-    folder: RunFolder,
-) -> Trainer:
-    """Lightning's Trainer: one endless epoch, our callbacks, our limits."""
-    return Trainer(
-        accelerator=options.accelerator,
-        strategy=strategy_of(config.get("strategy")),
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        precision=precision_of(options),  # type: ignore[arg-type]
-        fast_dev_run=options.fast_dev_run,
-        max_epochs=-1,
-        max_steps=limits.max_steps or -1,
-        limit_val_batches=options.limit_val_batches,
-        val_check_interval=options.val_every * options.accumulate_grad_batches,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        accumulate_grad_batches=options.accumulate_grad_batches,
-        gradient_clip_val=options.gradient_clip_val,
-        gradient_clip_algorithm=options.gradient_clip_algorithm,
-        deterministic=options.deterministic,
-        benchmark=options.benchmark,
-        inference_mode=False,  # tables that a model makes on first use must be usable in training
-        use_distributed_sampler=False,  # the data module knows its ranks
-        profiler=options.profiler,
-        detect_anomaly=options.detect_anomaly,
-        sync_batchnorm=options.sync_batchnorm,
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[io, *cluster_environment()],
-        enable_checkpointing=not options.fast_dev_run,
-        enable_progress_bar=False,
-        enable_model_summary=options.enable_model_summary,
-        default_root_dir=folder.path,
-    )
-
-
 def _loggers(config: Mapping[str, Any], folder: RunFolder) -> list[Logger]:
     """The chosen logger beside metrics.csv, writing into the run's folder unless told otherwise."""
     section = config.get("logger")
     if not isinstance(section, Mapping) or TARGET not in section:
         return []
-    settings = settings_of(section)
-    if settings.get("save_dir") in (None, "."):
-        settings["save_dir"] = str(folder.path)
-    return [load_class("logger", section[TARGET])(**settings)]
+    if section.get("save_dir") in (None, "."):
+        section = {**section, "save_dir": str(folder.path)}
+    return [instantiate("logger", section)]
 
 
 def _batches_per_epoch(options: TrainerConfig, data: Any, strategy: Any) -> int:
     """Batches of an epoch on each rank; a throw-away trainer knows how many ranks there will be."""
     data.setup("fit")
-    probe = Trainer(
-        accelerator=options.accelerator,
-        strategy=strategy,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    probe = make_trainer(options, strategy)
     # ranks with data of their own: fewer where several share a sequence
-    ranks = int(getattr(probe.strategy, "dp_size", probe.world_size))
+    ranks = probe.strategy.dp_size if isinstance(probe.strategy, ManyRanks) else probe.world_size
     return data.sources[0].steps(ranks) if isinstance(data, DataModule) else len(data.train_dataloader()) // ranks

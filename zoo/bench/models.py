@@ -31,7 +31,7 @@ from zoo.decoding import generate
 from zoo.errors import UserError
 from zoo.ops.core.spec import TOLERANCE
 from zoo.registry import model_info
-from zoo.train.run import fit
+from zoo.train import fit
 from zoo.train.tasks.task import LOSS_UNIT
 
 __all__ = ["about_model", "check_request", "measure_decoding", "run_model"]

@@ -10,7 +10,6 @@ from zoo import checkpoint, decoding, tokenizers
 from zoo.config import read_run
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
-from zoo.targets import TARGET, load_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,9 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     run = checkpoint.run_of(found)
     if run is None:
         raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
-    settings = dict(read_run(run / "config.yaml")["data"])
-    data = load_class("data", settings.pop(TARGET))(**settings)
+    from zoo.train.run.instantiate import instantiate
+
+    data = instantiate("data", read_run(run / "config.yaml")["data"])
     if getattr(data, "tokenizer", None) is None:
         raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
     tokenizer: tokenizers.Tokenizer = data.tokenizer
