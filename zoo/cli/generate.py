@@ -11,7 +11,6 @@ from zoo.config import read_run
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
 from zoo.registry import model_info
-from zoo.targets import TARGET, load_class
 
 
 @dataclass(frozen=True, kw_only=True)
