@@ -54,7 +54,7 @@ class Traffic:
 
     @property
     def received(self) -> int:
-        """Bytes."""
+        """Bytes that the middle rank receives in one step, by states and halos together."""
         return sum(exchange.received for exchange in self.states) + sum(self.halos)
 
 
