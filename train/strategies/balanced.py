@@ -174,7 +174,7 @@ class Balanced(ManyRanks):
             dist.all_reduce(torch.zeros(1, device=self.root_device))
 
     def teardown(self) -> None:
-        """Forget the run."""
+        """Forget what this run compared and watched, and its gradients."""
         super().teardown()
         self._compared.clear()
         self._watched.clear()
@@ -228,7 +228,7 @@ class Balanced(ManyRanks):
 
     @property
     def trainer(self) -> Trainer:
-        """The module's."""
+        """The trainer of the module that the strategy runs."""
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 

@@ -21,7 +21,7 @@ class Server:
         self.cases: list[Any] = []
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """One request."""
+        """The answer to one request, which its key "do" names; an error is an answer too."""
         try:
             return {"operators": self._operators, "model": self._model, "round": self._round, "results": self._results}[
                 message["do"]

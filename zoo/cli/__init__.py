@@ -30,6 +30,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """End the command by a UsageError that names the mistake and where the help is."""
         raise UsageError(f"{message}; {self.prog} --help shows how")
 
 

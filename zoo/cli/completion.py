@@ -18,7 +18,7 @@ PATHS_OF = ("resume", "eval", "generate", "bench", "convert", "export")  # verbs
 
 
 def completion_command(shell: str) -> int:
-    """Print the script."""
+    """Print the completion script for a shell: bash, zsh or fish."""
     print({"bash": bash, "zsh": zsh, "fish": fish}[shell](), end="")
     return 0
 

@@ -63,7 +63,7 @@ def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:
 
 
 def parameter_table(model: nn.Module) -> Table:
-    """Parameters by module."""
+    """A table of modules: how many copies, how many parameters, and their share of all."""
     rows = parameter_rows(model)
     total = sum(n for *_, n in rows)
     table = Table("module", "class", box=None, pad_edge=False, show_footer=True)
