@@ -13,7 +13,6 @@ from torch import nn
 
 from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
-from zoo.config import parse_fields
 from zoo.layers.model import as_model
 from zoo.ranges import Range
 from zoo.registry import ModelInfo, create_model, model_info
@@ -22,7 +21,11 @@ from zoo.registry import ModelInfo, create_model, model_info
 def show_command(name: str, settings: Sequence[str]) -> int:
     """Print what is known of a model."""
     info = model_info(name)
-    fields = parse_fields(settings)
+    fields = {}
+    if settings:
+        from zoo.config import parse_fields  # Hydra, which nothing else here needs
+
+        fields = parse_fields(settings)
     size = str(fields.pop("size", "tiny"))
     with torch.device("meta"):
         model = create_model(name, size, **fields)
