@@ -183,6 +183,14 @@ class SequenceModel(Model):
         """The state before the first token: what `state=None` stands for."""
         return self.blocks.init_state(batch)
 
+    def reserve(self, state: Any, slots: int) -> Any:
+        """The state with room for `slots` tokens a row, for a caller who decodes from it and keeps it to itself.
+
+        Caches that grow with the text are then written in place: what a row has seen stays, what lies behind may
+        change. Without it every call copies them. See zoo.layers.state.Reserves.
+        """
+        return self.blocks.reserve(state, slots)
+
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of all layers after `length` tokens."""
         return self.blocks.state_bytes(batch, length)

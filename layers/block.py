@@ -11,6 +11,7 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Mixer, Surroundings, TokenWise, as_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import RowsApart
+from zoo.layers.state import reserve
 from zoo.ops import shard
 
 __all__ = ["Block", "BlockState"]
@@ -123,6 +124,12 @@ class Block(nn.Module):
         if self.cross is None:
             return self.mixer.init_state(batch)
         return BlockState(self.mixer.init_state(batch), self.cross.init_state(batch))
+
+    def reserve(self, state: Any, slots: int) -> Any:
+        """The state with room for `slots` tokens a row in whatever grows with the text."""
+        if self.cross is None:
+            return reserve(self.mixer, state, slots)
+        return BlockState(reserve(self.mixer, state.mixer, slots), reserve(self.cross, state.cross, slots))
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state after `length` tokens."""

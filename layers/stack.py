@@ -114,6 +114,10 @@ class Stack(nn.ModuleList):
         states = tuple(block.init_state(batch) for block in self.members())
         return None if all(state is None for state in states) else states
 
+    def reserve(self, states: Any, slots: int) -> Any:
+        """The states with room for `slots` tokens a row in whatever grows with the text."""
+        return tuple(block.reserve(state, slots) for block, state in zip(self.members(), states, strict=True))
+
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of all states after `length` tokens."""
         return sum(block.state_bytes(batch, length) for block in self.members())

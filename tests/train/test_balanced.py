@@ -24,8 +24,8 @@ from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Uniform
 from zoo.train.balance.plan import edge
-from zoo.train.data.documents import TextDocuments, TokenDocuments
-from zoo.train.data.planned import PlanBatch
+from zoo.train.data.core.planned import PlanBatch
+from zoo.train.data.text.documents import TextDocuments, TokenDocuments
 from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
 
 Found = dict[str, dict[str, list[Any]]]

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import zoo
-import zoo.train
+import zoo.train.run
 from zoo import cli, tokenizers
 from zoo.cli import sweep as sweep_module
 from zoo.cli.generate import Sampling, StopText
@@ -286,14 +286,14 @@ def test_other_shells_name_every_verb_and_model(capsys):
 def fit(monkeypatch):
     """A stand-in for training that notes how it was called."""
     calls = []
-    fake = types.ModuleType("zoo.train.fit")
+    fake = types.ModuleType("zoo.train.run.fit")
     fake.run = lambda config, folder: calls.append(("run", config, folder)) or 0
     fake.resume = lambda folder: calls.append(("resume", folder)) or 130
-    measures = types.ModuleType("zoo.train.evaluate")
+    measures = types.ModuleType("zoo.train.run.evaluate")
     measures.evaluate = lambda path, words: calls.append(("evaluate", path, words)) or {"bits_per_byte": 1.23456789}
-    monkeypatch.setitem(sys.modules, "zoo.train.fit", fake)
-    monkeypatch.setitem(sys.modules, "zoo.train.evaluate", measures)
-    monkeypatch.setattr(zoo.train, "fit", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "zoo.train.run.fit", fake)
+    monkeypatch.setitem(sys.modules, "zoo.train.run.evaluate", measures)
+    monkeypatch.setattr(zoo.train.run, "fit", fake, raising=False)
     monkeypatch.setattr("zoo.cli.runs.compose", compose_toy)
     monkeypatch.setattr(sweep_module, "compose", compose_toy)
     return calls

@@ -5,8 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.train.clock import Clock
-from zoo.train.interrupt import Interrupts
 from zoo.train.optim import Limits
+from zoo.train.run.interrupt import Interrupts
 
 __all__ = ["StopAtLimits", "update_done"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.train.callbacks.limits import update_done
-from zoo.train.loggers import CsvLog
+from zoo.train.run.loggers import CsvLog
 from zoo.train.tasks.task import Task
 
 __all__ = ["LogMetrics", "row_due"]

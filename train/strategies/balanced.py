@@ -24,7 +24,7 @@ from zoo.ops.shard import SequenceShard
 from zoo.ops.shard.exchange import Message
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Planner, Uniform
 from zoo.train.balance.plan import RankStep
-from zoo.train.data.planned import PlanBatch
+from zoo.train.data.core.planned import PlanBatch
 from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
 from zoo.train.strategies.nominal import nominal
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
@@ -187,7 +187,7 @@ class Balanced(ManyRanks):
         if not isinstance(batch, PlanBatch):
             raise UserError(
                 "a balanced strategy runs plans of whole documents, and these data make ordinary batches; use "
-                "data=documents (zoo.train.data.documents), or a strategy such as ddp or zeco"
+                "data=documents (zoo.train.data.text.documents), or a strategy such as ddp or zeco"
             )
         stage = self._stage()
         if stage not in self._compared:

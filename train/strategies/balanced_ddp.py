@@ -21,7 +21,7 @@ BUCKET = 32 << 20  # bytes of gradients that are summed at once: a copy of this 
 class BalancedStrategy(Balanced, DDPStrategy):
     """Plans of uneven sequences with the weights on every rank.
 
-    A batch of whole documents (`zoo.train.data.documents`) is planned over all ranks: which of them share which
+    A batch of whole documents (`zoo.train.data.text.documents`) is planned over all ranks: which of them share which
     documents, in which order. Ranks may run unequal numbers of micro-steps, or none; any ranks may share a document.
     torch's DistributedDataParallel is not used: gradients are averaged once, after the last micro-step of an update.
     A task must therefore return (its summed loss) x ranks / (the targets of all ranks); `Task` does.

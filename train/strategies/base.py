@@ -20,7 +20,7 @@ from zoo.ops import shard
 from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
 from zoo.ops.shard.sequence_shard import OWN_LAYOUT
-from zoo.train.data.base import BATCH, Part
+from zoo.train.data.core.base import BATCH, Part
 from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors

@@ -7,7 +7,7 @@ from typing import Literal
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.ops.shard import Link
-from zoo.train.data.base import Part
+from zoo.train.data.core.base import Part
 from zoo.train.strategies.base import ContextParallel
 
 __all__ = ["ContextParallelStrategy"]
@@ -28,7 +28,7 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
         link: what a message costs; "zeco" chooses its number of blocks by it.
         blocks: of "zeco", in place of that choice.
         inner: of "usp", ranks of one head group; the divisor of cp_size next below its root when omitted.
-        schema: what each key of a batch holds, see zoo.train.data.base.BATCH; that of the data module when omitted.
+        schema: what each key of a batch holds, see zoo.train.data.core.base.BATCH; the data module's when omitted.
         timeout: seconds after which a rank that does not answer ends the others.
         process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
         find_unused_parameters, gradient_as_bucket_view, static_graph: of torch's DistributedDataParallel.

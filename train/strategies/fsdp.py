@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.optim import Optimizer
 
 from zoo.ops.shard import Link
-from zoo.train.data.base import Part
+from zoo.train.data.core.base import Part
 from zoo.train.strategies.base import ContextParallel
 
 __all__ = ["ContextParallelFSDPStrategy", "CutWeights", "whole_weights"]

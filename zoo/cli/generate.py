@@ -10,7 +10,7 @@ from zoo import checkpoint, decoding, tokenizers
 from zoo.config import read_run
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
-from zoo.targets import TARGET, load_class
+from zoo.registry import model_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     """Print the continuation of a prompt piece by piece."""
     found = checkpoint.locate(path)
     model = checkpoint.load(found)
+    refuse_unless_text(str(model.name))
     decoding.refuse_unless_causal(model)
     tokenizer = _tokenizer(found)
     size = cast(SequenceModel, model).config.vocab_size
@@ -93,6 +94,22 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     return 0
 
 
+def refuse_unless_text(name: str) -> None:
+    """Refuse a model that was not registered as one that text can be drawn from.
+
+    Raises:
+        UserError: it makes something else, or has no decoder.
+    """
+    info = model_info(name)
+    if info.produces != "text":
+        raise UserError(
+            f"zoo generate continues text, and {name} makes {info.produces}; zoo eval measures it, and zoo train shows "
+            "what it makes in the run's folder"
+        )
+    if info.decoder is None:
+        raise UserError(f"zoo generate draws by a model's decoder, and {name} has none; zoo eval measures it")
+
+
 def _show(text: str) -> None:
     if text:
         sys.stdout.write(text)
@@ -106,8 +123,9 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     run = checkpoint.run_of(found)
     if run is None:
         raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
-    settings = dict(read_run(run / "config.yaml")["data"])
-    data = load_class("data", settings.pop(TARGET))(**settings)
+    from zoo.train.run.instantiate import instantiate
+
+    data = instantiate("data", read_run(run / "config.yaml")["data"])
     if getattr(data, "tokenizer", None) is None:
         raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
     tokenizer: tokenizers.Tokenizer = data.tokenizer

@@ -6,9 +6,9 @@ from typing import Literal
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.train.data._philox import Draws
-from zoo.train.data.corpus import IGNORE
-from zoo.train.data.synthetic import SyntheticData
+from zoo.train.data.core.corpus import IGNORE
+from zoo.train.data.synthetic._philox import Draws
+from zoo.train.data.synthetic.base import SyntheticData
 
 
 class Copying(SyntheticData):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pydoc_data.topics import topics
 
-from zoo.train.data.text import Document, TextData
+from zoo.train.data.text.base import Document, TextData
 
 LONG = 40  # characters from which on a paragraph in two topics means that one quotes the other
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from zoo.tokenizers import Tokenizer
-from zoo.train.data.loader import Batch
+from zoo.train.data.core.loader import Batch
 
 Packing = Literal["cut", "packed"]
 IGNORE = -100  # target of a position that is not scored

@@ -9,10 +9,10 @@ import numpy as np
 
 from zoo import tokenizers
 from zoo.errors import UserError, did_you_mean
-from zoo.train.data.base import at_least
-from zoo.train.data.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
-from zoo.train.data.loader import Batch, Source
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, TextSettings
+from zoo.train.data.core.base import at_least
+from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
+from zoo.train.data.core.loader import Batch, Source
+from zoo.train.data.text.base import BATCH_SIZE, SEQ_LEN, TextSettings
 
 
 class Hub(TextSettings):

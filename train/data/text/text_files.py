@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 
 from zoo.errors import UserError, did_you_mean
-from zoo.train.data.corpus import Packing
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, TextData
+from zoo.train.data.core.corpus import Packing
+from zoo.train.data.text.base import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, Document, TextData
 
 # The mark that a file begins with, and how Python calls what follows; UTF-32's begins with UTF-16's.
 MARKS = {

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data.base import WHOLE_SEQUENCES, DataModule, Metric
-from zoo.train.data.corpus import IGNORE, order
-from zoo.train.data.loader import Batch, Source
+from zoo.train.data.core.base import WHOLE_SEQUENCES, DataModule, Metric
+from zoo.train.data.core.corpus import IGNORE, order
+from zoo.train.data.core.loader import Batch, Source
 
 try:
     from sklearn.datasets import load_digits

@@ -1,18 +1,26 @@
-"""The trainer's options: a handful of our own, and Lightning's by their own names."""
+"""The trainer's options, a handful of our own and Lightning's by their own names; and the Trainer made of them."""
 
 import math
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 
 from zoo.errors import UsageError, UserError
 from zoo.ranges import Range, check_fields
 from zoo.train.optim import Limits
+from zoo.train.run.instantiate import strategy_of
 
-__all__ = ["TrainerConfig"]
+__all__ = ["TrainerConfig", "make_trainer", "training_settings"]
 
 DEFAULT_STEPS = 1000
 DEFAULT_SECONDS = 240.0
@@ -125,3 +133,81 @@ def parse_time(text: str) -> timedelta:
     if not duration:
         raise UserError(f"trainer.max_time must be longer than zero, got {text!r}")
     return duration
+
+
+def make_trainer(options: TrainerConfig, strategy: Any, *, plugins: Sequence[Any] = (), **more: Any) -> Trainer:
+    """Lightning's Trainer with these options; nothing is written, printed or logged unless `more` says so.
+
+    Args:
+        options: where and in which precision it runs.
+        strategy: the config's section, or a name.
+        plugins: further ones, beside the cluster's environment.
+        more: further arguments of `lightning.Trainer`.
+
+    Raises:
+        UsageError: settings that Lightning refuses.
+    """
+    settings: dict[str, Any] = {
+        "accelerator": options.accelerator,
+        "devices": options.devices,
+        "num_nodes": options.num_nodes,
+        "precision": precision_of(options),
+        "limit_val_batches": options.limit_val_batches,
+        "inference_mode": False,  # tables that a model makes on first use must be usable in training
+        "use_distributed_sampler": False,  # the data module knows its ranks
+        "plugins": [*plugins, *cluster_environment()],
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    with readable_refusals():
+        return Trainer(strategy=strategy_of(strategy), **{**settings, **more})
+
+
+def training_settings(options: TrainerConfig, max_steps: int | None) -> dict[str, Any]:
+    """What `make_trainer` takes besides for a run: one endless epoch, validated by updates."""
+    return {
+        "fast_dev_run": options.fast_dev_run,
+        "max_epochs": -1,
+        "max_steps": max_steps or -1,
+        "val_check_interval": options.val_every * options.accumulate_grad_batches,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "accumulate_grad_batches": options.accumulate_grad_batches,
+        "gradient_clip_val": options.gradient_clip_val,
+        "gradient_clip_algorithm": options.gradient_clip_algorithm,
+        "deterministic": options.deterministic,
+        "benchmark": options.benchmark,
+        "profiler": options.profiler,
+        "detect_anomaly": options.detect_anomaly,
+        "sync_batchnorm": options.sync_batchnorm,
+        "enable_checkpointing": not options.fast_dev_run,
+        "enable_model_summary": options.enable_model_summary,
+    }
+
+
+def precision_of(options: TrainerConfig) -> str:
+    """As asked for; else bfloat16 where a CUDA device has it, and float32."""
+    if options.precision is not None:
+        return options.precision
+    on_cuda = torch.cuda.is_available() and options.accelerator in ("auto", "gpu", "cuda")
+    return "bf16-mixed" if on_cuda and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def cluster_environment() -> list[ClusterEnvironment]:
+    """SLURM without Lightning's requeueing: it writes checkpoints of its own, which it prefers to ours ever after."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []  # what Lightning finds on its own
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
+@contextmanager
+def readable_refusals() -> Iterator[None]:
+    """Around the making of a Trainer: what Lightning refuses becomes a UsageError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UsageError(f"trainer settings that Lightning refuses: {str(error).strip().splitlines()[0]}") from error

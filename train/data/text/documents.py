@@ -9,12 +9,12 @@ from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.train.balance.sampler import BalancedBatchSampler, Planner
 from zoo.train.balance.whole_documents import Dealt
-from zoo.train.data.base import DataModule, Metric, at_least
-from zoo.train.data.loader import Loader, Source
-from zoo.train.data.planned import AtMost, Documents, FromCorpus, InMemory, Plans, Rows
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.data.text import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, TextData
-from zoo.train.data.text_files import TextFiles
+from zoo.train.data.core.base import DataModule, Metric, at_least
+from zoo.train.data.core.loader import Loader, Source
+from zoo.train.data.core.planned import AtMost, Documents, FromCorpus, InMemory, Plans, Rows
+from zoo.train.data.text.base import BATCH_SIZE, SEQ_LEN, VAL_FRACTION, TextData
+from zoo.train.data.text.pydocs import PyDocs
+from zoo.train.data.text.text_files import TextFiles
 
 __all__ = ["TextDocuments", "TokenDocuments"]
 

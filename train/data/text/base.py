@@ -12,9 +12,9 @@ import numpy as np
 from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.files import cache_folder, keep_in_cache
-from zoo.train.data.base import DataModule, Metric, at_least
-from zoo.train.data.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
-from zoo.train.data.loader import Source
+from zoo.train.data.core.base import DataModule, Metric, at_least
+from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
+from zoo.train.data.core.loader import Source
 
 SEQ_LEN, BATCH_SIZE, VAL_FRACTION = 256, 8, 0.1  # defaults of every text source
 CACHED_TOKENS = 4 << 20  # smaller corpora tokenise in about a second, and are not worth a file

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data._philox import Draws, philox
-from zoo.train.data.base import DataModule, Metric, at_least
-from zoo.train.data.loader import Batch, Source
+from zoo.train.data.core.base import DataModule, Metric, at_least
+from zoo.train.data.core.loader import Batch, Source
+from zoo.train.data.synthetic._philox import Draws, philox
 
 TRAINING, VALIDATION = 0, 1  # streams of one seed
 # Of how many different rows a sample may be one, as a power of two. From the first on, rows are split between the

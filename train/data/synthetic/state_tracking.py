@@ -9,11 +9,11 @@ from typing import Literal, Self
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.train.data._philox import Draws
-from zoo.train.data.base import Metric
-from zoo.train.data.corpus import IGNORE
-from zoo.train.data.loader import Source
-from zoo.train.data.synthetic import APART, SPLIT, SyntheticData, ValidationSets
+from zoo.train.data.core.base import Metric
+from zoo.train.data.core.corpus import IGNORE
+from zoo.train.data.core.loader import Source
+from zoo.train.data.synthetic._philox import Draws
+from zoo.train.data.synthetic.base import APART, SPLIT, SyntheticData, ValidationSets
 
 Labels = Literal["all", "last"]
 

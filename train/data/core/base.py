@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from zoo.errors import UserError
 from zoo.tokenizers import Tokenizer
-from zoo.train.data.loader import Loader, Source
+from zoo.train.data.core.loader import Loader, Source
 
 Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
 Part = int | str

@@ -15,8 +15,8 @@ from zoo.errors import UserError
 from zoo.train.balance.plan import Piece, RankStep
 from zoo.train.balance.sampler import BalancedBatchSampler
 from zoo.train.balance.whole_documents import Dealt
-from zoo.train.data.corpus import IGNORE, Corpus
-from zoo.train.data.loader import Batch, Source
+from zoo.train.data.core.corpus import IGNORE, Corpus
+from zoo.train.data.core.loader import Batch, Source
 
 FILLER = 64  # tokens, none scored, of a row for a rank without a document: one for each rank that may share the row
 
