@@ -12,6 +12,7 @@ from zoo.layers.channel_dropout import ChannelDropout
 from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
 from zoo.layers.dropout import Dropout
 from zoo.layers.encoder import Encoder, EncoderConfig
+from zoo.layers.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from zoo.layers.feed_forward import MLP, SwiGLU
 from zoo.layers.mixer import FeedForward, Layer, Mixer, Solver, Surroundings
 from zoo.layers.mixer_registry import register_mixer
@@ -19,6 +20,7 @@ from zoo.layers.model import Input, Model
 from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers
 from zoo.layers.stack import Stack
+from zoo.layers.vision import VisionConfig, VisionModel
 
 __all__ = [
     "MLP",
@@ -28,6 +30,8 @@ __all__ = [
     "Dropout",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "FeedForward",
     "GatedRMSNorm",
     "HeadNorm",
@@ -43,6 +47,8 @@ __all__ = [
     "Stack",
     "Surroundings",
     "SwiGLU",
+    "VisionConfig",
+    "VisionModel",
     "layer_mixers",
     "register_mixer",
 ]

@@ -8,6 +8,8 @@ from zoo.layers.conv import ShortConvolution as ShortConvolution
 from zoo.layers.dropout import Dropout as Dropout
 from zoo.layers.encoder import Encoder as Encoder
 from zoo.layers.encoder import EncoderConfig as EncoderConfig
+from zoo.layers.encoder_decoder import EncoderDecoder as EncoderDecoder
+from zoo.layers.encoder_decoder import EncoderDecoderConfig as EncoderDecoderConfig
 from zoo.layers.feed_forward import MLP as MLP
 from zoo.layers.feed_forward import SwiGLU as SwiGLU
 from zoo.layers.mixer import FeedForward as FeedForward
@@ -40,3 +42,5 @@ from zoo.layers.norms import HeadNorm as HeadNorm
 from zoo.layers.norms import RMSNorm as RMSNorm
 from zoo.layers.pattern import layer_mixers as layer_mixers
 from zoo.layers.stack import Stack as Stack
+from zoo.layers.vision import VisionConfig as VisionConfig
+from zoo.layers.vision import VisionModel as VisionModel

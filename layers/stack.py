@@ -14,6 +14,9 @@ from zoo.ops import shard
 __all__ = ["Stack"]
 
 
+_ALL = slice(None)
+
+
 class Stack(nn.ModuleList):
     """Blocks one behind the other, (B, T, D) -> (B, T, D), and the tuple of their states.
 
@@ -68,6 +71,7 @@ class Stack(nn.ModuleList):
         mask: Tensor | None = None,
         final: Callable[[Tensor], Tensor] | None = None,
         keep: bool = True,
+        part: slice = _ALL,
     ) -> tuple[Tensor, Any]:
         """Run all blocks.
 
@@ -78,6 +82,7 @@ class Stack(nn.ModuleList):
             mask: (B, T) bool, False for padding on either side; padding changes no state, and its outputs are zeros.
             final: what the last output goes through before padding is put back, as a norm.
             keep: return the states; otherwise none is held, which in attention is all keys and values.
+            part: of the blocks, which run; `states` are theirs.
 
         Raises:
             ValueError: the mask has another shape or goes with packed documents; or, in a causal stack, time is cut
@@ -91,8 +96,8 @@ class Stack(nn.ModuleList):
             apart = rows_apart(x[..., 0], mask, around.cu_seqlens)
         if packed is not None:
             x, around = packed.pack(x), around._replace(cu_seqlens=packed.cu_seqlens)
-        after = []
-        for block, state in zip(self.members(), states or [None] * len(self), strict=True):
+        blocks, after = list(self.members())[part], []
+        for block, state in zip(blocks, states or [None] * len(blocks), strict=True):
             x, state = block(x, state, around=around, rows=apart)
             if keep:
                 after.append(state)
