@@ -39,6 +39,7 @@ REQUIRES = (
 NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
 RUN_HAS = ("model", "data", "task", "optim", "trainer", "seed")  # what the config of every run has had
 SEEDS = Range(0, 2**63 - 1)
+DECAYS = Range(above=0, below=1)
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 
@@ -97,6 +98,9 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
     SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
     _check_path("run_dir", config["run_dir"])
+    config["init_from"] = _fit("init_from", config.get("init_from"), "str | None", raw)
+    config["ema"] = _fit("ema", config.get("ema"), "float | None", raw)
+    DECAYS.check("ema", config["ema"])
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
