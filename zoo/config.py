@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import GROUPS, RENAMED, ROOT, choices
+from zoo.configs import GROUPS, RENAMED, ROOT, choices, variants
 from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
@@ -64,7 +64,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
-    parsed = _parse([_in_current_words(override, known) for override in parsed])
+    parsed = _parse([word for override in parsed for word in _in_current_words(override, known)])
     _check_choices(parsed, known)
     chosen = {o.key_or_group for o in parsed}
     words = [(o, _without_file(o, known, chosen) or [_unlocked(o)]) for o in parsed]
@@ -324,14 +324,20 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
         raise UsageError(f"no {group} {choice!r}{end}")
 
 
-def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> str:
-    """The override as it was written, with a choice that has another name today under that name."""
+def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """The override as it was written, with a choice that has another name today under that name.
+
+    A variant, such as strategy=zeco_fsdp, is written out: strategy=zeco strategy.weights=fsdp.
+    """
     line, group, choice = override.input_line or "", override.key_or_group, override.value()
     if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
-        return line
+        return [line]
     today = current_name(group, choice, RENAMED.get(group, {}))
     today = current_model(today) if group == "model" else today
-    return line if today == choice else f"{line.partition('=')[0]}={today}"
+    written = variants(group).get(today)
+    if written is not None:
+        return [f"{key}={value}" for key, value in written.items()]
+    return [line if today == choice else f"{line.partition('=')[0]}={today}"]
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
