@@ -8,6 +8,7 @@ from zoo.layers.conv import ShortConvolution as ShortConvolution
 from zoo.layers.dropout import Dropout as Dropout
 from zoo.layers.encoder import Encoder as Encoder
 from zoo.layers.encoder import EncoderConfig as EncoderConfig
+from zoo.layers.feed_forward import MLP as MLP
 from zoo.layers.feed_forward import SwiGLU as SwiGLU
 from zoo.layers.mixer import FeedForward as FeedForward
 from zoo.layers.mixer import Layer as Layer
@@ -16,6 +17,8 @@ from zoo.layers.mixer import Solver as Solver
 from zoo.layers.mixer import Surroundings as Surroundings
 from zoo.layers.mixer_registry import register_mixer as register_mixer
 from zoo.layers.mixers.attention import Attention as Attention
+from zoo.layers.mixers.bidirectional_attention import BidirectionalAttention as BidirectionalAttention
+from zoo.layers.mixers.cross_attention import CrossAttention as CrossAttention
 from zoo.layers.mixers.delta_net import DeltaNet as DeltaNet
 from zoo.layers.mixers.delta_net import GatedDeltaNet as GatedDeltaNet
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
@@ -36,3 +39,4 @@ from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm
 from zoo.layers.norms import HeadNorm as HeadNorm
 from zoo.layers.norms import RMSNorm as RMSNorm
 from zoo.layers.pattern import layer_mixers as layer_mixers
+from zoo.layers.stack import Stack as Stack

@@ -155,9 +155,6 @@ def as_mixer(module: nn.Module) -> Mixer:
     """A mixer as it is; a plain module with `forward` and `init_state` gets the members of Mixer that it lacks.
 
     Modules that do not inherit from Mixer are deprecated: write `class MyMixer(Mixer)`.
-
-    Raises:
-        ValueError: the module has no `init_state`, and does not say that it sees both sides.
     """
     if isinstance(module, Mixer):
         return module
@@ -165,11 +162,6 @@ def as_mixer(module: nn.Module) -> Mixer:
     own = {name for kind in type(module).__mro__ for name in vars(kind)} | set(vars(module))
     if "causal" not in own:
         plain.causal = not (plain.bidirectional if "bidirectional" in own else False)
-    if plain.causal and "init_state" not in own:
-        raise ValueError(
-            f"a mixer is mixer(x, state=None) -> (y, state) with init_state(batch), and {type(module).__name__} has no "
-            "init_state; inherit from zoo.layers.Mixer"
-        )
     for name, value in (("takes", Mixer.takes), ("operators", ())):
         if name not in own:
             setattr(module, name, value)

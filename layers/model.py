@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from zoo.ops.core.call import Operators
 
-__all__ = ["Input", "Model", "as_model"]
+__all__ = ["Input", "Model", "SaysInputs", "as_model"]
 
 Device = torch.device | str | None
 
@@ -40,6 +40,15 @@ class Input(NamedTuple):
         if self.dtype.is_floating_point:
             return torch.randn(shape, dtype=self.dtype, generator=generator).to(device)
         return torch.randint(self.below, shape, dtype=self.dtype, generator=generator).to(device)
+
+
+@runtime_checkable
+class SaysInputs(Protocol):
+    """An embedding, or a whole model, that says what it takes."""
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """As of Model."""
 
 
 class Model(nn.Module):

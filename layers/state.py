@@ -1,9 +1,11 @@
 """States are nested tuples of tensors; what is done to all of them alike."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
+
+State = Any  # nested tuples of tensors, rows first in every tensor
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
@@ -24,6 +26,20 @@ def state_bytes(state: Any) -> int:
 def detach(state: Any) -> Any:
     """Cut the graph behind a state: truncated back-propagation through time."""
     return map_state(lambda x: x.detach(), state)
+
+
+@runtime_checkable
+class Reserves(Protocol):
+    """An optional capability of a mixer whose state grows with the text."""
+
+    def reserve(self, state: Any, slots: int, /) -> Any:
+        """The state with room for `slots` tokens a row; the caller owns it, and calls write into its free slots."""
+        ...
+
+
+def reserve(mixer: nn.Module, state: State, slots: int) -> State:
+    """The state of a mixer with room for `slots` tokens a row; that of a mixer without a cache as it is."""
+    return mixer.reserve(state, slots) if isinstance(mixer, Reserves) else state
 
 
 def refuse_state(what: str, state: Any) -> None:

@@ -139,6 +139,39 @@ def test_light_modules_import_no_torch_and_nothing_has_a_bare_name() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def weights_of_others(tree: ast.Module) -> list[int]:
+    """Lines in which a product is given the matrix of a layer that is not called: an adapter there would do nothing."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            taken = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if function in ("linear", "linear_cross_entropy", "matmul"):
+                lines += [
+                    each.lineno
+                    for each in taken
+                    if isinstance(each, ast.Attribute) and each.attr == "weight" and ast.unparse(each) != "self.weight"
+                ]
+    return lines
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("zoo.layers")))
+def test_no_layer_takes_the_weight_of_a_linear_layer_that_it_does_not_call(name: str) -> None:
+    if name != "zoo.layers.head_loss":  # which asks first whether the layer is plain
+        assert not weights_of_others(MODULES[name])
+
+
+@pytest.mark.parametrize("line", [
+    "dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)",
+    "return linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=ignore_index)",
+    "linear_cross_entropy(self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias)",
+    "F.linear(x, weight=self.proj.weight)",
+])  # fmt: skip
+def test_what_layers_once_did_is_seen(line: str) -> None:
+    assert weights_of_others(ast.parse(line)) == [1]
+    assert not weights_of_others(ast.parse("F.linear(x, self.weight)"))
+
+
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if OPERATOR.fullmatch(name)))
 def test_every_operators_folder_has_its_proofs(name: str) -> None:
     """A spec.py, or a reason in NO_SPEC; and what it offers is named in __all__."""

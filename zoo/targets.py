@@ -122,7 +122,7 @@ def load_class(group: str, target: object) -> type:
     try:
         owner: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{key}: {target} cannot be imported ({_first_line(error)}); {_choices(group)}") from error
+        raise UsageError(f"{key}: {target} cannot be imported ({first_line(error)}); {_choices(group)}") from error
     if not isinstance(owner, type) or not _may_import(group, owner.__module__, target):
         raise UsageError(f"{key} must name a class where it is defined, and {target} is none; {_choices(group)}")
     base = KINDS[group].base
@@ -179,5 +179,6 @@ def _choices(group: str) -> str:
     return f"{group}=NAME chooses from {names}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows the first line of it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

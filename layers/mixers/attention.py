@@ -1,28 +1,22 @@
 """Softmax attention with rotary positions, grouped queries, a sliding window and a key-value cache."""
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.kv_cache import AttentionSlots, AttentionState, KeyValues, append, begin, reserve, reserve_window
 from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
 from zoo.ops import attention, rotary, shard
+from zoo.ops.core import check
 
 __all__ = ["Attention"]
 
-
-class AttentionState(NamedTuple):
-    """The cache of one attention layer, aligned to the right: row b holds its last min(length[b], M) keys.
-
-    k, v: (B, M, Hk, K), keys already rotated; length: (B,) int64, tokens seen so far.
-    """
-
-    k: Tensor
-    v: Tensor
-    length: Tensor
+Cache = AttentionState | AttentionSlots
 
 
 @register_mixer("attention")
@@ -84,15 +78,29 @@ class Attention(Mixer):
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, *, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, AttentionState]:
+        self, x: Tensor, state: Cache | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Cache]:
+        y, written = self._attend(x, state, cu_seqlens)
+        return y, written.last()
+
+    def look_ahead(self, x: Tensor, state: Cache, *, cu_seqlens: Tensor) -> tuple[Tensor, KeyValues]:
+        """As `forward`; the slots themselves know the state after every prefix (see zoo.layers.state.LooksAhead)."""
+        return self._attend(x, state, cu_seqlens)
+
+    def reserve(self, state: Cache, slots: int) -> Cache:
+        """A state with room for `slots` tokens a row, owned by the caller; see zoo.layers.kv_cache.AttentionSlots.
+
+        A window's cache gets all the slots that it will ever need; each call makes it anew.
+        """
+        return reserve(state, slots) if self.window is None else reserve_window(state, self.window)
+
+    def _attend(self, x: Tensor, state: Cache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KeyValues]:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        past = None if state is None else state.length
         place = shard.current()
         if place is not None and state is not None:
             raise ValueError(
@@ -101,60 +109,50 @@ class Attention(Mixer):
             )
         if self.rope_base is not None:
             if place is None or (place.documents is None and cu_seqlens is not None):
-                positions = _positions(T, past, cu_seqlens, x.device)
+                positions = _positions(T, None if state is None else state.length, cu_seqlens, x.device)
             else:
                 positions = shard.positions(place, T, x.device)[None]
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_base)
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
-        if cu_seqlens is None:
-            o, state = self._batch(q, k, v, state)
+        if state is None or not state.k.shape[1] or not T:
+            o, written = self._first(q, k, v, state, cu_seqlens)
+        elif cu_seqlens is None:
+            o, written = self._next(q, k, v, state, None)
         else:
-            o, state = self._packed(q, k, v, state, cu_seqlens)
-        return self.o_proj(o.flatten(2)), state
+            pad, unpad = _rows(cu_seqlens, T)
+            o, written = self._next(pad(q), pad(k), pad(v), state, cu_seqlens.diff().long())
+            o = unpad(o)
+        return self.o_proj(o.flatten(2)), written
 
-    def _batch(self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
-        B, T = q.shape[:2]
-        lengths = None
-        if state is not None and state.k.shape[1]:
-            lengths = state.length.clamp(max=state.k.shape[1]) + T
-            k, v = torch.cat([state.k, k], dim=1), torch.cat([state.v, v], dim=1)
-        o = attention(q, k, v, window=self.window, key_lengths=lengths, backend=self.backend)
-        length = q.new_zeros(B, dtype=torch.long) if state is None else state.length
-        keep = self._keep(k.shape[1])
-        return o, AttentionState(k[:, k.shape[1] - keep :], v[:, v.shape[1] - keep :], length + T)
-
-    def _packed(
-        self, q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, cu_seqlens: Tensor
-    ) -> tuple[Tensor, AttentionState]:
-        """Each document's cached keys go before its new ones; the new caches are padded on the left to one length."""
-        cuts = cu_seqlens.tolist()
-        n = len(cuts) - 1
-        if state is None:
-            empty = k.new_zeros(n, 0, *k.shape[2:])
-            state = AttentionState(empty, empty, cu_seqlens.new_zeros(n, dtype=torch.long))
-        rows = state.k.shape[1]
-        cached = state.length.clamp(max=rows).tolist()
-        documents_k, documents_v = [], []
-        for i in range(n):
-            new = slice(cuts[i], cuts[i + 1])
-            documents_k.append(torch.cat([state.k[i, rows - cached[i] :], k[0, new]]))
-            documents_v.append(torch.cat([state.v[i, rows - cached[i] :], v[0, new]]))
-        sizes = [len(document) for document in documents_k]
-        cu_k = torch.tensor([0, *sizes], device=cu_seqlens.device).cumsum(0)
-        if shard.current() is None:
-            o = attention(
-                q, torch.cat(documents_k)[None], torch.cat(documents_v)[None],
-                window=self.window, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_k, backend=self.backend,
-            )  # fmt: skip
+    def _first(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, KeyValues]:
+        """No keys come before those of the call, or no tokens come with it."""
+        o = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, backend=self.backend)
+        keep, past = self._keep, None if state is None else state.length
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.diff().long()
+            if k.shape[1]:
+                pad, _ = _rows(cu_seqlens, k.shape[1])
+                k, v = pad(k), pad(v)
+            else:
+                k, v = (z.new_zeros(len(lengths), 0, *z.shape[2:]) for z in (k, v))
         else:
-            o = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, backend=self.backend)
-        keep = self._keep(max(sizes))
-        k, v = (torch.stack([_right(document, keep) for document in d]) for d in (documents_k, documents_v))
-        return o, AttentionState(k, v, state.length + cu_seqlens.diff().long())
+            lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.long, device=k.device)
+        if state is not None and state.k.shape[1]:  # no tokens
+            return o, KeyValues(state.k, state.v, state.length, state.length, lengths, type(state), None)
+        return o, begin(k, v, past, lengths, keep)
 
-    def _keep(self, length: int) -> int:
-        """Rows of the cache worth keeping: all, or what the next query's window reaches."""
-        return length if self.window is None else min(length, self.window - 1)
+    def _next(self, q: Tensor, k: Tensor, v: Tensor, state: Cache, lengths: Tensor | None) -> tuple[Tensor, KeyValues]:
+        """Rows (B, T, H, K) behind cached keys; of row b the first lengths[b] tokens count."""
+        written = append(state, k, v, lengths, self._keep)
+        o = attention(q, written.k, written.v, window=self.window, past=written.filled, backend=self.backend)
+        return o, written
+
+    @property
+    def _keep(self) -> int | None:
+        """Slots of the cache worth keeping: what the next query's window reaches, or all."""
+        return None if self.window is None else self.window - 1
 
     def init_state(self, batch: int) -> AttentionState:
         """An empty cache."""
@@ -164,17 +162,25 @@ class Attention(Mixer):
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the cache after `length` tokens: grows until the window is full."""
         row = self.n_kv_heads * self.head_dim * self.k_proj.weight.element_size()
-        return batch * (2 * row * self._keep(length) + 8)
+        slots = length if self._keep is None else min(length, self._keep)
+        return batch * (2 * row * slots + 8)
 
     def extra_repr(self) -> str:
         heads = f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}"
         return f"{heads}, window={self.window}, rope_base={self.rope_base}"
 
 
-def _right(document: Tensor, keep: int) -> Tensor:
-    """The last `keep` rows of (L, ...), zeros on the left when there are fewer."""
-    document = document[max(0, len(document) - keep) :]
-    return torch.cat([document.new_zeros(keep - len(document), *document.shape[1:]), document])
+def _rows(cu_seqlens: Tensor, T: int) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """How packed documents (1, T, ...) become padded rows (n, longest, ...), and how rows are packed again."""
+    cuts = check.boundaries("Attention", cu_seqlens, 1, T)
+    longest = max(right - left for left, right in itertools.pairwise(cuts))
+    steps = torch.arange(longest, device=cu_seqlens.device)
+    source = (cu_seqlens[:-1, None] + steps).clamp(max=T - 1)  # (n, longest)
+    row = torch.repeat_interleave(
+        torch.arange(len(cuts) - 1, device=cu_seqlens.device), cu_seqlens.diff(), output_size=T
+    )
+    step = torch.arange(T, device=cu_seqlens.device) - cu_seqlens[row]
+    return lambda x: x[0, source], lambda x: x[row, step][None]
 
 
 def _positions(T: int, past: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

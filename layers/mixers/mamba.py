@@ -34,6 +34,16 @@ def step_sizes(like: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floo
     return _inverse_softplus(dt)
 
 
+class _StepProjection(nn.Linear):
+    """W x + b, with b added in float32 where x is narrower: the bias says more than bfloat16 holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.dtype == wide:
+            return super().forward(x)
+        return F.linear(x, self.weight).to(wide) + self.bias.to(wide)
+
+
 def _initialise_projections(modules: tuple[nn.Module, ...], out_proj: nn.Linear, n_layers: int) -> None:
     """torch's own ranges, and an output that shrinks with depth, one residual branch a layer."""
     for module in modules:
@@ -82,7 +92,7 @@ class Mamba(Mixer):
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)  # [x, z]
         self.conv1d = ShortConvolution(E, d_conv, bias=True, backend=backend)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False) if selective else None  # [dt, B, C]
-        self.dt_proj = nn.Linear(R, E) if selective else None
+        self.dt_proj = _StepProjection(R, E) if selective else None
         self.constant = (
             None if selective else nn.ParameterDict({"dt": torch.empty(E), "B": torch.empty(N), "C": torch.empty(N)})
         )
@@ -131,11 +141,7 @@ class Mamba(Mixer):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.x_proj is not None and self.dt_proj is not None:
             dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-            if dt.dtype == wide:
-                dt = self.dt_proj(dt)
-            else:  # the bias says more than bfloat16 holds
-                dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-            return F.softplus(dt), B.to(x.dtype), C.to(x.dtype)
+            return F.softplus(self.dt_proj(dt).to(wide)), B.to(x.dtype), C.to(x.dtype)
         assert self.constant is not None
         delta = F.softplus(self.constant["dt"].to(wide)).expand(*x.shape)
         B, C = (self.constant[name].to(x.dtype).expand(*x.shape[:2], -1) for name in "BC")

@@ -112,9 +112,9 @@ def test_a_plain_module_still_works_with_the_same_parameters() -> None:
     torch.testing.assert_close(torch.cat([first, model(tokens[:, 5:], state)[0]], dim=1), whole)
 
 
-def test_a_plain_module_without_a_state_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Linear has no init_state; inherit from zoo\.layers\.Mixer"):
-        as_mixer(nn.Linear(2, 2))
+def test_a_plain_module_without_a_first_state_is_refused_when_one_is_asked_for() -> None:
+    with pytest.raises(NotImplementedError, match="Linear is causal, and must say its first state: init_state"):
+        as_mixer(nn.Linear(2, 2)).init_state(1)
 
 
 class BothSides(PlainSum):

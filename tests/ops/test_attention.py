@@ -3,6 +3,7 @@
 Parity of every form with the reference, gradients and packing are the shared harness's (test_operators.py).
 """
 
+import functools
 import itertools
 import math
 import warnings
@@ -289,6 +290,39 @@ def test_rows_of_different_cache_lengths(form: str) -> None:
         assert_close(o[row : row + 1], alone)
 
 
+@pytest.mark.parametrize("window", [None, 1, 3, 40])
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_slots_filled_from_the_left(form: str, T: int, window: int | None) -> None:
+    """Rows with different pasts; what lies behind a row's last query is large, and no output shows it."""
+    q, k, v = for_form(form, inputs(3, T, 12))
+    past = torch.tensor([0, 5, 12 - T], device=q.device)
+    behind = (torch.arange(12, device=q.device) >= past[:, None] + T)[:, :, None, None]
+    for kwargs in ({}, {"return_lse": True}):
+        o = attention(
+            q, k.masked_fill(behind, 1e9), v.masked_fill(behind, 1e9), past=past, window=window, backend=form, **kwargs
+        )
+        o = o[0] if kwargs else o
+        for row, n in enumerate((past + T).tolist()):
+            want = loop(q[row : row + 1], k[row : row + 1, :n], v[row : row + 1, :n], window)
+            assert_same(form, (o[row : row + 1],), (want,))
+
+
+def test_slots_of_many_queries_go_without_a_large_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa, "MASK_LIMIT", 50)
+    (q, k, v), past = inputs(2, 5, 16), torch.tensor([2, 11])
+
+    def run(backend: str, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (attention(*args, past=past, window=6, backend=backend),)
+
+    calls: list[object] = []
+    monkeypatch.setattr(sdpa, "visible_slots", lambda *_: calls.append(1))
+    ours = gradients(functools.partial(run, "torch"), (q, k, v))
+    assert not calls
+    monkeypatch.undo()
+    assert_same("torch", ours, gradients(functools.partial(run, "torch"), (q, k, v)))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [None, 4])
 def test_one_query_at_a_time_equals_all_at_once(form: str, window: int | None) -> None:
@@ -504,6 +538,15 @@ def test_auto_on_a_gpu_asks_for_kernels_where_sdpa_would_need_a_mask(monkeypatch
         (
             {"key_lengths": torch.tensor([9, 9])},
             r"key_lengths must be int32 or int64 \(1,\), one a row, .*; got \(2,\)",
+        ),
+        ({"past": torch.tensor([9, 9])}, r"past must be int32 or int64 \(1,\), one a row, .*; got \(2,\)"),
+        (
+            {"past": torch.tensor([0]), "causal": False},
+            "past counts slots before causal queries .*; got .*causal=False",
+        ),
+        (
+            {"past": torch.tensor([0]), "key_lengths": torch.tensor([9])},
+            "past counts slots .*key_lengths, leave past out",
         ),
         ({"key_lengths": torch.tensor([9.0])}, r"key_lengths must be int32 or int64 .*; got \(1,\) torch.float32"),
         ({"key_lengths": [9]}, "key_lengths must be int32 or int64 .*; got list"),

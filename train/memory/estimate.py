@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo.layers.backbone import SequenceModel
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.offload import offload
+from zoo.layers.stack import Stack
 from zoo.ops.token_wise.linear_cross_entropy.chunked import chunk_tokens
 from zoo.train.memory.live_bytes import LiveBytes, flash_on_meta
 
@@ -232,7 +233,7 @@ def _run_block(block: Any, plan: MemoryPlan, batch: int, how: Precision, length:
 def _run_loss(model: Any, batch: int, length: int, how: Precision, device: torch.device) -> float:
     """The most that is live from the last block's output to its gradient, the output included."""
     ends = copy.copy(model)
-    ends._modules = dict(model._modules, blocks=nn.ModuleList())
+    ends._modules = dict(model._modules, blocks=Stack())
     tokens = model.example(batch, length, device="meta")["tokens"]
     with LiveBytes() as bytes_:
         hidden = ends.hidden(tokens)

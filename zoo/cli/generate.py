@@ -10,6 +10,7 @@ from zoo import checkpoint, decoding, tokenizers
 from zoo.config import read_run
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
+from zoo.registry import model_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
     """Print the continuation of a prompt piece by piece."""
     found = checkpoint.locate(path)
     model = checkpoint.load(found)
+    refuse_unless_text(str(model.name))
     decoding.refuse_unless_causal(model)
     tokenizer = _tokenizer(found)
     size = cast(SequenceModel, model).config.vocab_size
@@ -90,6 +92,22 @@ def generate_command(path: str, prompt: str, sampling: Sampling, *, stop: Sequen
         _show(text.push(pieces.finish()) + text.finish())
     _show("\n")
     return 0
+
+
+def refuse_unless_text(name: str) -> None:
+    """Refuse a model that was not registered as one that text can be drawn from.
+
+    Raises:
+        UserError: it makes something else, or has no decoder.
+    """
+    info = model_info(name)
+    if info.produces != "text":
+        raise UserError(
+            f"zoo generate continues text, and {name} makes {info.produces}; zoo eval measures it, and zoo train shows "
+            "what it makes in the run's folder"
+        )
+    if info.decoder is None:
+        raise UserError(f"zoo generate draws by a model's decoder, and {name} has none; zoo eval measures it")
 
 
 def _show(text: str) -> None:

@@ -16,7 +16,7 @@ from zoo.cli.models import short_count
 from zoo.config import parse_fields
 from zoo.layers.model import as_model
 from zoo.ranges import Range
-from zoo.registry import create_model, model_info
+from zoo.registry import ModelInfo, create_model, model_info
 
 
 def show_command(name: str, settings: Sequence[str]) -> int:
@@ -28,6 +28,7 @@ def show_command(name: str, settings: Sequence[str]) -> int:
         model = create_model(name, size, **fields)
     out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     out.print(f"{name}, size {size} (of {', '.join(info.sizes)}); {info.task}; tags: {', '.join(info.tags) or '-'}")
+    out.print(trained_by(info), markup=False)
     if info.paper:
         out.print(info.paper, markup=False)
     out.print()
@@ -38,6 +39,12 @@ def show_command(name: str, settings: Sequence[str]) -> int:
     out.print(_work(model), markup=False)
     out.print(_state(model), markup=False)
     return 0
+
+
+def trained_by(info: ModelInfo) -> str:
+    """What `zoo train` takes for a model of itself, and what the model makes."""
+    draws = f"zoo generate draws by {info.decoder}" if info.decoder else "zoo generate draws nothing from it"
+    return f"zoo train takes task={info.task} data={info.data}; it produces {info.produces}, and {draws}"
 
 
 def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
+from zoo.layers.kv_cache import AttentionSlots
 from zoo.layers.state import map_state
 
 Step = Callable[[SequenceModel, Tensor, Any], tuple[Tensor, Any]]
@@ -37,6 +38,7 @@ class CompiledStep:
         Raises:
             UserError: torch cannot compile here.
         """
+        _mark_slots(state)
         if not self._begun:
             self._begun = True
             logits, after = step(model, tokens, state)
@@ -69,6 +71,16 @@ def _mark_growing(before: Any, after: Any) -> None:
         for dim, (m, n) in enumerate(zip(old.shape, new.shape, strict=True)):
             if m != n:
                 torch._dynamo.maybe_mark_dynamic(new, dim)
+
+
+def _mark_slots(state: Any) -> None:
+    """Tell the compiler that caches have any number of slots."""
+    if isinstance(state, AttentionSlots):
+        torch._dynamo.maybe_mark_dynamic(state.k, 1)
+        torch._dynamo.maybe_mark_dynamic(state.v, 1)
+    elif not isinstance(state, Tensor):
+        for part in state:
+            _mark_slots(part)
 
 
 def _leaves(state: Any) -> list[Tensor]:

@@ -144,6 +144,7 @@ def generate_batch(
             if not any(running):
                 return
             if n + 1 < max_tokens:
+                state = model.reserve(state, longest + n + 1)
                 logits, state = advance(model, drawn[:, None], state)
     finally:
         model.train(training)

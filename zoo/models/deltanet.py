@@ -42,6 +42,10 @@ _GLOBAL = {"pattern": "deltanet, attention, deltanet*10, attention, deltanet*11"
         "1.3b_sliding": _1_3B | _SLIDING,
         "1.3b_global": _1_3B | _GLOBAL,
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484",
 )

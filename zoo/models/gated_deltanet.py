@@ -30,6 +30,10 @@ class GatedDeltaNetConfig(SequenceConfig):
         "500m": {"d_model": 1024, "n_layers": 21},  # released as a 340M configuration; it has 512 million parameters
         "1.3b": {"d_model": 2048, "n_layers": 21},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464",
 )

@@ -31,6 +31,10 @@ class GLAConfig(SequenceConfig):
         "1.3b": {"d_model": 2048, "n_layers": 24},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 16, "hidden_size": 11008},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
 )

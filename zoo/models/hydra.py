@@ -27,6 +27,9 @@ class HydraConfig(EncoderConfig):
         "base": {"d_model": 768, "n_layers": 23},
     },
     task="masked_language_modelling",
+    data="pydocs",
+    decoder=None,  # it fills in hidden tokens and continues nothing
+    produces="text",
     tags=("bidirectional", "encoder", "linear", "ssm"),
     paper="Hwang et al., Hydra, arXiv 2407.09941",
 )

@@ -22,6 +22,10 @@ class LSTMConfig(SequenceConfig):
         "tiny": {"hidden_size": 176, "vocab_size": 257},
         "170m": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 50304},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "nonlinear"),
     paper="Poeppel, Beck and Hochreiter, FlashRNN, arXiv 2412.07752",
 )

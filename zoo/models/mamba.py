@@ -33,6 +33,10 @@ class MambaConfig(SequenceConfig):
         "1.4b": {"d_model": 2048, "n_layers": 48},
         "2.8b": {"d_model": 2560, "n_layers": 64},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "ssm"),
     paper="Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752",
 )

@@ -33,6 +33,10 @@ class Mamba2Config(SequenceConfig):
         "1.3b": {"d_model": 2048, "n_layers": 48},
         "2.7b": {"d_model": 2560, "n_layers": 64},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent", "ssm"),
     paper="Dao and Gu, Transformers are SSMs, arXiv 2405.21060",
 )

@@ -29,6 +29,10 @@ class ParaLSTMConfig(SequenceConfig):
         "2.9b": {"d_model": 2560, "n_layers": 32, "n_heads": 2},
         "7b": {"d_model": 4096, "n_layers": 32},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "nonlinear", "recurrent"),
     paper="Danieli et al., ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for LLMs, arXiv 2510.21450",
 )

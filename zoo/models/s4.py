@@ -35,6 +35,10 @@ class S4Config(SequenceConfig):
         "tiny": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True},
         "tiny-dplr": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True, "mode": "dplr", "n_ssm": 1},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "ssm"),
     paper="Gu, Goel and Re, Efficiently Modeling Long Sequences with Structured State Spaces, arXiv 2111.00396",
 )

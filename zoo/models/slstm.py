@@ -25,6 +25,10 @@ class SLSTMConfig(SequenceConfig):
         "tiny": {"hidden_size": 344, "vocab_size": 257},
         "140m": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 50304},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "nonlinear"),
     paper="Beck et al., xLSTM: Extended Long Short-Term Memory, arXiv 2405.04517",
 )

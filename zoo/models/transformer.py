@@ -29,6 +29,10 @@ class TransformerConfig(SequenceConfig):
         "1.3b": {"d_model": 2048, "n_layers": 24, "n_heads": 32},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_size": 14336},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("attention", "causal"),
     paper="Touvron et al., LLaMA, arXiv 2302.13971; sizes of Yang et al., arXiv 2312.06635",
 )

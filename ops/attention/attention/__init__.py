@@ -9,8 +9,8 @@ from torch import Tensor
 
 from zoo.ops.attention.attention.blockwise import attention_blockwise
 from zoo.ops.attention.attention.parallel import attention_across
-from zoo.ops.attention.attention.reference import attention_reference
-from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask
+from zoo.ops.attention.attention.reference import attention_reference, right_aligned
+from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask, past_mask_is_large
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.call import Choice, Limit, Operator
 from zoo.ops.shard.scope import scope
@@ -28,6 +28,7 @@ OPERATOR = Operator(
     limits=[Limit(size, MAX_HEAD, "heads") for size in ("K", "V")],
 )
 SDPA = Choice("torch", "SDPA needs no mask for this call")
+FEW = Choice("torch", "few queries over a cache, whose mask is small")
 
 
 @overload
@@ -40,6 +41,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     key_lengths: Tensor | None = None,
+    past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -55,6 +57,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     key_lengths: Tensor | None = None,
+    past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: Literal[True],
@@ -70,6 +73,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     key_lengths: Tensor | None = None,
+    past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
@@ -88,6 +92,8 @@ def attention(
             |i - j| < window if not.
         scale: K**-0.5 when omitted.
         key_lengths: (B,) integers in [0, S]: only the last key_lengths[b] keys of row b exist (a right-aligned cache).
+        past: (B,) integers in [0, S - T]: keys are slots filled from the left, and query i of row b has position
+            past[b] + i in them (a left-aligned cache). Slots behind a row's last query may hold anything finite.
         cu_seqlens: boundaries (n + 1,) of packed queries, B = 1; documents do not see each other.
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
         return_lse: also return the log-sum-exp, with which `zoo.ops.core.algebra.LogSumExp` merges partial results over
@@ -142,12 +148,22 @@ def attention(
     scale = K**-0.5 if scale is None else float(scale)
     place = scope()
     if place is not None and place.shard.size > 1:
-        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, place.shard.documents, backend)
+        _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, past, place.shard.documents, backend)
         OPERATOR.decide(backend, q, sizes, problem="blocks across ranks run in plain torch")
         o, lse = attention_across(place, q, k, v, causal, window, scale)
         return (o, lse) if return_lse else o
     if place is not None and place.shard.documents is not None and cu_seqlens is None:
         cu_seqlens = torch.tensor(place.shard.documents, device=q.device)
+    if past is not None:
+        _check_past(name, sizes, causal, past, {"key_lengths": key_lengths, "cu_seqlens": cu_seqlens}, q.device)
+        if return_lse or backend not in ("auto", "torch", "reference") or past_mask_is_large(sizes):
+            k, v, key_lengths, past = *right_aligned(k, v, past + T), past + T, None
+        else:  # few queries: SDPA's mask of B x T x S entries costs less than moving the slots
+            OPERATOR.decide(backend, q, sizes, instead=lambda: FEW)
+            masks = causal, window, scale, None, past
+            return (
+                attention_reference(q, k, v, *masks)[0] if backend == "reference" else attention_sdpa(q, k, v, *masks)
+            )
     cuts, keys = _documents(name, sizes, causal, cu_seqlens, cu_seqlens_k, key_lengths, q.device)
     if window is not None and window >= max(S, T):
         window = None
@@ -178,13 +194,15 @@ def _across_ranks(
     cu_seqlens: Tensor | None,
     cu_seqlens_k: Tensor | None,
     key_lengths: Tensor | None,
+    past: Tensor | None,
     documents: tuple[int, ...] | None,
     backend: str,
 ) -> None:
     """Refuse what a sequence that is cut across ranks cannot have."""
     T, S = sizes["T"], sizes["S"]
-    if T != S or cu_seqlens_k is not None or key_lengths is not None:
-        given = ["cu_seqlens_k"] * (cu_seqlens_k is not None) + ["key_lengths"] * (key_lengths is not None)
+    others = {"cu_seqlens_k": cu_seqlens_k, "key_lengths": key_lengths, "past": past}
+    given = [argument for argument, value in others.items() if value is not None]
+    if T != S or given:
         raise ValueError(
             f"{name}: across ranks every rank gives the keys of its own queries and no others; got "
             f"{', '.join([f'T = {T}, S = {S}', *given])}, run cached decoding outside zoo.ops.shard.use(...)"
@@ -220,12 +238,7 @@ def _documents(
     if key_lengths is not None:
         if cu_seqlens is not None:
             raise ValueError(f"{name}: packed documents take no key_lengths; say where keys begin by cu_seqlens_k")
-        integers = isinstance(key_lengths, Tensor) and key_lengths.dtype in (torch.int32, torch.int64)
-        if not integers or key_lengths.shape != (B,) or key_lengths.device != device:
-            got = type(key_lengths).__name__
-            if isinstance(key_lengths, Tensor):
-                got = f"{tuple(key_lengths.shape)} {key_lengths.dtype} on {key_lengths.device}"
-            raise ValueError(f"{name}: key_lengths must be int32 or int64 ({B},), one a row, on {device}; got {got}")
+        _check_rows(name, "key_lengths", key_lengths, B, device)
     if cu_seqlens is None:
         if cu_seqlens_k is not None:
             raise ValueError(f"{name}: cu_seqlens_k needs cu_seqlens; got only the keys' boundaries")
@@ -248,6 +261,27 @@ def _documents(
                 f"and {keys[i + 1] - keys[i]} keys, or set causal=False"
             )
     return cuts, keys
+
+
+def _check_rows(name: str, argument: str, value: Tensor, B: int, device: torch.device) -> None:
+    integers = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+    if not integers or value.shape != (B,) or value.device != device:
+        got = type(value).__name__
+        if isinstance(value, Tensor):
+            got = f"{tuple(value.shape)} {value.dtype} on {value.device}"
+        raise ValueError(f"{name}: {argument} must be int32 or int64 ({B},), one a row, on {device}; got {got}")
+
+
+def _check_past(
+    name: str, sizes: dict[str, int], causal: bool, past: Tensor, others: dict[str, Tensor | None], device: torch.device
+) -> None:
+    _check_rows(name, "past", past, sizes["B"], device)
+    given = [argument for argument, value in others.items() if value is not None]
+    if given or not causal or sizes["T"] > sizes["S"]:
+        got = ", ".join([f"T = {sizes['T']}, S = {sizes['S']}, causal={causal}", *given])
+        raise ValueError(
+            f"{name}: past counts slots before causal queries of a batch, T <= S; got {got}, leave past out"
+        )
 
 
 def _blocks_are_faster(

@@ -16,8 +16,9 @@ def visible(T: int, S: int, causal: bool, window: int | None, device: torch.devi
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None,
+    past: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o_i = sum_j softmax_j(s_ij) v_j and L_i = log sum_j exp(s_ij), s_ij = scale q_i . k_j, over the visible keys j.
 
     A query that sees none gives zeros and -inf.
@@ -25,7 +26,10 @@ def attention_reference(
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # (B, S, H, K)
     scores = scale * torch.einsum("bthk,bshk->bhts", q, k)
-    mask = visible(T, S, causal, window, q.device).expand(q.shape[0], 1, T, S)
+    if past is None:
+        mask = visible(T, S, causal, window, q.device).expand(q.shape[0], 1, T, S)
+    else:
+        mask = visible_slots(past, T, S, window)
     if key_lengths is not None:
         mask = mask & real_keys(key_lengths, S)
     blind = ~mask.any(dim=-1, keepdim=True)
@@ -39,3 +43,18 @@ def attention_reference(
 def real_keys(key_lengths: Tensor, S: int) -> Tensor:
     """(B, 1, 1, S) bool: the last key_lengths[b] of S keys exist."""
     return (torch.arange(S, device=key_lengths.device) >= S - key_lengths[:, None])[:, None, None]
+
+
+def visible_slots(past: Tensor, T: int, S: int, window: int | None) -> Tensor:
+    """(B, 1, T, S) bool: query i of row b stands at slot past[b] + i and sees it and the slots before it."""
+    queries = past[:, None, None] + torch.arange(T, device=past.device)[:, None]
+    distance = queries - torch.arange(S, device=past.device)  # (B, T, S)
+    mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return mask[:, None]
+
+
+def right_aligned(k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Slots (B, S, Hk, K or V) filled from the left, moved so that row b's lengths[b] slots are the last ones."""
+    S = k.shape[1]
+    source = (torch.arange(S, device=k.device) - S + lengths[:, None]).clamp(min=0)[:, :, None, None]
+    return k.gather(1, source.expand_as(k)), v.gather(1, source.expand_as(v))

@@ -1,10 +1,12 @@
 """Attention by torch's scaled_dot_product_attention: one call, or blocks of queries for windows."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops.attention.attention.reference import real_keys, visible
+from zoo.ops.attention.attention.reference import real_keys, visible, visible_slots
 
 # Queries of a windowed layer go in blocks of this many, so that memory is O(T * window) and no T x T mask exists.
 WINDOW_BLOCK = 256
@@ -17,13 +19,17 @@ MASK_LIMIT = 2**20
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None
-) -> Tensor:
-    """(B, T, H, K), (B, S, Hk, K), (B, S, Hk, V) -> (B, T, H, V); queries at the end of the keys."""
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None,
+    past: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(B, T, H, K), (B, S, Hk, K), (B, S, Hk, V) -> (B, T, H, V); queries at the end of the keys, or at `past`."""
     T, S = q.shape[1], k.shape[1]
     if scale < 0:  # torch's CPU kernel takes the largest product for the largest score, and gives NaN
         q, scale = -q, -scale
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, K)
+    if past is not None:
+        mask, gqa = visible_slots(past, T, S, window), q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa).transpose(1, 2)
     if window is not None and window >= max(T, S):
         window = None
     if window is not None and causal and T > WINDOW_BLOCK:
@@ -45,6 +51,11 @@ def builds_a_large_mask(T: int, S: int, causal: bool, window: int | None, key_le
     else:
         square = key_lengths is not None or (causal and T not in (1, S))
     return square and T * S >= MASK_LIMIT
+
+
+def past_mask_is_large(sizes: Mapping[str, int]) -> bool:
+    """Would the mask of queries at `past` have MASK_LIMIT entries or more? That of one token a row never counts."""
+    return sizes["T"] > 1 and sizes["B"] * sizes["T"] * sizes["S"] >= MASK_LIMIT
 
 
 def _call(
