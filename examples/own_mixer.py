@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.layers import register_mixer
+from zoo.layers import Mixer, register_mixer
 from zoo.ops import affine_scan
 
 
@@ -20,7 +20,7 @@ class LeakyState(NamedTuple):
 
 
 @register_mixer("leaky")
-class Leaky(nn.Module):
+class Leaky(Mixer):
     """A gated moving average, (B, T, D) -> (B, T, D).
 
     h_t = a_t h_{t-1} + (1 - a_t) v_t and y_t = W_o (h_t * silu(z_t)).
@@ -47,10 +47,6 @@ class Leaky(nn.Module):
         weight = self.out_proj.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return LeakyState(torch.zeros(batch, weight.shape[0], dtype=dtype, device=weight.device))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        (memory,) = self.init_state(batch)
-        return memory.numel() * memory.element_size()
 
 
 def main() -> None:

@@ -12,25 +12,43 @@ from zoo.layers.channel_dropout import ChannelDropout
 from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
 from zoo.layers.dropout import Dropout
 from zoo.layers.encoder import Encoder, EncoderConfig
-from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from zoo.layers.feed_forward import MLP, SwiGLU
+from zoo.layers.mixer import FeedForward, Layer, Mixer, Solver, Surroundings
 from zoo.layers.mixer_registry import register_mixer
+from zoo.layers.model import Input, Model
 from zoo.layers.norms import GatedRMSNorm, HeadNorm, RMSNorm
 from zoo.layers.pattern import layer_mixers
+from zoo.layers.stack import Stack
+from zoo.layers.vision import VisionConfig, VisionModel
 
 __all__ = [
+    "MLP",
     "Block",
     "ChannelDropout",
     "DepthwiseConvolution",
     "Dropout",
     "Encoder",
     "EncoderConfig",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
+    "FeedForward",
     "GatedRMSNorm",
     "HeadNorm",
+    "Input",
+    "Layer",
+    "Mixer",
+    "Model",
     "RMSNorm",
     "SequenceConfig",
     "SequenceModel",
     "ShortConvolution",
+    "Solver",
+    "Stack",
+    "Surroundings",
     "SwiGLU",
+    "VisionConfig",
+    "VisionModel",
     "layer_mixers",
     "register_mixer",
 ]

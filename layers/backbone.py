@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.block import Block
-from zoo.layers.conv import ShortConvolution
 from zoo.layers.feed_forward import SwiGLU
+from zoo.layers.head_loss import head_loss
+from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
+from zoo.layers.mixer import Surroundings
+from zoo.layers.model import Input, Model, SaysInputs
 from zoo.layers.norms import RMSNorm
-from zoo.layers.padding import Rows, unpadded
-from zoo.layers.state import LayersPrefixes, Prefixes, reserve
+from zoo.layers.padding import Rows
+from zoo.layers.stack import Stack
+from zoo.layers.state import LayersPrefixes, Prefixes
 from zoo.ops import linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
@@ -51,12 +55,15 @@ class SequenceConfig:
         check_fields(self)
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(Model):
     """Tokens -> logits through a stack of blocks; time may be cut anywhere, the state carries on.
 
     Args:
         config: a SequenceConfig.
         mixer: i -> the mixer of layer i.
+        embed: tokens -> (B, T, D), in place of an nn.Embedding; one that says its `inputs` names the shape and type of
+            what goes in as `tokens`.
+        head: (B, T, D) -> (B, T, ...), in place of the linear layer to the vocabulary.
 
     Raises:
         ValueError: a mixer sees the future (its `causal` is False): the next token would not have to be predicted.
@@ -64,9 +71,14 @@ class SequenceModel(nn.Module):
 
     operators = (linear_cross_entropy,)
 
-    causal = True
-
-    def __init__(self, config: SequenceConfig, mixer: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        config: SequenceConfig,
+        mixer: Callable[[int], nn.Module],
+        *,
+        embed: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ):
         super().__init__()
         self.config = config
         d, eps = config.d_model, config.norm_eps
@@ -74,48 +86,47 @@ class SequenceModel(nn.Module):
         def feed_forward() -> nn.Module | None:
             return None if config.hidden_size == 0 else SwiGLU(d, hidden_size=config.hidden_size)
 
-        self.embedding = nn.Embedding(config.vocab_size, d)
-        self.blocks = nn.ModuleList(
+        self.embedding = nn.Embedding(config.vocab_size, d) if embed is None else embed
+        blocks = (
             Block(
                 d, mixer(i), feed_forward(), norm_eps=eps, residual_scale=config.residual_scale, dropout=config.dropout
             )
             for i in range(config.n_layers)
         )
-        if any(getattr(own, "bidirectional", False) for own in self._mixers()):
-            raise ValueError("a bidirectional mixer sees the future and cannot be part of a causal model; leave it out")
+        self.blocks = Stack(blocks, causal=True)
         self.norm = RMSNorm(d, eps=eps)
-        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(d, config.vocab_size, bias=False) if head is None else head
+        self._linear_head = head is None
         if config.tie_embeddings:
-            self.lm_head.weight = self.embedding.weight
-        for block_mixer in self._mixers():
-            if not getattr(block_mixer, "causal", True):
+            if not isinstance(self.lm_head, nn.Linear) or not isinstance(self.embedding, nn.Embedding):
                 raise ValueError(
-                    f"the mixers of a causal model must not see the future, and {type(block_mixer).__name__} does; "
-                    "take it out of the pattern, or compose a zoo.layers.Encoder of it"
+                    "tie_embeddings shares the matrix of an nn.Embedding with an nn.Linear; got "
+                    f"{type(self.embedding).__name__} and {type(self.lm_head).__name__}, set tie_embeddings=False"
                 )
-        self.apply(self._initialise)
+            self.lm_head.weight = self.embedding.weight
+        initialise(self, std=config.init_std, n_layers=config.n_layers)
         self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents may go with them."""
+        tokens = Input("tokens", "B T", torch.int64, self.config.vocab_size)
+        if isinstance(self.embedding, SaysInputs):
+            tokens = self.embedding.inputs[0]._replace(name="tokens")
+        return (
+            tokens,
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+        )
 
     @property
     def memory(self) -> MemoryPlan:
         """What blocks keep for the backward pass."""
-        return self._memory
+        return self.blocks.memory
 
     def use_memory(self, plan: MemoryPlan) -> None:
         """Change what blocks keep for the backward pass: no number of the model, and nothing in its checkpoints."""
-        self._memory = plan
-        for block in self._blocks():
-            block.memory = plan
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding | ShortConvolution):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+        self.blocks.use_memory(plan)
 
     def forward(
         self, tokens: Tensor, state: Any = None, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -147,20 +158,11 @@ class SequenceModel(nn.Module):
     def _encode(
         self, tokens: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool = True
     ) -> tuple[Tensor, Any]:
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 and isinstance(self.embedding, nn.Embedding):
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
-        rows = None if mask is None else unpadded(tokens, mask, cu_seqlens)
-        if rows is not None:
-            x, state = self.encode(rows.pack(tokens), state, cu_seqlens=rows.cu_seqlens)
-            return rows.unpack(x), state
-        x = self.embedding(tokens)
-        states = []
-        for block, block_state in zip(self.blocks, state or [None] * len(self.blocks), strict=True):
-            x, block_state = block(x, block_state, cu_seqlens=cu_seqlens)
-            if keep:
-                states.append(block_state)
-            del block_state
-        return self.norm(x), tuple(states)
+        x, around = self.embedding(tokens), Surroundings(cu_seqlens=cu_seqlens)
+        encoded: tuple[Tensor, Any] = self.blocks(x, state, around=around, mask=mask, final=self.norm, keep=keep)
+        return encoded
 
     def look_ahead(self, tokens: Tensor, mask: Tensor, state: Any) -> tuple[Tensor, Prefixes]:
         """Run a ragged window and keep the way back to the state after any prefix of each row.
@@ -177,7 +179,7 @@ class SequenceModel(nn.Module):
         lengths = mask.sum(dim=1)
         rows = Rows(mask, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
         x, prefixes = self.embedding(rows.pack(tokens)), []
-        for block, block_state in zip(self._blocks(), state, strict=True):
+        for block, block_state in zip(self.blocks.members(), state, strict=True):
             x, block_prefixes = block.look_ahead(x, block_state, cu_seqlens=rows.cu_seqlens)
             prefixes.append(block_prefixes)
         return rows.unpack(self.norm(x)), LayersPrefixes(tuple(prefixes), lengths)
@@ -190,17 +192,18 @@ class SequenceModel(nn.Module):
     def head_loss(
         self, x: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean", backend: str = "auto"
     ) -> Tensor:
-        """Cross entropy of `head(x)`, without its logits in memory: zoo.ops.linear_cross_entropy.
+        """Cross entropy of `head(x)`, without its logits in memory where the head is linear: zoo.layers.head_loss.
 
         A model that overrides `head` overrides this as well.
         """
-        return linear_cross_entropy(
-            x, self.lm_head.weight, targets, ignore_index=ignore_index, reduction=reduction, backend=backend
-        )
+        return head_loss(
+            self.lm_head, x, targets, ignore_index=ignore_index, reduction=reduction, backend=backend,
+            plain=self._linear_head,
+        )  # fmt: skip
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for."""
-        return tuple(mixer.init_state(batch) for mixer in self._mixers())
+        return self.blocks.init_state(batch)
 
     def reserve(self, state: Any, slots: int) -> Any:
         """The state with room for `slots` tokens a row, for a caller who decodes from it and keeps it to itself.
@@ -208,14 +211,8 @@ class SequenceModel(nn.Module):
         Caches that grow with the text are then written in place: what a row has seen stays, what lies behind may
         change. Without it every call copies them. See zoo.layers.state.Reserves.
         """
-        return tuple(reserve(mixer, part, slots) for mixer, part in zip(self._mixers(), state, strict=True))
+        return self.blocks.reserve(state, slots)
 
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state of all layers after `length` tokens."""
-        return sum(mixer.state_bytes(batch, length) for mixer in self._mixers())
-
-    def _mixers(self) -> list[Any]:
-        return [block.mixer for block in self._blocks()]
-
-    def _blocks(self) -> list[Any]:
-        return list(self.blocks)
+        return self.blocks.state_bytes(batch, length)

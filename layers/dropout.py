@@ -26,6 +26,19 @@ class Draw(NamedTuple):
         return dropout(x, self.p, self.seed, stream=self.stream, at=at)
 
 
+class PathDraw(NamedTuple):
+    """Which rows a part of a block adds to, before it is applied: 0 or 1 / (1 - p), (B, 1, 1), for T tokens each."""
+
+    kept: Tensor
+    length: int
+
+    def apply(self, x: Tensor, tokens: slice | None = None) -> Tensor:
+        """x with whole rows dropped; `tokens`: which of the B T tokens in one line x (1, n, D) is, all when None."""
+        if tokens is None:
+            return x * self.kept
+        return x * self.kept.expand(-1, self.length, 1).reshape(1, -1, 1)[:, tokens]
+
+
 class Dropout(nn.Module):
     """zoo.ops.dropout under a seed from torch's generator on the CPU, drawn anew at every call in training.
 
@@ -65,6 +78,23 @@ class Dropout(nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class DropPath(Dropout):
+    """Drop whole rows of a batch: stochastic depth, drawn as Dropout draws."""
+
+    def draw(self, x: Tensor) -> PathDraw | None:  # type: ignore[override]
+        """Rows of x (B, T, D), or None where nothing is dropped."""
+        if not self.training or self.p == 0:
+            return None
+        at = torch.stack([torch.arange(len(x), device=x.device), x.new_zeros(len(x), dtype=torch.long)]).unsqueeze(-1)
+        kept = dropout(x.new_ones(len(x), 1, 1), self.p, draw_seed(), stream=self.stream, at=at)
+        return PathDraw(kept, x.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        draw = self.draw(x)
+        return x if draw is None else draw.apply(x)
 
 
 def draw_seed() -> int:

@@ -2,19 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from zoo.layers.block import Block
 from zoo.layers.dropout import Dropout
-from zoo.layers.memory import contexts
-from zoo.layers.padding import RowsApart, rows_apart, unpadded
+from zoo.layers.head_loss import head_loss
+from zoo.layers.initialise import initialise
+from zoo.layers.memory import MemoryPlan
+from zoo.layers.mixer import Surroundings
+from zoo.layers.model import Input, Model
 from zoo.layers.pooling import Pooling, pooled
+from zoo.layers.stack import Stack
 from zoo.layers.state import refuse_state
-from zoo.ops import linear_cross_entropy, shard
+from zoo.ops import linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
 
@@ -70,38 +75,29 @@ class Embeddings(nn.Module):
         return embedded
 
 
-class EncoderLayer(nn.Module):
-    """norm(x + mixer(x)), or with `prenorm` x + mixer(norm(x)).
+class EncoderLayer(Block):
+    """norm(x + mixer(x)), or with `prenorm` x + mixer(norm(x)): a Block whose norm is a LayerNorm called `norm`.
 
     Args:
         d_model: D.
-        mixer: (x, cu_seqlens=) -> (y, state); whatever state it makes is dropped. Where a padded batch is cut across
-            ranks it is called row by row.
+        mixer: a zoo.layers.Mixer; whatever state it makes is dropped. Where a padded batch is cut across ranks it is
+            called row by row.
         prenorm: where the norm stands.
         norm_eps: of the norm.
     """
 
+    norm: nn.Module
+
     def __init__(self, d_model: int, mixer: nn.Module, *, prenorm: bool = False, norm_eps: float = 1e-5):
-        super().__init__()
-        self.mixer: Any = mixer
-        self.norm = nn.LayerNorm(d_model, eps=norm_eps)
-        self.prenorm = prenorm
+        super().__init__(d_model, mixer, None, norm=partial(nn.LayerNorm, eps=norm_eps), post_norm=not prenorm)
+        own = self._modules.pop("mixer_norm")
+        assert own is not None
+        self.norm = own  # as checkpoints call it
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, rows: RowsApart | None = None) -> Tensor:
-        if self.prenorm:
-            return x + self._mix(self.norm(x), cu_seqlens, rows)
-        normed: Tensor = self.norm(x + self._mix(x, cu_seqlens, rows))
-        return normed
-
-    def _mix(self, x: Tensor, cu_seqlens: Tensor | None, rows: RowsApart | None) -> Tensor:
-        if rows is None:
-            mixed: Tensor = self.mixer(x, cu_seqlens=cu_seqlens)[0]
-            return mixed
-        apart = []
-        for row, (place, cuts) in zip(x.split(1), rows, strict=True):
-            with shard.use_view(place):
-                apart.append(self.mixer(row, cu_seqlens=cuts)[0])
-        return torch.cat(apart)
+    @property
+    def mixer_norm(self) -> nn.Module:  # type: ignore[override]
+        """The only norm."""
+        return self.norm
 
 
 class MaskedTokenHead(nn.Module):
@@ -145,7 +141,7 @@ class ClassificationHead(nn.Module):
         return logits
 
 
-class Encoder(nn.Module):
+class Encoder(Model):
     """Tokens -> logits of every token or of every sequence, through mixers that see both sides.
 
     It follows the contract of models, `model(tokens) -> (logits, state)`, with None for a state: the whole sequence
@@ -164,7 +160,7 @@ class Encoder(nn.Module):
         self.config = config
         d, outer = config.d_model, config.outer_norm_eps
         self.embeddings = Embeddings(config.vocab_size, config.n_token_types, d, norm_eps=outer, dropout=config.dropout)
-        self.blocks = nn.ModuleList(
+        self.blocks = Stack(
             EncoderLayer(d, mixer(i), prenorm=config.prenorm, norm_eps=config.norm_eps) for i in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(d, eps=outer) if config.prenorm else None
@@ -174,17 +170,27 @@ class Encoder(nn.Module):
             self.lm_head = MaskedTokenHead(self.embeddings.word, norm_eps=outer)
         else:
             self.classifier = ClassificationHead(d, config.n_classes, pooling=config.pooling, dropout=config.dropout)
-        self.apply(self._initialise)
+        initialise(self, std=config.init_std, n_layers=config.n_layers, convolutions=False)
+        self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
 
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-            bias = getattr(module, "bias", None)
-            if bias is not None:
-                nn.init.zeros_(bias)
-        elif hasattr(module, "initialise"):  # a mixer with a start of its own; its linear layers came before it
-            own: Any = module
-            own.initialise(self.config.n_layers)
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Tokens; a mask of padding or boundaries of documents, and kinds of tokens, may go with them."""
+        return (
+            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            Input("mask", "B T", torch.bool, optional=True),
+            Input("cu_seqlens", "n", torch.int64, optional=True),
+            Input("token_types", "B T", torch.int64, self.config.n_token_types, optional=True),
+        )
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What layers keep for the backward pass."""
+        return self.blocks.memory
+
+    def use_memory(self, plan: MemoryPlan) -> None:
+        """Change what layers keep for the backward pass: no number of the model, and nothing in its checkpoints."""
+        self.blocks.use_memory(plan)
 
     def forward(
         self,
@@ -224,25 +230,8 @@ class Encoder(nn.Module):
         refuse_state(type(self).__name__, state)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
-        apart = None
-        if mask is not None and shard.current() is not None:
-            apart = rows_apart(tokens, mask, cu_seqlens)
-        rows = None if mask is None or shard.current() is not None else unpadded(tokens, mask, cu_seqlens)
         x = self.embeddings(tokens, token_types)
-        if rows is not None:
-            x, cu_seqlens = rows.pack(x), rows.cu_seqlens
-        for block in self.blocks:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(
-                    block, x, cu_seqlens=cu_seqlens, rows=apart, use_reentrant=False, context_fn=contexts()
-                )  # fmt: skip
-            else:
-                x = block(x, cu_seqlens=cu_seqlens, rows=apart)
-        x = x if self.norm is None else self.norm(x)
-        if rows is not None:
-            return rows.unpack(x), None
-        if apart is not None and mask is not None:
-            return x * mask.unsqueeze(-1), None
+        x, _ = self.blocks(x, around=Surroundings(cu_seqlens=cu_seqlens), mask=mask, final=self.norm, keep=False)
         # A tensor of its own, not the last block's: FSDP hangs hooks on both, which must fire in one order on all
         # ranks, with padding on some or none.
         return x.view_as(x), None
@@ -266,12 +255,7 @@ class Encoder(nn.Module):
         """
         if self.lm_head is None:
             raise ValueError("head_loss is that of a head for tokens, and this model has n_classes; take the logits")
-        decoder = self.lm_head.decoder
-        return linear_cross_entropy(
-            self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias,
+        return head_loss(
+            self.lm_head.decoder, self.lm_head.transform(x), targets,
             ignore_index=ignore_index, reduction=reduction, backend=backend,
         )  # fmt: skip
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Nothing is carried from one call to the next."""
-        return 0

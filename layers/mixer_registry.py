@@ -14,7 +14,7 @@ MIXERS: dict[str, MixerMaker] = {}
 
 
 def register_mixer(name: str) -> Callable[[Maker], Maker]:
-    """Make a mixer class usable in patterns: `@register_mixer("leaky") class Leaky(nn.Module): ...`.
+    """Make a mixer class usable in patterns: `@register_mixer("leaky") class Leaky(Mixer): ...`.
 
     The class is called as `maker(d_model, **options)` with the options written in the pattern.
 

@@ -25,7 +25,7 @@ FLOORS = {
     "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges", "zoo._deprecation"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
     "zoo.configs": set(),
-    "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs"},
+    "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs", "zoo._deprecation"},
     "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry", "zoo.targets"},
     "zoo.config": {
         "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo.targets",
@@ -130,13 +130,46 @@ def test_ops_know_only_torch_triton_and_the_standard_library() -> None:
 
 def test_light_modules_import_no_torch_and_nothing_has_a_bare_name() -> None:
     light = "; ".join(f"import {name}" for name in NO_TORCH)
-    heavy = "import zoo.train.fit, zoo.decoding, zoo.ops.core.table"
+    heavy = "import zoo.train.run.fit, zoo.decoding, zoo.ops.core.table"
     code = (
         f"import sys; {light}; zoo.list_models(); assert 'torch' not in sys.modules, 'torch'; {heavy}; "
         "bare = {'ops', 'layers', 'train', 'configs'} & set(sys.modules); assert not bare, bare"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def weights_of_others(tree: ast.Module) -> list[int]:
+    """Lines in which a product is given the matrix of a layer that is not called: an adapter there would do nothing."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            taken = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if function in ("linear", "linear_cross_entropy", "matmul"):
+                lines += [
+                    each.lineno
+                    for each in taken
+                    if isinstance(each, ast.Attribute) and each.attr == "weight" and ast.unparse(each) != "self.weight"
+                ]
+    return lines
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if name.startswith("zoo.layers")))
+def test_no_layer_takes_the_weight_of_a_linear_layer_that_it_does_not_call(name: str) -> None:
+    if name != "zoo.layers.head_loss":  # which asks first whether the layer is plain
+        assert not weights_of_others(MODULES[name])
+
+
+@pytest.mark.parametrize("line", [
+    "dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)",
+    "return linear_cross_entropy(x, self.lm_head.weight, targets, ignore_index=ignore_index)",
+    "linear_cross_entropy(self.lm_head.transform(x), decoder.weight, targets, bias=decoder.bias)",
+    "F.linear(x, weight=self.proj.weight)",
+])  # fmt: skip
+def test_what_layers_once_did_is_seen(line: str) -> None:
+    assert weights_of_others(ast.parse(line)) == [1]
+    assert not weights_of_others(ast.parse("F.linear(x, self.weight)"))
 
 
 @pytest.mark.parametrize("name", sorted(name for name in MODULES if OPERATOR.fullmatch(name)))

@@ -3,11 +3,12 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.mixer import Layer, LimitsRates
 from zoo.ranges import Range, check_fields
 
 __all__ = ["AdamW", "Limits", "Recipe", "learning_rate_factor", "learning_rate_limits", "parameter_groups"]
@@ -49,11 +50,18 @@ def learning_rate_factor(step: int, progress: float, *, warmup_steps: int, min_l
 def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
     """Sort the trainable parameters into "decay" and "no_decay", each a list of (name, parameter).
 
-    Only the weight matrices of Linear and Embedding decay, and parameters marked with `parameter._weight_decay = True`.
-    Norms, biases, decay rates and other vectors, short convolutions, and parameters marked with
-    `parameter._no_weight_decay = True` do not. A tied parameter counts once.
+    Only the weight matrices of Linear and Embedding decay. Norms, biases, decay rates and other vectors, and short
+    convolutions do not. A zoo.layers.Layer says otherwise of its own parameters by `weight_decay`; modules of other
+    libraries mark them, `parameter._no_weight_decay = True` or `parameter._weight_decay = True`. A tied parameter
+    counts once.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decay": [], "no_decay": []}
+    declared = {
+        id(layer.get_parameter(name)): decays
+        for layer in model.modules()
+        if isinstance(layer, Layer)
+        for name, decays in layer.weight_decay.items()
+    }
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -61,12 +69,24 @@ def parameter_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter
                 continue
             seen.add(id(parameter))
             matrix = isinstance(module, nn.Linear | nn.Embedding) and parameter.ndim == 2
-            decays = (matrix or getattr(parameter, "_weight_decay", False)) and not getattr(
-                parameter, "_no_weight_decay", False
-            )
+            marked = isinstance(parameter, _MarkedToDecay) and parameter._weight_decay
+            spared = isinstance(parameter, _MarkedNotToDecay) and parameter._no_weight_decay
+            decays = declared.get(id(parameter), matrix or marked) and not spared
             full_name = f"{prefix}.{name}" if prefix else name
             groups["decay" if decays else "no_decay"].append((full_name, parameter))
     return groups
+
+
+@runtime_checkable
+class _MarkedToDecay(Protocol):
+    """A parameter with the mark of another library, as Mamba's own code sets it; our layers say it by a member."""
+
+    _weight_decay: bool
+
+
+@runtime_checkable
+class _MarkedNotToDecay(Protocol):
+    _no_weight_decay: bool
 
 
 def learning_rate_limits(model: nn.Module) -> dict[int, float]:
@@ -77,10 +97,9 @@ def learning_rate_limits(model: nn.Module) -> dict[int, float]:
     """
     limits: dict[int, float] = {}
     for module in model.modules():
-        for name, limit in getattr(module, "max_learning_rates", {}).items():
-            parameter = getattr(module, name)
-            if parameter is not None:
-                limits[id(parameter)] = limit
+        if isinstance(module, LimitsRates):
+            own = dict(module.named_parameters(recurse=False))
+            limits |= {id(own[name]): limit for name, limit in module.max_learning_rates.items() if name in own}
     return limits
 
 

@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import DECODER, GROUPS, RENAMED, ROOT, choices
+from zoo.configs import DECODER, GROUPS, RENAMED, ROOT, choices, variants
 from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
 from zoo.settings import NO_DEFAULT, Setting, as_plain, indexed, is_plain, settings_of
-from zoo.targets import KINDS, TARGET, load_class, refuse_nested
+from zoo.targets import KINDS, TARGET, current_target, first_line, load_class, refuse_nested
 
 MISSING = "???"  # Hydra's mark for a value that the user must give
 REQUIRES = (
@@ -39,6 +39,7 @@ REQUIRES = (
 NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
 RUN_HAS = ("model", "data", "task", "optim", "trainer", "seed")  # what the config of every run has had
 SEEDS = Range(0, 2**63 - 1)
+DECAYS = Range(above=0, below=1)
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 
@@ -63,12 +64,14 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
-    parsed = _parse([_in_current_words(override, known) for override in parsed])
+    parsed = _parse([word for override in parsed for word in _in_current_words(override, known)])
     _check_choices(parsed, known)
-    chosen = {o.key_or_group for o in parsed}
-    words = [(o, _without_file(o, known, chosen) or [_unlocked(o)]) for o in parsed]
-    config = _compose([word for _, replaced in words for word in replaced], config_dir)
-    base = _compose([word for o, replaced in words if _is_choice(o) for word in replaced], config_dir)
+    words = [(o, _without_file(o, known) or [_unlocked(o)]) for o in parsed]
+    choosing = [word for o, replaced in words if _is_choice(o) for word in replaced]
+    base = _compose(choosing, config_dir)
+    own = _of_the_model(base, {o.key_or_group for o in parsed}, known)
+    base = _compose([*choosing, *own], config_dir) if own else base
+    config = _compose([*(word for _, replaced in words for word in replaced), *own], config_dir)
     extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
     _check_keys(config, {*GROUPS, *base, *extra}, "", config)
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
@@ -119,6 +122,9 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
     SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
     _check_path("run_dir", config["run_dir"])
+    config["init_from"] = _fit("init_from", config.get("init_from"), "str | None", raw)
+    config["ema"] = _fit("ema", config.get("ema"), "float | None", raw)
+    DECAYS.check("ema", config["ema"])
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
@@ -126,6 +132,7 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
         elif section is None and group in NEEDED:
             raise UsageError(f"a config needs {group}; add {group}=NAME, zoo config --groups lists them")
         elif isinstance(section, dict) and TARGET in section:
+            section = {**section, TARGET: current_target(section[TARGET])}
             config[group] = _fill(group, section, raw, config)
             if "seed" in config[group] and "seed" not in section:
                 config[group]["seed"] = config["seed"]  # the run's seed, unless the group has its own
@@ -149,7 +156,7 @@ def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
             try:
                 axes.append([(key, value) for value in override.sweep_string_iterator()])
             except HydraException as error:
-                raise UsageError(f"{override.input_line} cannot be swept: {_first_line(error)}") from error
+                raise UsageError(f"{override.input_line} cannot be swept: {first_line(error)}") from error
     return [dict(values) for values in itertools.product(*axes)]
 
 
@@ -181,7 +188,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not a config: {_first_line(error)}") from error
+        raise UsageError(f"{path} is not a config: {first_line(error)}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} is not a config: it holds {type(config).__name__}, not settings by name")
     return {str(key): value for key, value in config.items()}
@@ -341,14 +348,20 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
         raise UsageError(f"no {group} {choice!r}{end}")
 
 
-def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> str:
-    """The override as it was written, with a choice that has another name today under that name."""
+def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """The override as it was written, with a choice that has another name today under that name.
+
+    A variant, such as strategy=zeco_fsdp, is written out: strategy=zeco strategy.weights=fsdp.
+    """
     line, group, choice = override.input_line or "", override.key_or_group, override.value()
     if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
-        return line
+        return [line]
     today = current_name(group, choice, RENAMED.get(group, {}))
     today = current_model(today) if group == "model" else today
-    return line if today == choice else f"{line.partition('=')[0]}={today}"
+    written = variants(group).get(today)
+    if written is not None:
+        return [f"{key}={value}" for key, value in written.items()]
+    return [line if today == choice else f"{line.partition('=')[0]}={today}"]
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -360,7 +373,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
-            why = _first_line(error).removeprefix("HydraException while evaluating ")
+            why = first_line(error).removeprefix("HydraException while evaluating ")
             raise UsageError(f"{text!r} cannot be read: {why}; quote text with signs in it: key='\"text\"'") from error
     return parsed
 
@@ -382,13 +395,27 @@ def _unlocked(override: Override) -> str:
     return f"++{line}" if is_plain_change and _root(override) != "hydra" else line
 
 
-def _without_file(override: Override, known: Mapping[str, Sequence[str]], chosen: Collection[str]) -> list[str]:
-    """model=NAME for a model that has no YAML file, written out, with the model's own task; else nothing."""
+def _without_file(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """model=NAME for a model that has no YAML file, written out; else nothing."""
     if override.key_or_group != "model" or override.is_delete() or override.value() in known["model"]:
         return []
-    task = model_info(str(override.value())).task
-    own = [f"task={task}"] if "task" not in chosen and task in known["task"] else []
-    return ["~model", f"++model.name={override.value()}", "++model.size=tiny", *own]
+    return ["~model", f"++model.name={override.value()}", "++model.size=tiny"]
+
+
+def _of_the_model(base: Mapping[str, Any], chosen: Collection[str], known: Mapping[str, Sequence[str]]) -> list[str]:
+    """task=NAME and data=NAME as the model was registered with, where nobody has chosen them."""
+    section = base.get("model")
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        return []
+    info = model_info(section["name"])
+    own = {"task": info.task, "data": info.data}
+    own = {key: value for key, value in own.items() if key not in chosen and TARGET not in (base.get(key) or {})}
+    for group, choice in own.items():
+        if choice not in known[group]:
+            raise UsageError(
+                f"model {info.name!r} asks for {group}={choice}, which no YAML file describes; give {group}="
+            )
+    return [f"{group}={choice}" for group, choice in own.items()]
 
 
 def _compose(overrides: list[str], config_dir: Path | None, root: str = "config") -> dict[str, Any]:
@@ -402,10 +429,6 @@ def _compose(overrides: list[str], config_dir: Path | None, root: str = "config"
             composed = hydra_compose(root, overrides)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UsageError(f"the settings do not compose: {_first_line(error)}") from error
+        raise UsageError(f"the settings do not compose: {first_line(error)}") from error
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 DEFAULT_SIZE = "tiny"
+PRODUCTS = ("text", "classes", "audio", "actions", "image", "series")  # what a model may make
 ENTRY_POINT_GROUP = "zoo.models"
 INDEX = Path(__file__).parent / "models" / "index"  # a file for each model
 
@@ -42,12 +43,15 @@ class ModelInfo:
     Attributes:
         name: the name that `create_model` takes.
         module: where the model is registered, for example zoo.models.gla.
-        task: what it is trained for.
+        task: what it is trained for, a choice of the group `task`.
         tags: what it is: recurrent, linear, hybrid, ...
         paper: the source, or None.
         fields: {field: {"type": text, "default": value}} of its config, with "range" where one is declared.
         sizes: {size: the fields in which it differs from the defaults}.
         params: {size: number of parameters}, shared ones counted once.
+        data: what it is trained on unless told otherwise, a choice of the group `data`.
+        decoder: how `zoo generate` draws from it, None where nothing can be drawn.
+        produces: what it makes, one of PRODUCTS.
         renamed_from: names that the model had before, which keep working.
     """
 
@@ -59,6 +63,9 @@ class ModelInfo:
     fields: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, Mapping[str, Any]]
     params: Mapping[str, int]
+    data: str = "pydocs"
+    decoder: str | None = "sampling"
+    produces: str = "text"
     renamed_from: tuple[str, ...] = ()
 
     def config(self, size: str = DEFAULT_SIZE) -> dict[str, Any]:
@@ -74,6 +81,9 @@ class _Registered:
     build: Callable[[Any], "nn.Module"]
     sizes: Mapping[str, Mapping[str, Any]]
     task: str
+    data: str
+    decoder: str | None
+    produces: str
     tags: tuple[str, ...]
     paper: str | None
     renamed_from: tuple[str, ...]
@@ -88,6 +98,9 @@ def register(
     config: type,
     sizes: Mapping[str, Mapping[str, Any]],
     task: str = "language_modelling",
+    data: str = "pydocs",
+    decoder: str | None = "sampling",
+    produces: str = "text",
     tags: Iterable[str] = (),
     paper: str | None = None,
     renamed_from: Iterable[str] = (),
@@ -98,18 +111,24 @@ def register(
         name: what users type.
         config: a frozen dataclass; its defaults are the only place where defaults live.
         sizes: {size: the fields that differ}; "tiny", the default size everywhere, must be one of them.
-        task: what the model is trained for.
+        task: what the model is trained for: `zoo train model=NAME` takes this choice of the group `task`.
+        data: what it is trained on unless told otherwise, as a choice of the group `data`.
+        decoder: how `zoo generate` draws from it; None for a model from which nothing is drawn.
+        produces: what it makes: "text", "classes", "audio", "actions", "image" or "series".
         tags: what `list_models(tags=...)` selects by.
         paper: title, authors, arXiv number.
         renamed_from: names that the model had before; each keeps working and says once what to write.
 
     Raises:
-        ValueError: the name is taken, "tiny" is missing, or a size sets a field that the config does not have.
+        ValueError: the name is taken, "tiny" is missing, `produces` is none of these, or a size sets a
+            field that the config does not have.
     """
     if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
         raise ValueError(f"model {name!r}: config must be a dataclass, got {config!r}")
     if DEFAULT_SIZE not in sizes:
         raise ValueError(f"model {name!r}: sizes must contain {DEFAULT_SIZE!r}, the default size; got {sorted(sizes)}")
+    if produces not in PRODUCTS:
+        raise ValueError(f"model {name!r}: produces must be one of {', '.join(PRODUCTS)}; got {produces!r}")
     if isinstance(tags, str):
         raise ValueError(f"model {name!r}: tags must be several words, got the text {tags!r}; write ({tags!r},)")
     fields = _fields(config)
@@ -121,7 +140,7 @@ def register(
         for home in homes - {build.__module__}:
             raise ValueError(f"a model's name must be unique: {name!r} in {build.__module__} is taken by {home}")
         _registered[name] = _Registered(
-            name, config, build, checked, task, tuple(sorted(tags)), paper, tuple(renamed_from)
+            name, config, build, checked, task, data, decoder, produces, tuple(sorted(tags)), paper, tuple(renamed_from)
         )
         _info_of_registered.cache_clear()
         return build
@@ -330,6 +349,9 @@ def _info_of_registered(name: str) -> ModelInfo:
         name=name,
         module=entry.build.__module__,
         task=entry.task,
+        data=entry.data,
+        decoder=entry.decoder,
+        produces=entry.produces,
         tags=entry.tags,
         paper=entry.paper,
         fields=_fields(entry.config),

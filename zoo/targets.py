@@ -45,11 +45,25 @@ KINDS: Mapping[str, Kind] = {
     "data": Kind("lightning.pytorch.core.datamodule.LightningDataModule", "zoo.train.data"),
     "task": Kind("zoo.train.tasks.task.Task", "zoo.train.tasks"),
     "optim": Kind("zoo.train.optim.Recipe", "zoo.train.optim"),
-    "trainer": Kind("zoo.train.trainer.TrainerConfig", "zoo.train.trainer"),
+    "trainer": Kind("zoo.train.run.trainer.TrainerConfig", "zoo.train.run.trainer"),
     "strategy": Kind("lightning.pytorch.strategies.strategy.Strategy", "zoo.train.strategies"),
     "memory": Kind("zoo.train.memory.choose.MemoryConfig", "zoo.train.memory"),
     "decoder": Kind("zoo.decoding.decoder.Decoder", "zoo.decoding.decoders"),
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
+}
+
+# {module of before: its name today}: the folders of old runs name classes by where they lay then.
+MOVED: Mapping[str, str] = {
+    "zoo.train.data.copying": "zoo.train.data.synthetic.copying",
+    "zoo.train.data.digits": "zoo.train.data.images.digits",
+    "zoo.train.data.documents": "zoo.train.data.text.documents",
+    "zoo.train.data.hub": "zoo.train.data.text.hub",
+    "zoo.train.data.induction_heads": "zoo.train.data.synthetic.induction_heads",
+    "zoo.train.data.mqar": "zoo.train.data.synthetic.mqar",
+    "zoo.train.data.pydocs": "zoo.train.data.text.pydocs",
+    "zoo.train.data.state_tracking": "zoo.train.data.synthetic.state_tracking",
+    "zoo.train.data.text_files": "zoo.train.data.text.text_files",
+    "zoo.train.trainer": "zoo.train.run.trainer",
 }
 
 _allowed: set[str] = set()
@@ -78,6 +92,12 @@ def trusted_packages() -> set[str]:
     return (_allowed | listed | packages_with_models()) - {"zoo"}
 
 
+def current_target(target: object) -> object:
+    """The name of a class today, for one that may lie in another module since; anything else comes back as it is."""
+    module, dot, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+    return f"{MOVED[module]}{dot}{name}" if module in MOVED else target
+
+
 def load_class(group: str, target: object) -> type:
     """The class that `GROUP._target_` names. Nothing is imported before its name is allowed.
 
@@ -91,6 +111,7 @@ def load_class(group: str, target: object) -> type:
     key = f"{group}.{TARGET}"
     if group not in KINDS:
         raise UsageError(f"{group} names no class, got {key}={target!r}; {' and '.join(KINDS)} do")
+    target = current_target(target)
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target, re.ASCII):
         raise UsageError(f"{key} must be the dotted name of a class, got {target!r}; {_choices(group)}")
     module, _, name = target.rpartition(".")
@@ -102,7 +123,7 @@ def load_class(group: str, target: object) -> type:
     try:
         owner: object = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UsageError(f"{key}: {target} cannot be imported ({_first_line(error)}); {_choices(group)}") from error
+        raise UsageError(f"{key}: {target} cannot be imported ({first_line(error)}); {_choices(group)}") from error
     if not isinstance(owner, type) or not _may_import(group, owner.__module__, target):
         raise UsageError(f"{key} must name a class where it is defined, and {target} is none; {_choices(group)}")
     base = KINDS[group].base
@@ -159,5 +180,6 @@ def _choices(group: str) -> str:
     return f"{group}=NAME chooses from {names}"
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without what follows the first line of it."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.kv_cache import AttentionSlots, AttentionState, KeyValues, append, begin, reserve, reserve_window
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
@@ -19,7 +20,7 @@ Cache = AttentionState | AttentionSlots
 
 
 @register_mixer("attention")
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal softmax attention, (B, T, D) -> (B, T, D).
 
     When time is cut across ranks (zoo.ops.shard) positions are those of the whole sequence; the state that comes back

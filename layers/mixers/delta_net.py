@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm, RMSNorm, l2_norm
-from zoo.layers.state import state_bytes
 from zoo.ops import delta_rule
 
 __all__ = ["DeltaNet", "GatedDeltaNet"]
@@ -46,7 +46,7 @@ class DeltaNetState(NamedTuple):
     convs: tuple[Tensor, ...]
 
 
-class _DeltaMixer(nn.Module):
+class _DeltaMixer(Mixer):
     """What both layers share: activated streams of q, k and v, the memory, the output projection."""
 
     operators = (delta_rule,)
@@ -101,10 +101,6 @@ class _DeltaMixer(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, self.n_v_heads, self.head_k, self.head_v, dtype=dtype, device=weight.device)
         return DeltaNetState(memory, initial_tails(self.convs, batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
 
 @register_mixer("deltanet")

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution, initial_tails, side_by_side
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.state import state_bytes
 from zoo.ops import gated_linear_attention
 
 __all__ = ["GatedLinearAttention"]
@@ -23,7 +23,7 @@ class GatedLinearAttentionState(NamedTuple):
 
 
 @register_mixer("gla")
-class GatedLinearAttention(nn.Module):
+class GatedLinearAttention(Mixer):
     """GLA's mixer, (B, T, D) -> (B, T, D): S_t = diag(a_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t / sqrt(K).
 
     a_t = sigmoid(x W1 W2 + b)**(1 / temperature) per key channel; the output is normalised per head and gated by silu.
@@ -117,7 +117,3 @@ class GatedLinearAttention(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, self.n_heads, self.head_k, self.head_v, dtype=dtype, device=weight.device)
         return GatedLinearAttentionState(memory, initial_tails(self.convs, batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import DepthwiseConvolution
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.mixers.mamba import step_sizes
 from zoo.layers.norms import GatedRMSNorm
@@ -17,7 +18,7 @@ __all__ = ["Hydra"]
 
 
 @register_mixer("hydra")
-class Hydra(nn.Module):
+class Hydra(Mixer):
     """Hydra's mixer, (B, T, D) -> (B, T, D): y = W_o (RMSNorm(QS(silu(conv(x B C)))) * silu(z)), over both sides.
 
     Both directions share x, the rates A and the bias of the step sizes; each has its own B, C and step sizes. The
@@ -93,13 +94,6 @@ class Hydra(nn.Module):
             cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         return self.out_proj(self.norm(y.flatten(2), z)), None
-
-    def init_state(self, batch: int) -> None:
-        """There is none."""
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Nothing is carried."""
-        return 0
 
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, head_dim={self.head_dim}, n_groups={self.n_groups}"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.state import state_bytes
 from zoo.layers.time_segments import in_segments
 from zoo.ops import selective_scan, ssd, swiglu
 
@@ -34,6 +34,16 @@ def step_sizes(like: Tensor, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floo
     return _inverse_softplus(dt)
 
 
+class _StepProjection(nn.Linear):
+    """W x + b, with b added in float32 where x is narrower: the bias says more than bfloat16 holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if x.dtype == wide:
+            return super().forward(x)
+        return F.linear(x, self.weight).to(wide) + self.bias.to(wide)
+
+
 def _initialise_projections(modules: tuple[nn.Module, ...], out_proj: nn.Linear, n_layers: int) -> None:
     """torch's own ranges, and an output that shrinks with depth, one residual branch a layer."""
     for module in modules:
@@ -44,7 +54,7 @@ def _initialise_projections(modules: tuple[nn.Module, ...], out_proj: nn.Linear,
 
 
 @register_mixer("mamba")
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Mamba's mixer, (B, T, D) -> (B, T, D): y = W_o (S6(silu(conv(x))) * silu(z)), with x, z = W_i input.
 
     The scan's step size, input map and output map are linear in silu(conv(x)), token by token.
@@ -82,7 +92,7 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(d_model, 2 * E, bias=False)  # [x, z]
         self.conv1d = ShortConvolution(E, d_conv, bias=True, backend=backend)
         self.x_proj = nn.Linear(E, R + 2 * N, bias=False) if selective else None  # [dt, B, C]
-        self.dt_proj = nn.Linear(R, E) if selective else None
+        self.dt_proj = _StepProjection(R, E) if selective else None
         self.constant = (
             None if selective else nn.ParameterDict({"dt": torch.empty(E), "B": torch.empty(N), "C": torch.empty(N)})
         )
@@ -131,11 +141,7 @@ class Mamba(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.x_proj is not None and self.dt_proj is not None:
             dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
-            if dt.dtype == wide:
-                dt = self.dt_proj(dt)
-            else:  # the bias says more than bfloat16 holds
-                dt = F.linear(dt, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide)
-            return F.softplus(dt), B.to(x.dtype), C.to(x.dtype)
+            return F.softplus(self.dt_proj(dt).to(wide)), B.to(x.dtype), C.to(x.dtype)
         assert self.constant is not None
         delta = F.softplus(self.constant["dt"].to(wide)).expand(*x.shape)
         B, C = (self.constant[name].to(x.dtype).expand(*x.shape[:2], -1) for name in "BC")
@@ -147,16 +153,12 @@ class Mamba(nn.Module):
         h = torch.zeros(batch, self.d_inner, self.d_state, dtype=dtype, device=self.D.device)
         return MambaState(h, self.conv1d.init_state(batch))
 
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
-
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}, selective={self.selective}"
 
 
 @register_mixer("mamba2")
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mamba-2's mixer, (B, T, D) -> (B, T, D): one decay per head, y = W_o RMSNorm(SSD(silu(conv(x B C))) * silu(z)).
 
     Args:
@@ -234,10 +236,6 @@ class Mamba2(nn.Module):
         dtype = torch.promote_types(self.D.dtype, torch.float32)
         S = torch.zeros(batch, self.n_heads, self.d_state, self.head_dim, dtype=dtype, device=self.D.device)
         return MambaState(S, self.conv1d.init_state(batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
     def extra_repr(self) -> str:
         return f"d_inner={self.d_inner}, d_state={self.d_state}, head_dim={self.head_dim}, n_groups={self.n_groups}"

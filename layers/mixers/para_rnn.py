@@ -1,14 +1,14 @@
 """ParaGRU and ParaLSTM: nonlinear cells with diagonal recurrence, behind a short convolution and a gate."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer import Solver
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import GatedRMSNorm
-from zoo.layers.state import state_bytes
 from zoo.ops import para_gru, para_lstm
 
 __all__ = ["ParaGRU", "ParaLSTM"]
@@ -21,7 +21,7 @@ class ParaState(NamedTuple):
     conv: Tensor
 
 
-class _ParaRNN(nn.Module):
+class _ParaRNN(Solver):
     """The mixer around either cell, (B, T, D) -> (B, T, D): y = W_o norm(cell(conv(W_x input)) * silu(W_g input)).
 
     Args:
@@ -36,6 +36,7 @@ class _ParaRNN(nn.Module):
     `residual` is that of the newest call while `watched` was true (see zoo.ops.newton_residual): training logs it.
     """
 
+    weight_decay: ClassVar = {"B": True}  # a matrix, in blocks
     states = 1  # numbers of state a channel
     peepholes = False
 
@@ -62,14 +63,11 @@ class _ParaRNN(nn.Module):
         self.in_proj = nn.Linear(D, 2 * D, bias=False)  # [x, gate]
         self.conv1d = ShortConvolution(D, d_conv, bias=True, backend=backend)
         self.B = nn.Parameter(torch.empty(n_heads, each, 3, each))
-        self.B._weight_decay = True  # type: ignore[attr-defined]  # a matrix, in blocks
         self.b = nn.Parameter(torch.empty(3, D))
         self.a = nn.Parameter(torch.empty(3, D))
         self.p = nn.Parameter(torch.empty(2, D)) if self.peepholes else None
         self.norm = GatedRMSNorm(D, eps=norm_eps, order="gate_first")
         self.out_proj = nn.Linear(D, D, bias=False)
-        self.watched = False
-        self.residual: Tensor | None = None
         self.initialise()
 
     def initialise(self, n_layers: int = 1) -> None:
@@ -116,10 +114,6 @@ class _ParaRNN(nn.Module):
         dtype = torch.promote_types(self.a.dtype, torch.float32)
         shape = (batch, D) if self.states == 1 else (batch, D, self.states)
         return ParaState(torch.zeros(shape, dtype=dtype, device=self.a.device), self.conv1d.init_state(batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state, the same for every length."""
-        return state_bytes(self.init_state(batch))
 
 
 @register_mixer("para_gru")

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.conv import ShortConvolution
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import HeadNorm
-from zoo.layers.state import state_bytes
 from zoo.ops import elman, gru, lstm, slstm
 
 __all__ = ["GRU", "LSTM", "SLSTM", "Elman"]
@@ -39,7 +39,7 @@ def _initial_cell(states: int, batch: int, like: Tensor) -> Tensor:
     return torch.zeros(batch, states, *like.shape[1:], dtype=dtype, device=like.device)
 
 
-class _Recurrent(nn.Module):
+class _Recurrent(Mixer):
     """A mixer around one cell, (B, T, D) -> (B, T, D): y = W_o norm(cell(W_i x)), the norm over each head."""
 
     given: int  # gates that the input feeds
@@ -76,10 +76,6 @@ class _Recurrent(nn.Module):
     def init_state(self, batch: int) -> RNNState:
         """The state before the first token."""
         return RNNState(_initial_cell(self.states, batch, self.b))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}"
@@ -142,7 +138,7 @@ class Elman(_Recurrent):
 
 
 @register_mixer("slstm")
-class SLSTM(nn.Module):
+class SLSTM(Mixer):
     """xLSTM's sLSTM as a mixer, (B, T, D) -> (B, T, D): y = norm(sLSTM(i, f from silu(conv(x)); z, o from x)).
 
     All maps are one matrix a head, and heads never meet here: a feed-forward behind the mixer lets them. See
@@ -221,10 +217,6 @@ class SLSTM(nn.Module):
         """The state before the first token."""
         empty = self.b.new_zeros(batch, 0, self.n_heads * self.head_dim)
         return SLSTMState(_initial_cell(4, batch, self.b), empty if self.conv is None else self.conv.init_state(batch))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
     def extra_repr(self) -> str:
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}"

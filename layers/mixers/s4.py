@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from zoo.layers import hippo
 from zoo.layers.channel_dropout import ChannelDropout
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
-from zoo.layers.state import state_bytes
 from zoo.ops import s4, s4d, shard
 from zoo.ops.core import dispatch
 from zoo.ops.core.pairs import as_complex, as_pairs
@@ -29,7 +29,7 @@ class S4State(NamedTuple):
 
 
 @register_mixer("s4")
-class S4(nn.Module):
+class S4(Mixer):
     """The S4 block's layer, (B, T, D) -> (B, T, D): y = GLU(W dropout(gelu(SSM(x)))), one system per channel.
 
     SSM: x' = A x + B u, y = C x + D u in steps of dt, with N states a channel.
@@ -84,7 +84,7 @@ class S4(nn.Module):
         if d_state < 2 or d_state % 2:
             raise ValueError(f"S4: d_state counts conjugate pairs twice and must be even; got {d_state}")
         self.d_model, self.d_state, self.n_ssm = d_model, d_state, n_ssm
-        self.mode, self.init, self.rule, self.bidirectional, self.backend = mode, init, rule, bidirectional, backend
+        self.mode, self.init, self.rule, self.causal, self.backend = mode, init, rule, not bidirectional, backend
         self.dt_min, self.dt_max, self.lr = dt_min, dt_max, lr
         pairs = d_state // 2
         self.log_A_real = nn.Parameter(torch.empty(n_ssm, pairs))  # A = -exp(log_A_real) + i A_imag
@@ -128,7 +128,7 @@ class S4(nn.Module):
         self, x: Tensor, state: S4State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, S4State | None]:
         """The linear part alone: SSM(x)."""
-        if self.bidirectional:
+        if not self.causal:
             return self._both_ways(x, state, cu_seqlens), None
         y, h = self._run(x, 0, self.D.to(x.dtype), None if state is None else state.x, cu_seqlens)
         return y, S4State(h)
@@ -175,18 +175,13 @@ class S4(nn.Module):
 
     def init_state(self, batch: int) -> S4State | None:
         """The state before the first token; None for a bidirectional layer."""
-        if self.bidirectional:
+        if not self.causal:
             return None
         dtype = torch.promote_types(self.C.dtype, torch.float32)
         return S4State(torch.zeros(batch, *self.C.shape[1:], dtype=dtype, device=self.C.device))
 
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        state = self.init_state(batch)
-        return 0 if state is None else state_bytes(state)
-
     def extra_repr(self) -> str:
-        both = ", bidirectional=True" if self.bidirectional else ""
+        both = "" if self.causal else ", bidirectional=True"
         return f"d_state={self.d_state}, mode={self.mode}, init={self.init}, rule={self.rule}, n_ssm={self.n_ssm}{both}"
 
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from zoo.layers import hippo
 from zoo.layers.channel_dropout import ChannelDropout
+from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
-from zoo.layers.state import state_bytes
 from zoo.ops import complex_affine_scan
 from zoo.ops.core import dispatch
 from zoo.ops.core.pairs import as_complex, as_pairs
@@ -28,7 +28,7 @@ class S5State(NamedTuple):
 
 
 @register_mixer("s5")
-class S5(nn.Module):
+class S5(Mixer):
     """S5's layer, (B, T, D) -> (B, T, D): y = gate(dropout(gelu(SSM(x)))), all channels through one system.
 
     x_t = exp(dt A) x_{t-1} + [(exp(dt A) - 1) / A * B] u_t, y_t = 2 Re(C x_t) + D * u_t, with A diagonal.
@@ -140,10 +140,6 @@ class S5(nn.Module):
         """The state before the first token."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return S5State(torch.zeros(batch, *self.A.shape, dtype=dtype, device=self.A.device))
-
-    def state_bytes(self, batch: int = 1, length: int = 0) -> int:
-        """Bytes of the state; the same for every length."""
-        return state_bytes(self.init_state(batch))
 
     def extra_repr(self) -> str:
         return f"d_state={self.d_state}, blocks={self.blocks}, gate={self.gate}, clip={self.clip}"

@@ -1,6 +1,7 @@
 """Argument checks shared by the public operators: each failure is rule, fact and remedy in one sentence."""
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -57,6 +58,27 @@ def shapes(operator: str, args: Mapping[str, tuple[Tensor | None, str]], **known
 
 def _wanted(names: list[str]) -> str:
     return f"({', '.join(names)})"
+
+
+def in_rows(operator: str, last: str, **args: Tensor | None) -> list[Tensor | None]:
+    """Tensors of one shape (..., F) as (1, rows, F), for operators that look along the last dimension alone.
+
+    Args:
+        operator: the name that starts every error.
+        last: the name of the last dimension.
+        args: tensors, the first one not None; None stays.
+
+    Raises:
+        ValueError: shapes or devices differ, a number without dimensions, or no floats.
+    """
+    first = next(iter(args.values()))
+    assert first is not None
+    if not first.ndim:
+        raise ValueError(f"{operator}: {next(iter(args))} must be (..., {last}), 1 dimension or more; got a number")
+    before = first.shape[:-1]
+    dims = " ".join([*(f"N{i}" for i in range(len(before))), last])
+    shapes(operator, {name: (x, dims) for name, x in args.items()})
+    return [None if x is None else x.reshape(1, math.prod(before), x.shape[-1]) for x in args.values()]
 
 
 def same_dtype(operator: str, **args: Tensor | None) -> None:

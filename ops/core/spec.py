@@ -95,6 +95,7 @@ class OperatorSpec:
         both_sides: outputs need both ends of a sequence, and there is no state; across ranks something comes from both.
         iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
         packed: the function takes `cu_seqlens`.
+        any_rank: it looks along the last dimension alone, and takes (..., D).
         forms: the backends it has besides the reference.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
         bounded_by_the_loop: at every extreme, float32 errors are held to those of the float32 loop. False for Fourier
@@ -118,6 +119,7 @@ class OperatorSpec:
     both_sides: bool = False
     iterated: bool = False
     packed: bool = True
+    any_rank: bool = False
     forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False
     bounded_by_the_loop: bool = True

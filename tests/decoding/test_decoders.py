@@ -318,9 +318,18 @@ def test_what_decoders_refuse() -> None:
         assert "sees both sides of every token" in str(why_not(kind, encoder))
         assert why_not(kind, make_model("gru")) is None
     with pytest.raises(
-        UserError, match="takes proposed tokens back, and Linear has no look_ahead; take decoder=sampling"
+        UserError, match="Linear has no encode or head or init_state or reserve; zoo.layers.SequenceModel"
     ):
-        Speculative().refuse(torch.nn.Linear(1, 1))
+        Sampling().refuse(torch.nn.Linear(1, 1))
+
+    class Forward(torch.nn.Module):
+        """A third party's, without the way back."""
+
+        encode = head = init_state = reserve = torch.nn.Module.forward
+
+    assert why_not(Sampling, Forward()) is None
+    with pytest.raises(UserError, match="Forward has no look_ahead; take decoder=sampling"):
+        Speculative().refuse(Forward())
     for wrong in ({"gamma": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"max_tokens": 0}, {"shortest": 9}):
         with pytest.raises(UserError, match=f"{next(iter(wrong))} must be"):
             Speculative(**wrong)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import zoo.layers
 from zoo.layers.mixer_registry import MIXERS
+from zoo.layers.model import as_model
 from zoo.ops import rms_norm, swiglu
 from zoo.ops.core.call import Choice, Operator, declared, watched
 from zoo.registry import create_model, list_models
@@ -54,9 +55,8 @@ def test_a_mixer_calls_no_operator_that_it_does_not_declare(name: str) -> None:
 
 @pytest.mark.parametrize("name", list_models())
 def test_a_model_calls_no_operator_that_no_layer_declares(name: str) -> None:
-    model = create_model(name, "tiny", vocab_size=50)
-    tokens = torch.randint(50, (1, 6))
-    assert not _undeclared(model, lambda: model(tokens))
+    model = as_model(create_model(name, "tiny"))
+    assert not _undeclared(model, lambda: model(**model.example(1, 6)))
 
 
 def test_a_mixer_that_hides_an_operator_is_seen() -> None:

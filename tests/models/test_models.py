@@ -3,6 +3,7 @@
 import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ def test_every_model_has_a_case() -> None:
     assert not missing, f"tests/cases/NAME.py says what a model's proofs need; {', '.join(sorted(missing))} has none"
 
 
-def tokens(*shape: int) -> torch.Tensor:
-    return torch.randint(SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+def tokens(model: Any, batch: int, length: int) -> torch.Tensor:
+    drawn: torch.Tensor = model.example(batch, length, seed=1)["tokens"]
+    return drawn
 
 
 def assert_same_logits(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -39,7 +41,8 @@ def assert_same_logits(got: torch.Tensor, want: torch.Tensor) -> None:
 @EVERY
 def test_the_loss_without_logits_is_that_of_the_logits(case: str) -> None:
     for options in ({}, {"tie_embeddings": True}):
-        model, ids = make_model(case, **options).double(), tokens(2, 20)
+        model = make_model(case, **options).double()
+        ids = tokens(model, 2, 20)
         targets = ids.roll(-1, dims=1).index_fill(1, torch.tensor([-1]), -100)
         found = []
         for loss in (
@@ -60,7 +63,8 @@ def test_published_parameter_counts(name: str, size: str, count: int) -> None:
 
 @EVERY
 def test_prefill_and_steps_equal_one_forward(case: str) -> None:
-    model, x = make_model(case), tokens(2, 40)
+    model = make_model(case)
+    x = tokens(model, 2, 40)
     whole, last = model(x)
     logits, state = model(x[:, :23])
     parts = [logits]
@@ -75,7 +79,8 @@ def test_prefill_and_steps_equal_one_forward(case: str) -> None:
 @pytest.mark.parametrize("gradients", [True, False])  # without them tokens may take a shorter way
 def test_in_float64_steps_equal_one_forward_exactly(case: str, gradients: bool) -> None:
     """What differs by 1e-5 of the largest logit in float32 is rounding: in float64 it is gone."""
-    model, x = make_model(case).double(), tokens(2, 40)
+    model = make_model(case).double()
+    x = tokens(model, 2, 40)
     whole, _ = model(x)
     with torch.set_grad_enabled(gradients):
         logits, state = model(x[:, :23])
@@ -94,7 +99,7 @@ def test_in_float64_steps_equal_one_forward_exactly(case: str, gradients: bool) 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batches_equal_unpadded_ones(case: str, side: str) -> None:
     model, lengths = make_model(case), (17, 5, 1, 9)
-    rows = [tokens(1, 17)[:, :length] for length in lengths]
+    rows = [tokens(model, 1, 17)[:, :length] for length in lengths]
     x, mask = torch.full((4, 17), 3), torch.zeros(4, 17, dtype=torch.bool)
     for i, row in enumerate(rows):
         place = slice(17 - row.shape[1], 17) if side == "left" else slice(0, row.shape[1])
@@ -110,7 +115,8 @@ def test_padded_batches_equal_unpadded_ones(case: str, side: str) -> None:
 
 @EVERY
 def test_packed_documents_equal_separate_ones(case: str) -> None:
-    model, x, bounds = make_model(case), tokens(1, 30), [0, 11, 12, 30]
+    model, bounds = make_model(case), [0, 11, 12, 30]
+    x = tokens(model, 1, 30)
     logits, _ = model(x, cu_seqlens=torch.tensor(bounds))
     for left, right in itertools.pairwise(bounds):
         assert_same_logits(logits[:, left:right], model(x[:, left:right])[0])
@@ -177,7 +183,8 @@ def test_compiled_decoding_without_a_compiler(tmp_path: Path, monkeypatch: pytes
 @parametrize("case", CAUSAL, only=lambda case: CAUSAL[case].name is None and not case.startswith("para"))
 def test_torch_compile_takes_a_training_step_as_one_program(case: str) -> None:
     """Newton's method asks the host how far it is, and is compiled in pieces."""
-    model, x, found = make_model(case).train(), tokens(2, 20), []
+    model, found = make_model(case).train(), []
+    x = tokens(model, 2, 20)
     torch.compiler.reset()
     for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
         model.zero_grad()
@@ -191,14 +198,15 @@ def test_activation_checkpointing_changes_no_gradient(case: str) -> None:
     grads = []
     for on in (False, True):
         model = make_model(case, activation_checkpointing=on).train()
-        model(tokens(2, 20))[0].square().mean().backward()
+        model(tokens(model, 2, 20))[0].square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6)
 
 
 @EVERY
 def test_save_and_load(case: str, tmp_path: Path) -> None:
-    model, x = make_model(case), tokens(1, 9)
+    model = make_model(case)
+    x = tokens(model, 1, 9)
     zoo.save(model, tmp_path / "checkpoint")
     loaded = zoo.load(tmp_path / "checkpoint")
     assert loaded.config == model.config
@@ -209,7 +217,7 @@ def test_save_and_load(case: str, tmp_path: Path) -> None:
 def test_the_loss_falls(case: str) -> None:
     torch.manual_seed(0)
     model = zoo.create_model(CAUSAL[case].name or case, **SMALL, **CAUSAL[case].fields, tie_embeddings=True)
-    x = tokens(4, 24)
+    x = tokens(model, 4, 24)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.layers.mixers.delta_net import FEATURES, NORMS, DeltaNet
+from zoo.layers.model import as_model
 from zoo.layers.pattern import MIXERS
 from zoo.registry import list_models
-
-TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
 
 def made(name: str) -> nn.Module:
@@ -28,7 +27,7 @@ def made(name: str) -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    result: Tensor = model(TOKENS)[0]
+    result: Tensor = model(**as_model(model).example(2, 8))[0]
     return result
 
 

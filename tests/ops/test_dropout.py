@@ -13,7 +13,7 @@ from zoo.ops.core.spec import parity, red
 from zoo.ops.core.table import OPERATORS
 from zoo.ops.token_wise.dropout.philox import keep_mask, philox_words
 from zoo.ops.token_wise.dropout.reference import philox
-from zoo.train.data import _philox
+from zoo.train.data.synthetic import _philox
 
 # Random123's known answers, kat_vectors: counter, key, words
 KNOWN = (

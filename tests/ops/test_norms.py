@@ -40,6 +40,37 @@ def test_norms_are_torchs(shape: tuple[int, ...], backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 3, 2, 5, 24), (2, 0, 1, 1, 24)])
+def test_norms_and_swiglu_take_any_leading_dimensions(shape: tuple[int, ...], backend: str) -> None:
+    x, gate, weight = (randn(*s, seed=i).requires_grad_() for i, s in enumerate((shape, shape, (24,))))
+    wanted = F.rms_norm(x, (24,), weight, 1e-6), F.rms_norm(x, (24,), weight, 1e-6) * F.silu(gate), F.silu(gate) * x
+    ours = (
+        rms_norm(x, weight, backend=backend),
+        gated_rms_norm(x, gate, weight, backend=backend),
+        swiglu(gate, x, backend=backend),
+    )
+    for got, want in zip(ours, wanted, strict=True):
+        assert got.shape == shape
+        torch.testing.assert_close(got, want)
+        dy = randn(*shape, seed=5)
+        for a, b in zip(
+            torch.autograd.grad(got, (x, gate, weight), dy, allow_unused=True),
+            torch.autograd.grad(want, (x, gate, weight), dy, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_leading_dimensions_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"swiglu: up must be \(N0, F\) with N0 = 3 as in gate; got \(2, 4\)"):
+        swiglu(randn(3, 4), randn(2, 4))
+    with pytest.raises(ValueError, match=r"gated_rms_norm: gate must be \(D\), 1 dimensions; got \(2, 4\)"):
+        gated_rms_norm(randn(4), randn(2, 4))
+    with pytest.raises(ValueError, match=r"rms_norm: x must be \(\.\.\., D\), 1 dimension or more; got a number"):
+        rms_norm(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("backend", FORMS)
 @pytest.mark.parametrize("order", ["plain", "norm_first", "gate_first"])
 def test_gradients_without_a_weight(order: str, backend: str) -> None:
     x, gate, dy = randn(2, 5, 24).requires_grad_(), randn(2, 5, 24, seed=1).requires_grad_(), randn(2, 5, 24, seed=2)

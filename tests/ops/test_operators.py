@@ -331,8 +331,9 @@ def test_refusals_say_rule_fact_and_remedy(spec: OperatorSpec) -> None:
     inputs = spec.inputs(1, 10)
     name, called = spec.time[0], _called(spec)
     x = inputs[name]
-    with pytest.raises(ValueError, match=f"{called}: {name} must be"):
-        spec.run({**inputs, name: x[0]})
+    if not spec.any_rank:
+        with pytest.raises(ValueError, match=f"{called}: {name} must be"):
+            spec.run({**inputs, name: x[0]})
     if len(inputs) > 1:  # otherwise there is nothing to disagree with
         with pytest.raises(ValueError, match=rf"{called}: .* must be .*got"):
             spec.run({**inputs, name: x.new_zeros(3, 7, *x.shape[2:-1], 3)})

@@ -24,8 +24,8 @@ import zoo
 from zoo.registry import model_info
 
 __all__ = [
-    "DEFAULT", "EVERYTHING", "SMALL", "CausalCase", "D", "EncoderCase", "MixerCase", "make_mixer", "make_model",
-    "mixers", "models", "parametrize",
+    "DEFAULT", "EVERYTHING", "SMALL", "CausalCase", "D", "EncoderCase", "EncoderDecoderCase", "MixerCase", "VisionCase",
+    "make_mixer", "make_model", "mixers", "models", "parametrize",
 ]  # fmt: skip
 
 DEFAULT, EVERYTHING = "default", "everything"
@@ -72,6 +72,14 @@ class CausalCase(ModelCase):
 
 class EncoderCase(ModelCase):
     """A model that sees both sides of every token: padding, packing, save and load."""
+
+
+class VisionCase(ModelCase):
+    """A model of pictures: any size, features, a fresh classifier, save and load, a loss that falls."""
+
+
+class EncoderDecoderCase(ModelCase):
+    """A model from one sequence to another: steps, lengths of the source, save and load, a loss that falls."""
 
 
 @functools.cache

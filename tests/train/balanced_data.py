@@ -6,7 +6,7 @@ import torch
 from sharded_data import V
 from torch import Tensor
 
-from zoo.train.data.documents import TokenDocuments
+from zoo.train.data.text.documents import TokenDocuments
 
 
 def documents(count: int, seed: int) -> list[Tensor]:

@@ -25,9 +25,9 @@ from sharded_data import Data, V
 from sharded_training import Losses
 
 from zoo.registry import create_model
-from zoo.train.endless_epoch import EndlessData
 from zoo.train.optim import AdamW, Limits
-from zoo.train.quiet import quiet_lightning
+from zoo.train.run.endless_epoch import EndlessData
+from zoo.train.run.quiet import quiet_lightning
 from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
 from zoo.train.strategies.balanced import Balanced, Local
 from zoo.train.strategies.fsdp import whole_weights

@@ -5,7 +5,7 @@ import sys
 
 import tiny
 
-from zoo.train import fit
+from zoo.train.run import fit
 
 if __name__ == "__main__":
     assert tiny.V

@@ -1,4 +1,4 @@
-"""Runs of zoo.train.fit in processes of their own, which may be killed. Started as a script it imports everything once
+"""Runs in processes of their own, which may be killed. Started as a script it imports everything once
 and forks one process per job, so that ten killed runs cost one import."""
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import tiny
 
 from zoo.errors import UserError
-from zoo.train import fit
+from zoo.train.run import fit
 
 
 def run_jobs(folder: Path, jobs: list[dict[str, Any]]) -> list[tuple[int, str]]:

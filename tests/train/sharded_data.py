@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from zoo.tokenizers import ByteTokenizer
-from zoo.train.data.base import WHOLE_SEQUENCES, DataModule
-from zoo.train.data.loader import Source
+from zoo.train.data.core.base import WHOLE_SEQUENCES, DataModule
+from zoo.train.data.core.loader import Source
 
 V = 13
 CLASSES = 3

@@ -24,11 +24,11 @@ from sharded_data import Data, V
 from zoo.layers import Dropout
 from zoo.ops import shard
 from zoo.registry import create_model
-from zoo.train.endless_epoch import EndlessData
-from zoo.train.interrupt import Interrupts
 from zoo.train.metrics import count_right
 from zoo.train.optim import AdamW, Limits
-from zoo.train.quiet import quiet_lightning
+from zoo.train.run.endless_epoch import EndlessData
+from zoo.train.run.interrupt import Interrupts
+from zoo.train.run.quiet import quiet_lightning
 from zoo.train.strategies import ContextParallelFSDPStrategy, ContextParallelStrategy
 from zoo.train.strategies.fsdp import whole_weights
 from zoo.train.tasks.classification import Classification

@@ -24,8 +24,8 @@ from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Uniform
 from zoo.train.balance.plan import edge
-from zoo.train.data.documents import TextDocuments, TokenDocuments
-from zoo.train.data.planned import PlanBatch
+from zoo.train.data.core.planned import PlanBatch
+from zoo.train.data.text.documents import TextDocuments, TokenDocuments
 from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
 
 Found = dict[str, dict[str, list[Any]]]
@@ -307,7 +307,7 @@ def test_nominal_costs_follow_from_the_model_and_can_be_replaced() -> None:
 
 def test_the_names_are_presets_and_settings() -> None:
     for name, cls in (("balanced", BalancedStrategy), ("balanced_fsdp", BalancedFSDPStrategy)):
-        assert StrategyRegistry[name]["strategy"] is cls
+        assert type(StrategyRegistry.get(name)) is cls
         composed = compose([f"strategy={name}", "data=documents", "strategy.planner=flexible", "strategy.capacity=512"])
         assert composed["strategy"]["capacity"] == 512
     trainer = Trainer(accelerator="cpu", devices=2, strategy="balanced", logger=False, enable_checkpointing=False)

@@ -23,11 +23,11 @@ import zoo
 from zoo import cli, decoding
 from zoo.errors import UsageError, UserError
 from zoo.tokenizers import ByteTokenizer
-from zoo.train import fit
-from zoo.train.data.text_files import TextFiles
-from zoo.train.evaluate import evaluate
-from zoo.train.interrupt import Interrupts
+from zoo.train.data.text.text_files import TextFiles
 from zoo.train.optim import AdamW, Limits
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
+from zoo.train.run.interrupt import Interrupts
 from zoo.train.tasks.language_modelling import LanguageModelling
 
 HERE = Path(__file__).parent
@@ -115,6 +115,32 @@ def test_a_short_run_that_diverged_is_a_failure(tmp_path: Path, lr: float) -> No
     with pytest.raises(UserError, match="not finite"):
         fit.run(settings, run)
     assert not (run / "checkpoint").exists()
+
+
+def test_a_short_run_whose_steps_were_skipped_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights of 1e30 are finite, and so is the loss, since a norm of them is zero; their gradients are not."""
+    code, sentence = said(
+        capsys, "train", "model=gla", "model.d_model=16", "model.n_layers=1", "data=parity", "optim.lr=1e30",
+        "optim.warmup_steps=1", "trainer.max_steps=5", "trainer.accelerator=cpu", f"run_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert code == 1
+    assert "the loss or its gradient in the last 4 of 5 steps being not finite; lower optim.lr" in sentence
+    assert not (tmp_path / "run" / "checkpoint").exists()
+    kept = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_eval_refuses_weights_that_are_not_finite(
+    value: float, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    weights = run / "checkpoint" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "mix.weight": tensors["mix.weight"] + value}, weights, metadata={"format": "pt"})
+    code, sentence = said(capsys, "eval", run)
+    assert (code, "its weights are broken or its training diverged" in sentence) == (1, True), sentence
+    assert f"the model in {run / 'checkpoint'} is nan" in sentence
 
 
 def test_generate_refuses_weights_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +270,7 @@ def test_closing_the_terminal_saves_the_run(tmp_path: Path) -> None:
     settings = config(trainer__max_steps=1_000_000, trainer__val_every=100_000, trainer__checkpoint_every=100_000)
     terminal, inner = pty.openpty()
     program = f"import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); sys.path.insert(0, {str(HERE)!r}); "
-    program += f"from zoo.train import fit; import tiny; sys.exit(fit.run({settings!r}, {str(run)!r}))"
+    program += f"from zoo.train.run import fit; import tiny; sys.exit(fit.run({settings!r}, {str(run)!r}))"
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=inner, stdout=inner, stderr=inner, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

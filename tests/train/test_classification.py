@@ -10,12 +10,12 @@ import torch
 import zoo
 from zoo.config import compose
 from zoo.errors import UserError
-from zoo.train import fit
-from zoo.train.data import digits
-from zoo.train.data.digits import Digits
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.evaluate import evaluate
+from zoo.train.data.images import digits
+from zoo.train.data.images.digits import Digits
+from zoo.train.data.text.pydocs import PyDocs
 from zoo.train.optim import AdamW, Limits
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
 from zoo.train.tasks.classification import Classification
 from zoo.train.tasks.language_modelling import LanguageModelling
 from zoo.train.tasks.masked_language_modelling import MaskedLanguageModelling

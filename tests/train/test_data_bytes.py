@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.tokenizers import ByteTokenizer
-from zoo.train.data.corpus import IGNORE, Corpus, CutSource, PackedSource
-from zoo.train.data.planned import FromCorpus
+from zoo.train.data.core.corpus import IGNORE, Corpus, CutSource, PackedSource
+from zoo.train.data.core.planned import FromCorpus
 
 TEXTS = st.lists(st.text(st.sampled_from("abé漢\n"), max_size=9), min_size=1, max_size=8).filter(any)
 FAST = settings(deadline=None, max_examples=60)

@@ -9,7 +9,7 @@ import zoo.configs
 from zoo.config import compose
 from zoo.errors import UsageError
 from zoo.registry import resolve
-from zoo.train.data.base import DataModule
+from zoo.train.data.core.base import DataModule
 
 FOLDER = Path(str(zoo.configs.__file__)).parent / "data"
 REQUIRED = {"text_files": {"path": str(Path(__file__).parent / "*.py")}, "hub": {"name": "owner/name"}}

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data._philox import Draws
-from zoo.train.data.copying import Copying
-from zoo.train.data.induction_heads import InductionHeads
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.data.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem
-from zoo.train.data.synthetic import APART, HELD_OUT, SPLIT, TRAINING, VALIDATION, SyntheticData
+from zoo.train.data.synthetic._philox import Draws
+from zoo.train.data.synthetic.base import APART, HELD_OUT, SPLIT, TRAINING, VALIDATION, SyntheticData
+from zoo.train.data.synthetic.copying import Copying
+from zoo.train.data.synthetic.induction_heads import InductionHeads
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.synthetic.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem
+from zoo.train.data.text.pydocs import PyDocs
 
 Row = tuple[int, ...]
 Make = Callable[..., SyntheticData]

@@ -9,13 +9,13 @@ import datasets
 import pytest
 
 from zoo.errors import UserError
-from zoo.train.data.base import DataModule
-from zoo.train.data.copying import Copying
-from zoo.train.data.hub import Hub
-from zoo.train.data.induction_heads import InductionHeads
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.data.text_files import TextFiles
+from zoo.train.data.core.base import DataModule
+from zoo.train.data.synthetic.copying import Copying
+from zoo.train.data.synthetic.induction_heads import InductionHeads
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.text.hub import Hub
+from zoo.train.data.text.pydocs import PyDocs
+from zoo.train.data.text.text_files import TextFiles
 
 
 @pytest.fixture(autouse=True)

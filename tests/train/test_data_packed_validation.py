@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 import zoo
 from zoo.tokenizers import ByteTokenizer
-from zoo.train.data.corpus import IGNORE, Corpus, validation_source
-from zoo.train.data.hub import Hub
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.data.text_files import TextFiles
+from zoo.train.data.core.corpus import IGNORE, Corpus, validation_source
+from zoo.train.data.text.hub import Hub
+from zoo.train.data.text.pydocs import PyDocs
+from zoo.train.data.text.text_files import TextFiles
 
 TEXTS = st.lists(st.text(st.sampled_from("abé漢\n"), max_size=20), min_size=1, max_size=6).filter(any)
 LENGTHS = ByteTokenizer().byte_lengths()

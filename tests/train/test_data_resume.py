@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from zoo.train.data.base import DataModule
-from zoo.train.data.copying import Copying
-from zoo.train.data.induction_heads import InductionHeads
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.pydocs import PyDocs
+from zoo.train.data.core.base import DataModule
+from zoo.train.data.synthetic.copying import Copying
+from zoo.train.data.synthetic.induction_heads import InductionHeads
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.text.pydocs import PyDocs
 
 pytestmark = pytest.mark.filterwarnings(  # Lightning's own
     "ignore:.*LeafSpec.*is deprecated", "ignore:The '.*_dataloader' does not have many workers"

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import UserError
-from zoo.train.data._philox import Draws, philox
-from zoo.train.data.copying import Copying
-from zoo.train.data.induction_heads import InductionHeads
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem, cayley
-from zoo.train.data.synthetic import TRAINING, VALIDATION, SyntheticData
+from zoo.train.data.synthetic._philox import Draws, philox
+from zoo.train.data.synthetic.base import TRAINING, VALIDATION, SyntheticData
+from zoo.train.data.synthetic.copying import Copying
+from zoo.train.data.synthetic.induction_heads import InductionHeads
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.synthetic.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem, cayley
 
 FAST = settings(deadline=None, max_examples=40)
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from zoo import tokenizers
 from zoo.tokenizers import ByteTokenizer, SentencePieceTokenizer
-from zoo.train.data import base, corpus, loader, pydocs
-from zoo.train.data import text as text_module
-from zoo.train.data.base import DataModule
-from zoo.train.data.corpus import Corpus, CutSource, PackedSource
-from zoo.train.data.hub import Hub
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.data.text import Document, hold_out
-from zoo.train.data.text_files import TextFiles
+from zoo.train.data.core import base, corpus, loader, pydocs
+from zoo.train.data.core.base import DataModule
+from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource
+from zoo.train.data.text import base as text_module
+from zoo.train.data.text.base import Document, hold_out
+from zoo.train.data.text.hub import Hub
+from zoo.train.data.text.pydocs import PyDocs
+from zoo.train.data.text.text_files import TextFiles
 
 END = ByteTokenizer.eos_id
 LENGTHS = ByteTokenizer().byte_lengths()

@@ -10,8 +10,8 @@ from zoo import tokenizers
 from zoo.checkpoint import describe
 from zoo.config import compose, to_yaml
 from zoo.errors import UserError
-from zoo.train.evaluate import evaluate
 from zoo.train.optim import AdamW, Limits
+from zoo.train.run.evaluate import evaluate
 from zoo.train.tasks.language_modelling import LanguageModelling
 
 SIZE = {"d_model": 16, "n_layers": 1, "n_heads": 2}

@@ -18,10 +18,10 @@ from tiny import config
 
 import zoo
 from zoo.errors import UserError
-from zoo.train import fit
 from zoo.train.callbacks.progress import describe, duration
 from zoo.train.clock import Clock
-from zoo.train.evaluate import evaluate
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
 
 
 def rows(run: Path) -> list[dict[str, str]]:

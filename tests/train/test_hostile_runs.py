@@ -19,8 +19,8 @@ from zoo import cli, targets
 from zoo.errors import UsageError
 from zoo.registry import packages_with_models
 from zoo.targets import allow_package, load_class, trusted_packages
-from zoo.train import fit
 from zoo.train.optim import AdamW
+from zoo.train.run import fit
 
 Change = Callable[[dict[str, Any], Path], None]
 
@@ -106,13 +106,13 @@ CONFIGS: dict[str, Change] = {
     "an import of a submodule": change("strategy", target="trap.inner.Thing"),
     "import_module": change("data", target="importlib.import_module", name="trap"),
     "runpy": change("data", target="runpy.run_module", mod_name="trap"),
-    "os through a module of zoo": change("data", target="zoo.train.fit.os.system", command="touch MARKER"),
+    "os through a module of zoo": change("data", target="zoo.train.run.fit.os.system", command="touch MARKER"),
     "subprocess through a module of zoo": change(
-        "optim", target="zoo.train.run_folder.subprocess.check_output", args=TOUCH
+        "optim", target="zoo.train.run.folder.subprocess.check_output", args=TOUCH
     ),
-    "a foreign class in the right module": change("data", target="zoo.train.data.text_files.Path", args=TOUCH),
+    "a foreign class in the right module": change("data", target="zoo.train.data.text.text_files.Path", args=TOUCH),
     "a foreign function in the right module": change(
-        "data", target="zoo.train.data.text_files.datasets.load_dataset", path="MARKER"
+        "data", target="zoo.train.data.text.text_files.datasets.load_dataset", path="MARKER"
     ),
     "a function of zoo": change("data", target="zoo.cli.sweep._spawn", command=TOUCH),
     "the command line of zoo": change("data", target="zoo.__main__.main"),

@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 import zoo
 from zoo.errors import UserError
 from zoo.train.callbacks.limits import StopAtLimits
-from zoo.train.endless_epoch import EndlessData
-from zoo.train.interrupt import Interrupts
-from zoo.train.loggers import CsvLog, read_csv
 from zoo.train.optim import AdamW, Limits
-from zoo.train.quiet import quiet_lightning
+from zoo.train.run.endless_epoch import EndlessData
+from zoo.train.run.interrupt import Interrupts
+from zoo.train.run.loggers import CsvLog, read_csv
+from zoo.train.run.quiet import quiet_lightning
 from zoo.train.tasks.language_modelling import LanguageModelling
 
 PLAIN = AdamW(lr=0.01, warmup_steps=0, min_lr_ratio=1.0, weight_decay=0.1)

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 import zoo
 from zoo.config import compose
 from zoo.errors import UserError
-from zoo.train import fit
-from zoo.train.data.mqar import MQAR
-from zoo.train.data.pydocs import PyDocs
-from zoo.train.evaluate import evaluate
+from zoo.train.data.synthetic.mqar import MQAR
+from zoo.train.data.text.pydocs import PyDocs
 from zoo.train.optim import AdamW, Limits
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
 from zoo.train.tasks.language_modelling import LanguageModelling
 from zoo.train.tasks.masked_language_modelling import MaskedLanguageModelling, mask_symbol
 

@@ -17,12 +17,12 @@ from zoo.bench.measure import peak_bytes
 from zoo.config import compose
 from zoo.errors import UserError
 from zoo.layers.memory import MemoryPlan
-from zoo.train import fit
 from zoo.train.memory import estimate as estimating
 from zoo.train.memory.choose import SPARE, MemoryConfig, choose, parse_size
 from zoo.train.memory.estimate import estimate
 from zoo.train.memory.live_bytes import LiveBytes, flash_on_meta
 from zoo.train.memory.offload_fraction import measure, offload_fraction
+from zoo.train.run import fit
 
 PLANS = {
     "none": MemoryPlan(),

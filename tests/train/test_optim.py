@@ -10,7 +10,7 @@ from torch import nn
 
 from zoo.errors import UserError
 from zoo.train.optim import AdamW, Limits, learning_rate_factor, parameter_groups, set_lr
-from zoo.train.trainer import DEFAULT_SECONDS, DEFAULT_STEPS, TrainerConfig
+from zoo.train.run.trainer import DEFAULT_SECONDS, DEFAULT_STEPS, TrainerConfig
 
 
 class Mixer(nn.Module):

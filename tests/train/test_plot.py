@@ -7,9 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from tiny import config
 
-from zoo.train import fit
 from zoo.train.callbacks import plot
-from zoo.train.run_folder import RunFolder
+from zoo.train.run import fit
+from zoo.train.run.folder import RunFolder
 
 TABLE = """\
 step,loss,lr,val_loss

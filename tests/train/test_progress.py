@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 from tiny import config
 
-from zoo.train import fit
 from zoo.train.callbacks.log import row_due
 from zoo.train.callbacks.progress import Bar, ProgressLine
 from zoo.train.clock import Clock
-from zoo.train.loggers import read_csv
 from zoo.train.optim import Limits
+from zoo.train.run import fit
+from zoo.train.run.loggers import read_csv
 
 ROW = {
     "loss": 2.12341, "bits_per_byte": 3.0634, "perplexity": 8.36, "lr": 1.99e-3, "grad_norm": 1.0,

@@ -12,8 +12,8 @@ from tiny import config
 from zoo.ops import swiglu
 from zoo.ops.core import call, dispatch
 from zoo.ops.core.call import Choice
-from zoo.train import fit
 from zoo.train.callbacks.operators import ReportOperators, describe_choices
+from zoo.train.run import fit
 
 MODEL = {"name": "mamba", "size": "tiny", "d_model": 16, "n_layers": 1, "vocab_size": None}
 NOTHING: Any = None  # the callback reads neither trainer nor module nor batch

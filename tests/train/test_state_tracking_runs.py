@@ -7,8 +7,8 @@ import pytest
 
 from zoo.config import compose
 from zoo.registry import list_models
-from zoo.train import fit
-from zoo.train.evaluate import evaluate
+from zoo.train.run import fit
+from zoo.train.run.evaluate import evaluate
 
 
 @pytest.mark.parametrize("experiment", ["parity", "s5"])

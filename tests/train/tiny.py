@@ -157,7 +157,7 @@ def config(**changes: Any) -> dict[str, Any]:
         "task": {"_target_": "zoo.train.tasks.language_modelling.LanguageModelling"},
         "optim": {"_target_": "zoo.train.optim.AdamW", "warmup_steps": 2},
         "trainer": {
-            "_target_": "zoo.train.trainer.TrainerConfig",
+            "_target_": "zoo.train.run.trainer.TrainerConfig",
             "max_steps": 4,
             "log_every": 1,
             "val_every": 3,

@@ -39,6 +39,14 @@ def test_a_step_is_divided_by_operator(tmp_path: Path) -> None:
     assert {"zoo.ops/delta_rule", "zoo.ops/causal_conv1d", "zoo.step/backward", "zoo.step/optimizer"} <= names
 
 
+def test_a_loss_that_is_no_number_has_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", *SETTINGS, "steps=1", f"run_dir={tmp_path / 'p'}", "optim.lr=1e38", "optim.warmup_steps=0"]
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "zoo: a profile needs a finite loss, and after 3 steps it is nan; lower optim.lr\n")
+    assert not (tmp_path / "p").exists()
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "p"
     words = ["profile", *SETTINGS, "steps=1", f"run_dir={folder}"]

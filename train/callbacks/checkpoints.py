@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from zoo.train.callbacks.limits import update_done
-from zoo.train.checkpoint_io import AtomicCheckpointIO, link_over
-from zoo.train.interrupt import Interrupted, Interrupts
 from zoo.train.rng import get_rng_states, set_rng_states
+from zoo.train.run.checkpoint_io import AtomicCheckpointIO, link_over
+from zoo.train.run.interrupt import Interrupted, Interrupts
 from zoo.train.tasks.task import Task
 
 __all__ = ["Checkpoints"]

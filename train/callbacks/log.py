@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from zoo.train.callbacks.limits import update_done
-from zoo.train.loggers import CsvLog
+from zoo.train.run.loggers import CsvLog
 from zoo.train.tasks.task import Task
 
 __all__ = ["LogMetrics", "row_due"]
@@ -59,7 +59,7 @@ class LogMetrics(Callback):
         self._validation_began = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation row."""
+        """Log the task's row of validation, and take the validation's seconds out of the training speed."""
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         assert isinstance(pl_module, Task)

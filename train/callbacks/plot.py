@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.errors import UserError
-from zoo.train.loggers import read_csv
-from zoo.train.run_folder import RunFolder
+from zoo.train.run.folder import RunFolder
+from zoo.train.run.loggers import read_csv
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg

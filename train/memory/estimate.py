@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.layers.backbone import SequenceModel
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.offload import offload
+from zoo.layers.stack import Stack
 from zoo.ops.token_wise.linear_cross_entropy.chunked import chunk_tokens
 from zoo.train.memory.live_bytes import LiveBytes, flash_on_meta
 
@@ -125,17 +127,16 @@ def estimate(
         the bytes; what kernels and libraries take inside is not counted, nor the allocator's fragmentation.
 
     Raises:
-        ValueError: an unknown precision, or a model without blocks, embedding and head as `zoo.layers.SequenceModel`.
+        ValueError: an unknown precision, or another model than a `zoo.layers.SequenceModel`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if not hasattr(model, "blocks") or not hasattr(model, "head_loss"):
+    if not isinstance(model, SequenceModel):
         raise ValueError(f"memory is estimated for a SequenceModel; got {type(model).__name__}")
     how, device = PRECISIONS[precision], torch.device(device)
-    owner: Any = model
-    chosen: MemoryPlan = owner.memory if plan is None else plan
+    chosen: MemoryPlan = model.memory if plan is None else plan
     shapes = _shapes(model, how.activations, device)
-    short = max(SHORTEST, min(LONGEST, STRETCHES // (batch * owner.config.d_model)))
+    short = max(SHORTEST, min(LONGEST, STRETCHES // (batch * model.config.d_model)))
     kinds: dict[str, _Block] = {}
     blocks: list[_Block] = []
     grads: list[int] = []
@@ -232,8 +233,8 @@ def _run_block(block: Any, plan: MemoryPlan, batch: int, how: Precision, length:
 def _run_loss(model: Any, batch: int, length: int, how: Precision, device: torch.device) -> float:
     """The most that is live from the last block's output to its gradient, the output included."""
     ends = copy.copy(model)
-    ends._modules = dict(model._modules, blocks=nn.ModuleList())
-    tokens = torch.empty(batch, length, dtype=torch.int64, device="meta")
+    ends._modules = dict(model._modules, blocks=Stack())
+    tokens = model.example(batch, length, device="meta")["tokens"]
     with LiveBytes() as bytes_:
         hidden = ends.hidden(tokens)
         loss = ends.head_loss(hidden, tokens, reduction="sum")

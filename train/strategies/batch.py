@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.errors import UserError
 from zoo.ops.shard import SequenceShard, local_boundaries, token_indices
 from zoo.ops.shard.exchange import all_gather
-from zoo.train.data.base import Part
+from zoo.train.data.core.base import Part
 
 __all__ = ["LocalBatch", "cut", "refuse_different"]
 
@@ -27,7 +27,7 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
 
     Args:
         batch: the whole sample, the same on every rank of the group; targets already shifted.
-        schema: what each key holds, see `zoo.train.data.base.BATCH`.
+        schema: what each key holds, see `zoo.train.data.core.base.BATCH`.
         place: the rank's place; its length and documents are those of the batch in the result.
 
     Raises:

@@ -38,6 +38,11 @@ def silent(ranks: int) -> UserError:
 class ManyRanks(ParallelStrategy):
     """Every call in which ranks wait for each other, with one sentence for one that is gone."""
 
+    @property
+    def dp_size(self) -> int:
+        """Ranks, or groups of them, with data of their own; declared by a subclass."""
+        raise NotImplementedError
+
     def _stage(self) -> str:
         trainer = None if self.lightning_module is None else self.lightning_module._trainer
         return str(None if trainer is None else trainer.state.stage)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo.checkpoint import IN_TRAINER, describe
 from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
+from zoo.layers.mixer import Solver
 from zoo.train.clock import Clock
 from zoo.train.metrics import IGNORED, MeanLoss
 from zoo.train.optim import Limits, Recipe, gradients, set_lr
@@ -163,6 +164,22 @@ class Task(LightningModule):
             return True
         return bool(torch.isfinite(_whole(torch.nn.utils.get_total_norm(weights, norm_type=math.inf))))
 
+    def fault(self, val_loss: float) -> str | None:
+        """What makes the model of a finished run useless by not being finite; None where nothing does.
+
+        Weights may be finite and so large that no gradient is: then all steps since they grew so were skipped. Such a
+        run of few steps ends before `max_nonfinite_steps`. It is useless where these are half of all its steps.
+        Waits for the device once. The same on all ranks where val_loss is.
+        """
+        if not self.weights_are_finite():
+            return "the model's weights"
+        if not math.isfinite(val_loss):
+            return "the validation loss"
+        in_a_row, steps = int(self._skipped[1]), self.trainer.global_step
+        if in_a_row and 2 * in_a_row >= steps:
+            return f"the loss or its gradient in the last {in_a_row} of {steps} steps"
+        return None
+
     def refuse_nonfinite_weights(self) -> None:
         """Give up when a weight is not finite: no later step can mend it, and nobody wants it kept."""
         if not self.weights_are_finite():
@@ -223,9 +240,9 @@ class Task(LightningModule):
             layer.watched = on
 
     @cached_property
-    def _solvers(self) -> dict[str, Any]:
-        """Those layers: they have `watched`, which is set here, and `residual`, None until it was measured."""
-        return {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "watched")}
+    def _solvers(self) -> dict[str, Solver]:
+        """Those layers, by name."""
+        return {name: layer for name, layer in self.model.named_modules() if isinstance(layer, Solver)}
 
     def _residuals(self) -> dict[str, float]:
         """The newest that was measured: the largest, and that of each layer (metrics.csv has the first alone)."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore  # the only home of the "fake" backend
 
 from zoo.errors import UserError
+from zoo.layers.model import as_model
 from zoo.ops.shard import Link, Message, SequenceShard, observed, use
 
 __all__ = [
@@ -54,7 +55,7 @@ class Traffic:
 
     @property
     def received(self) -> int:
-        """Bytes."""
+        """Bytes that the middle rank receives in one step, by states and halos together."""
         return sum(exchange.received for exchange in self.states) + sum(self.halos)
 
 
@@ -74,7 +75,7 @@ def exchanges_of(model: nn.Module, ranks: int, method: str, link: Link | None = 
     """Count what one training step of a token model sends.
 
     Args:
-        model: tokens -> (logits, state).
+        model: a Model whose outputs are one tensor.
         ranks: P.
         method: one of STATES.
         link: by which "zeco" chooses its number of blocks.
@@ -113,11 +114,11 @@ def _states(found: Sequence[Message], ranks: int) -> list[int]:
 
 def _messages(model: nn.Module, ranks: int, method: str, link: Link | None) -> list[Message]:
     seen: list[Message] = []
-    tokens = torch.zeros(1, 8, dtype=torch.long)
+    batch = as_model(model).example(1, 8)
     with pretended(ranks), observed(seen.append):
         with use(SequenceShard(method=method, link=link or Link())):
-            logits, _ = model(tokens)
-        logits.sum().backward()
+            outputs, _ = model(**batch)
+        outputs.sum().backward()
     model.zero_grad(set_to_none=True)
     return seen
 
@@ -146,7 +147,7 @@ def predict(traffic: Traffic, local: float, ranks: int, link: Link) -> float:
 def local_seconds(model: nn.Module, tokens: int, repeats: int, say: Callable[[str], None]) -> float:
     """The median of one rank's own work, forward and backward over `tokens`, on this machine."""
     device = next(model.parameters()).device
-    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    ids = as_model(model).example(1, tokens)["tokens"]
     times: list[float] = []
     for i in range(repeats + 1):  # the first warms up
         say(f"local step {i} of {repeats}")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.layers.model import Model, as_model
 from zoo.ops.core import dispatch
 from zoo.ops.core.spec import Inputs, OperatorSpec
 
@@ -17,12 +18,16 @@ LENGTH = 1024  # tokens of context at which work and state are counted
 
 
 def forward_flops(model: nn.Module, length: int = LENGTH) -> tuple[float, dict[str, int]]:
-    """Operations of one forward pass per token, of a model on the meta device; and by operator."""
-    tokens = torch.zeros(1, length, dtype=torch.int64, device="meta")
+    """Operations of one forward pass per token (image, ...), of a model on the meta device; and by operator."""
+    return _forward_flops(as_model(model), length, "meta")
+
+
+def _forward_flops(model: Model, length: int, device: torch.device | str) -> tuple[float, dict[str, int]]:
+    batch = model.example(1, length, device=device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(tokens)
+        model(**batch)
     by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    return counter.get_total_flops() / length, by_operator
+    return counter.get_total_flops() / model.units(batch), by_operator
 
 
 def forms(spec: OperatorSpec) -> tuple[str, ...]:
@@ -32,15 +37,11 @@ def forms(spec: OperatorSpec) -> tuple[str, ...]:
 
 
 def training_flops(model: nn.Module, length: int) -> float:
-    """Operations of a training step per token: three forward passes, a backward one counted as two."""
+    """Operations of a training step per token (image, ...): three forward passes, a backward one counted as two."""
     try:
         return 3 * forward_flops(copy.deepcopy(model).to("meta"), length)[0]
     except RuntimeError:  # a model that looks into the data has to be run
-        tokens = torch.zeros(1, length, dtype=torch.int64, device=next(model.parameters()).device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(tokens)
-        total: int = counter.get_total_flops()
-        return 3 * total / length
+        return 3 * _forward_flops(as_model(model), length, next(model.parameters()).device)[0]
 
 
 def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:

@@ -164,7 +164,7 @@ def about_model(request: ModelRequest) -> dict[str, Any]:
 def measure_decoding(bench: StepBench, repeats: int) -> CaseResult:
     """Greedy decoding of one sequence from the state, after a prompt."""
     model: Any = bench.model
-    prompt = [i % model.config.vocab_size for i in range(PROMPT)]
+    prompt = model.example(1, PROMPT)["tokens"][0].tolist()
     sizes = {"B": 1, "prompt": PROMPT, "decoded": DECODED}
     result = CaseResult(bench.request.config["model"]["name"], sizes, bench.dtype)
     side = SideResult("zoo.decoding", "greedy decoding", phases={DECODE: Phase(tokens=1)})

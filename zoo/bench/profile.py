@@ -110,7 +110,7 @@ def profile_model(request: ModelRequest, trace: Path) -> Profile:
     """Profile `request.steps` training steps after a warm-up and write a trace for chrome://tracing.
 
     Raises:
-        UserError: the trace could not be written.
+        UserError: the trace could not be written, or the loss is not finite: numbers that are none have no profile.
     """
     bench = _RangedSteps(request)
     on_cuda = bench.device.type == "cuda"
@@ -121,9 +121,13 @@ def profile_model(request: ModelRequest, trace: Path) -> Profile:
         with profile(activities=activities, profile_memory=True) as seen:
             for _ in range(request.steps):
                 with record_function(f"{PHASE}whole"):
-                    bench.step()
+                    loss = bench.step()
             if on_cuda:
                 torch.cuda.synchronize(bench.device)
+    if not bool(torch.isfinite(loss)):
+        raise UserError(
+            f"a profile needs a finite loss, and after {bench.done} steps it is {float(loss)}; lower optim.lr"
+        )
     try:
         trace.parent.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(trace))

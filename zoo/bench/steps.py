@@ -19,7 +19,6 @@ from zoo.bench.measure import dtype_of, peak_bytes, synchronize
 from zoo.bench.record import BARE, STEP, CaseResult, Phase, SideResult
 from zoo.ops.core.spec import TOLERANCE, relative_error
 from zoo.registry import create_model, resolve
-from zoo.train.endless_epoch import Endless
 from zoo.train.optim import set_lr
 from zoo.train.rng import seed_all
 
@@ -93,7 +92,7 @@ class StepBench:
         self.optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
         self.optimizer: torch.optim.Optimizer = self.optim.build(self.model)
         self.clip: float | None = config["trainer"].get("gradient_clip_val")
-        self.batches: Iterator[dict[str, Tensor]] = iter(Endless(data.train_dataloader()))
+        self.batches: Iterator[dict[str, Tensor]] = _endless(data.train_dataloader())
         self.done = 0
         self.losses: list[Tensor] = []
         self.dtype = request.dtype
@@ -102,7 +101,7 @@ class StepBench:
         self.products: Products | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The run's precision."""
+        """The context of a forward pass at the request's precision."""
         mixed = self.request.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
@@ -272,7 +271,7 @@ def wall(call: Callable[[], Any], n: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / n
 
 
-# Data and model are built here as zoo.train.fit does, since another commit's fit may do it in other words.
+# Data and model are built here as a run does, since another commit may do it in other words and other modules.
 
 
 def _build_data(config: Mapping[str, Any]) -> Any:
@@ -292,3 +291,12 @@ def _build_model(config: Mapping[str, Any], data: Any) -> nn.Module:
 
 def _settings(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in section.items() if key != "_target_"}
+
+
+def _endless(loader: Any) -> Iterator[dict[str, Tensor]]:
+    """The loader's epochs, one after the other; making an iterator draws nothing from torch's generator."""
+    while True:
+        rng = torch.get_rng_state()
+        iterator = iter(loader)
+        torch.set_rng_state(rng)
+        yield from iterator

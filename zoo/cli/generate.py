@@ -12,6 +12,7 @@ from zoo.config import compose_decoder, read_run
 from zoo.decoding.decoder import DECODERS, why_not
 from zoo.errors import UsageError, UserError
 from zoo.layers import SequenceModel
+from zoo.registry import model_info
 from zoo.targets import TARGET, load_class
 
 
@@ -35,8 +36,8 @@ class Request:
     save_state: Path | None = None
     load_state: Path | None = None
 
-    def decoder(self) -> decoding.Decoder:
-        """The decoder that settings and flags choose.
+    def decoder(self, usual: str | None = None) -> decoding.Decoder:
+        """The decoder that settings and flags choose; `usual`, the model's own, where no decoder=NAME is given.
 
         Raises:
             UsageError: unknown words, values out of range, or a flag and a setting that say the same.
@@ -48,7 +49,9 @@ class Request:
                 flag = "--" + key.removeprefix("decoder.").replace("_", "-")
                 raise UsageError(f"{flag} and {key}= are the same setting; give one of them")
         words = [f"{key}={str(value).lower()}" for key, value in given.items()]
-        filled = compose_decoder([*self.settings, *words])
+        if usual is not None and not any(setting.startswith("decoder=") for setting in self.settings):
+            words.insert(0, f"decoder={usual}")
+        filled = compose_decoder([*words, *self.settings])
         kind = cast("type[decoding.Decoder]", load_class("decoder", filled.pop(TARGET)))
         return kind(**filled)
 
@@ -84,10 +87,10 @@ class StopText:
 
 def generate_command(path: str, prompt: str, request: Request) -> int:
     """Print the continuation of a prompt piece by piece, or write it to a file."""
-    decoder = request.decoder()
     found = checkpoint.locate(path)
     model = cast(SequenceModel, checkpoint.load(found))
-    decoder.refuse(model)
+    refuse_unless_text(str(model.name))
+    decoder = request.decoder(model_info(str(model.name)).decoder)
     tokenizer = _tokenizer(found)
     size = model.config.vocab_size
     if tokenizer.vocab_size > size:
@@ -95,6 +98,7 @@ def generate_command(path: str, prompt: str, request: Request) -> int:
             f"the tokenizer of {path} has {tokenizer.vocab_size} symbols and the model only {size}; "
             "they belong to different runs"
         )
+    decoder.refuse(model)
     session = None if request.load_state is None else decoding.Session.load(request.load_state, model)
     ids = [*([] if session else [tokenizer.start_id]), *(tokenizer.encode(prompt) if prompt or not session else [])]
     given = decoding.Prompt([ids], stop_ids=(tokenizer.eos_id,), session=session)
@@ -154,6 +158,22 @@ def decoders_command(path: str) -> int:
     return 0
 
 
+def refuse_unless_text(name: str) -> None:
+    """Refuse a model that was not registered as one that text can be drawn from.
+
+    Raises:
+        UserError: it makes something else, or has no decoder.
+    """
+    info = model_info(name)
+    if info.produces != "text":
+        raise UserError(
+            f"zoo generate continues text, and {name} makes {info.produces}; zoo eval measures it, and zoo train shows "
+            "what it makes in the run's folder"
+        )
+    if info.decoder is None:
+        raise UserError(f"zoo generate draws by a model's decoder, and {name} has none; zoo eval measures it")
+
+
 def _show(to: TextIO, text: str) -> None:
     if text:
         to.write(text)
@@ -167,8 +187,9 @@ def _tokenizer(found: Path) -> tokenizers.Tokenizer:
     run = checkpoint.run_of(found)
     if run is None:
         raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
-    settings = dict(read_run(run / "config.yaml")["data"])
-    data = load_class("data", settings.pop(TARGET))(**settings)
+    from zoo.train.run.instantiate import instantiate
+
+    data = instantiate("data", read_run(run / "config.yaml")["data"])
     if getattr(data, "tokenizer", None) is None:
         raise UserError(f"the run {run} was trained on data without text, so it cannot continue a prompt; see zoo eval")
     tokenizer: tokenizers.Tokenizer = data.tokenizer

@@ -19,16 +19,16 @@ def train_command(settings: list[str], config_dir: Path | None) -> int:
     """Train; the exit code is that of the run."""
     config = compose(settings, config_dir=config_dir)
     config["run_dir"] = config["run_dir"] or str(fresh_folder(config["model"]["name"]))
-    from zoo.train import fit
+    from zoo.train.run import fit
 
     _prepare_process()
     return fit.run(config, Path(config["run_dir"]))
 
 
 def resume_command(run: Path) -> int:
-    """Continue a run."""
+    """Continue the run of a folder from its last checkpoint."""
     check_run(run)
-    from zoo.train import fit
+    from zoo.train.run import fit
 
     _prepare_process()
     return fit.resume(run)
@@ -46,8 +46,8 @@ def _prepare_process() -> None:
 
 def eval_command(path: str, settings: list[str]) -> int:
     """Measure a model; prints one line per metric."""
-    from zoo.train.evaluate import evaluate
-    from zoo.train.run_folder import is_main_process
+    from zoo.train.run.evaluate import evaluate
+    from zoo.train.run.folder import is_main_process
 
     found = evaluate(path, settings)
     if is_main_process():

@@ -13,21 +13,25 @@ from torch import nn
 
 from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
-from zoo.config import parse_fields
-from zoo.errors import UsageError
+from zoo.layers.model import as_model
 from zoo.ranges import Range
-from zoo.registry import create_model, model_info
+from zoo.registry import ModelInfo, create_model, model_info
 
 
 def show_command(name: str, settings: Sequence[str]) -> int:
     """Print what is known of a model."""
     info = model_info(name)
-    fields = parse_fields(settings)
+    fields = {}
+    if settings:
+        from zoo.config import parse_fields  # Hydra, which nothing else here needs
+
+        fields = parse_fields(settings)
     size = str(fields.pop("size", "tiny"))
     with torch.device("meta"):
         model = create_model(name, size, **fields)
     out = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     out.print(f"{name}, size {size} (of {', '.join(info.sizes)}); {info.task}; tags: {', '.join(info.tags) or '-'}")
+    out.print(trained_by(info), markup=False)
     if info.paper:
         out.print(info.paper, markup=False)
     out.print()
@@ -38,6 +42,12 @@ def show_command(name: str, settings: Sequence[str]) -> int:
     out.print(_work(model), markup=False)
     out.print(_state(model), markup=False)
     return 0
+
+
+def trained_by(info: ModelInfo) -> str:
+    """What `zoo train` takes for a model of itself, and what the model makes."""
+    draws = f"zoo generate draws by {info.decoder}" if info.decoder else "zoo generate draws nothing from it"
+    return f"zoo train takes task={info.task} data={info.data}; it produces {info.produces}, and {draws}"
 
 
 def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:
@@ -56,7 +66,7 @@ def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:
 
 
 def parameter_table(model: nn.Module) -> Table:
-    """Parameters by module."""
+    """A table of modules: how many copies, how many parameters, and their share of all."""
     rows = parameter_rows(model)
     total = sum(n for *_, n in rows)
     table = Table("module", "class", box=None, pad_edge=False, show_footer=True)
@@ -82,15 +92,18 @@ def _config_table(model: nn.Module, fields: Any) -> Table:
 
 def _work(model: nn.Module) -> str:
     flops, _ = forward_flops(model)
+    unit = as_model(model).unit
+    at = f" at T = {LENGTH}" if unit == "token" else ""
     return (
-        f"FLOPs per token at T = {LENGTH}: {short_count(flops)} forward, {short_count(3 * flops)} in training "
+        f"FLOPs per {unit}{at}: {short_count(flops)} forward, {short_count(3 * flops)} in training "
         "(forward + backward, the backward counted as twice the forward)"
     )
 
 
 def _state(model: nn.Module) -> str:
-    if not hasattr(model, "state_bytes"):
-        raise UsageError(f"{type(model).__name__} has no state_bytes(batch, length)")
-    short, long = model.state_bytes(1, LENGTH), model.state_bytes(1, 2 * LENGTH)  # type: ignore[operator]
+    known = as_model(model)
+    short, long = known.state_bytes(1, LENGTH), known.state_bytes(1, 2 * LENGTH)
+    if not long:
+        return "state: none, the whole input goes in at once"
     grows = "the same at any length" if short == long else f"{long:,} at T = {2 * LENGTH}: it grows with the context"
     return f"state bytes per sequence: {short:,} at T = {LENGTH}, {grows}"

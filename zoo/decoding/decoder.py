@@ -8,7 +8,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zoo.decoding.causal import refuse_unless_causal
+from zoo.decoding.causal import refuse_unless_causal, refuse_unless_stepwise
 from zoo.decoding.session import Session
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
@@ -88,6 +88,7 @@ class Decoder(ABC):
             UserError: the sentence says what the decoder asks for, what the model lacks, and what to do.
         """
         refuse_unless_causal(model)
+        refuse_unless_stepwise(model)
 
     @abstractmethod
     def run(self, model: Any, prompt: Prompt, codec: Any, generator: torch.Generator) -> Iterator[Piece]:

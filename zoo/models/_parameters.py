@@ -57,7 +57,8 @@ def _bound(config: Any) -> int:
     }
     layers = max(1, int(numbers.pop("n_layers", 1)))
     factors = [max(1, value) for name, value in numbers.items() if name.startswith("expand")]
-    sizes = sorted(value for value in numbers.values() if isinstance(value, int))[-2:]
+    sizes = [value for value in numbers.values() if isinstance(value, int)]
+    sizes = sorted([*sizes, int(numbers.get("d_model", 1))])[-2:]  # a matrix may be of the width twice
     return math.prod([PER_SQUARE, layers, *(max(1, size) for size in sizes), *(math.ceil(f) for f in factors)])
 
 

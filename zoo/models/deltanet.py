@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(SequenceConfig):
+    """Settings of DeltaNet; those of the mixer are explained at `zoo.layers.DeltaNet`."""
+
     n_heads: Annotated[int, Range(1)] = 2
     expand_k: Annotated[float, Range(above=0)] = 1.0
     expand_v: Annotated[float, Range(above=0)] = 1.0
@@ -42,6 +44,10 @@ _GLOBAL = {"pattern": "deltanet, attention, deltanet*10, attention, deltanet*11"
         "1.3b_sliding": _1_3B | _SLIDING,
         "1.3b_global": _1_3B | _GLOBAL,
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv 2406.06484",
 )

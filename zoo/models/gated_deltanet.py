@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(SequenceConfig):
+    """Settings of Gated DeltaNet; those of the mixer are explained at `zoo.layers.GatedDeltaNet`."""
+
     n_heads: Annotated[int, Range(1)] = 6
     n_v_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     head_dim: Annotated[int, Range(1)] = 256
@@ -30,6 +32,10 @@ class GatedDeltaNetConfig(SequenceConfig):
         "500m": {"d_model": 1024, "n_layers": 21},  # released as a 340M configuration; it has 512 million parameters
         "1.3b": {"d_model": 2048, "n_layers": 21},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv 2412.06464",
 )

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class GLAConfig(SequenceConfig):
+    """Settings of GLA; those of the mixer are explained at `zoo.layers.GatedLinearAttention`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     expand_k: Annotated[float, Range(above=0)] = 0.5
@@ -31,6 +33,10 @@ class GLAConfig(SequenceConfig):
         "1.3b": {"d_model": 2048, "n_layers": 24},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 16, "hidden_size": 11008},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "linear", "recurrent"),
     paper="Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv 2312.06635",
 )

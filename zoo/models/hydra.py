@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class HydraConfig(EncoderConfig):
+    """Settings of Hydra; those of the mixer are explained at `zoo.layers.Hydra`."""
+
     d_state: Annotated[int, Range(1)] = 64
     expand: Annotated[int, Range(1)] = 2
     head_dim: Annotated[int, Range(1)] = 64
@@ -27,6 +29,9 @@ class HydraConfig(EncoderConfig):
         "base": {"d_model": 768, "n_layers": 23},
     },
     task="masked_language_modelling",
+    data="pydocs",
+    decoder=None,  # it fills in hidden tokens and continues nothing
+    produces="text",
     tags=("bidirectional", "encoder", "linear", "ssm"),
     paper="Hwang et al., Hydra, arXiv 2407.09941",
 )

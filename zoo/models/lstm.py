@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class LSTMConfig(SequenceConfig):
+    """Settings of the LSTM; those of the mixer are explained at `zoo.layers.LSTM`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head
 
@@ -22,6 +24,10 @@ class LSTMConfig(SequenceConfig):
         "tiny": {"hidden_size": 176, "vocab_size": 257},
         "170m": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 50304},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "nonlinear"),
     paper="Poeppel, Beck and Hochreiter, FlashRNN, arXiv 2412.07752",
 )

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(SequenceConfig):
+    """Settings of Mamba; those of the mixer are explained at `zoo.layers.Mamba`."""
+
     hidden_size: int | None = 0
     vocab_size: int = 50280  # GPT-NeoX's 50277, up to a multiple of 8
     tie_embeddings: bool = True
@@ -33,6 +35,10 @@ class MambaConfig(SequenceConfig):
         "1.4b": {"d_model": 2048, "n_layers": 48},
         "2.8b": {"d_model": 2560, "n_layers": 64},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "ssm"),
     paper="Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, arXiv 2312.00752",
 )

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class ParaLSTMConfig(SequenceConfig):
+    """Settings of ParaLSTM; those of the mixer are explained at `zoo.layers.ParaLSTM`."""
+
     vocab_size: int = 50432  # GPT-NeoX's, padded
     residual_scale: bool = True
     n_heads: Annotated[int, Range(1)] = 4
@@ -29,6 +31,10 @@ class ParaLSTMConfig(SequenceConfig):
         "2.9b": {"d_model": 2560, "n_layers": 32, "n_heads": 2},
         "7b": {"d_model": 4096, "n_layers": 32},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "nonlinear", "recurrent"),
     paper="Danieli et al., ParaRNN: Unlocking Parallel Training of Nonlinear RNNs for LLMs, arXiv 2510.21450",
 )

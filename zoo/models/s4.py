@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class S4Config(SequenceConfig):
+    """Settings of S4 and S4D; those of the mixer are explained at `zoo.layers.S4`."""
+
     hidden_size: int | None = 0
     d_state: Annotated[int, Range(2)] = 64
     mode: str = "diag"  # diag: S4D; dplr: S4
@@ -35,6 +37,10 @@ class S4Config(SequenceConfig):
         "tiny": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True},
         "tiny-dplr": {"n_layers": 8, "vocab_size": 257, "tie_embeddings": True, "mode": "dplr", "n_ssm": 1},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "ssm"),
     paper="Gu, Goel and Re, Efficiently Modeling Long Sequences with Structured State Spaces, arXiv 2111.00396",
 )

@@ -13,6 +13,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SLSTMConfig(SequenceConfig):
+    """Settings of the sLSTM; those of the mixer are explained at `zoo.layers.SLSTM`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     conv_size: Annotated[int | None, Range(1)] = 4
     head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head
@@ -25,6 +27,10 @@ class SLSTMConfig(SequenceConfig):
         "tiny": {"hidden_size": 344, "vocab_size": 257},
         "140m": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 50304},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("causal", "recurrent", "nonlinear"),
     paper="Beck et al., xLSTM: Extended Long Short-Term Memory, arXiv 2405.04517",
 )

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(SequenceConfig):
+    """Settings of the Transformer; those of the mixer are explained at `zoo.layers.Attention`."""
+
     n_heads: Annotated[int, Range(1)] = 2
     n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     head_dim: Annotated[int | None, Range(1)] = None  # None: d_model / n_heads
@@ -29,6 +31,10 @@ class TransformerConfig(SequenceConfig):
         "1.3b": {"d_model": 2048, "n_layers": 24, "n_heads": 32},
         "7b": {"d_model": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "hidden_size": 14336},
     },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
     tags=("attention", "causal"),
     paper="Touvron et al., LLaMA, arXiv 2302.13971; sizes of Yang et al., arXiv 2312.06635",
 )

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from zoo.ops.core import dispatch
+from zoo.ops.core import check, dispatch
 from zoo.ops.core.call import Limit, Operator
 from zoo.ops.token_wise.rms_norm.fused import rms_norm_fused
 from zoo.ops.token_wise.rms_norm.reference import rms_norm_reference
@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, back
     """Divide by the root mean square: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
 
     Args:
-        x: input, (B, T, D) or (B, T, H, D), any float dtype.
+        x: input, (..., D), any float dtype.
         weight: (D,), or None for none.
         eps: added to the mean square, > 0 for rows of zeros to stay zeros.
         backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
@@ -74,7 +74,7 @@ def gated_rms_norm(
     """RMSNorm with a gate: norm(x) * weight * silu(gate), or norm(x * silu(gate)) * weight with the gate first.
 
     Args:
-        x: input, (B, T, D) or (B, T, H, D), any float dtype.
+        x: input, (..., D), any float dtype.
         gate: as x, before its silu.
         weight: (D,), or None for none.
         eps: added to the mean square.
@@ -104,6 +104,10 @@ def _norm(
     gate_first: bool,
     backend: str,
 ) -> Tensor:
+    if isinstance(x, Tensor) and x.ndim not in (3, 4):
+        rows, gates = check.in_rows(operator.name, "D", x=x, gate=gate)
+        assert rows is not None
+        return _norm(operator, rows, gates, weight, eps, gate_first, backend).view(x.shape)
     dims = "B T H D" if isinstance(x, Tensor) and x.ndim == 4 else "B T D"
     args = {"x": (x, dims), "gate": (gate, dims), "weight": (weight, "D")}
     call = operator.begin(args, alike=("x", "gate", "weight"), backend=backend)

@@ -39,6 +39,7 @@ SPECS = (
         extremes=_NORM_EXTREMES,
         cp_kind="local",
         packed=False,
+        any_rank=True,
     ),
     *(
         OperatorSpec(
@@ -51,6 +52,7 @@ SPECS = (
             extremes=_NORM_EXTREMES | GATE_EXTREMES,
             cp_kind="local",
             packed=False,
+            any_rank=True,
         )
         for order in ORDERS
     ),

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.ops.core import dispatch
+from zoo.ops.core import check, dispatch
 from zoo.ops.core.call import Operator
 from zoo.ops.token_wise.swiglu.reference import swiglu_reference
 
@@ -26,7 +26,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """Gate one projection by another: y = silu(gate) * up.
 
     Args:
-        gate: (B, T, F), any float dtype.
+        gate: (..., F), any float dtype.
         up: as gate.
         backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
 
@@ -40,6 +40,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     form keeps the silu as well.
     Source: arXiv 2002.05202.
     """
+    if isinstance(gate, Tensor) and gate.ndim != 3:
+        flat_gate, flat_up = check.in_rows("swiglu", "F", gate=gate, up=up)
+        assert flat_gate is not None
+        assert flat_up is not None
+        return swiglu(flat_gate, flat_up, backend=backend).view(gate.shape)
     call = OPERATOR.begin({"gate": (gate, "B T F"), "up": (up, "B T F")}, alike=("gate", "up"), backend=backend)
     if call.backend == "reference":
         return swiglu_reference(gate, up)

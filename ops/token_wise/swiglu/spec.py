@@ -30,5 +30,6 @@ SPECS = (
         extremes=GATE_EXTREMES,
         cp_kind="local",
         packed=False,
+        any_rank=True,
     ),
 )

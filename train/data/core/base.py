@@ -1,0 +1,146 @@
+"""What all data modules share: checks of common settings, ranks, and a position that survives a restart."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from zoo.errors import UserError
+from zoo.tokenizers import Tokenizer
+from zoo.train.data.core.loader import Loader, Source
+
+Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
+Part = int | str
+# What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
+# (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
+BATCH: Mapping[str, Part] = {
+    "tokens": 1, "targets": 1, "mask": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
+}  # fmt: skip
+WHOLE_SEQUENCES: Mapping[str, Part] = {**BATCH, "targets": "same"}  # of data that label whole sequences
+
+
+class DataModule(LightningDataModule):
+    """Batches for training and validation out of two sources that a subclass makes in `make_sources`.
+
+    A batch is a dict: "tokens" and "targets", both (B, T) int64, targets already shifted and -100 where nothing is
+    scored; where the data have `n_classes`, "targets" (B,), one class per sequence, and -100 for a row that only fills
+    the batch; "cu_seqlens" (n + 1,) int32 when B = 1 row holds n documents; "n_bytes" () int64, the bytes of text that
+    the scored targets stand for, where the data are text; in validation "val_set" () int64, which of `val_sets` it is
+    from, where the data have such: accuracies are given for each by name, too, as `accuracy_at_NAME`.
+
+    Args:
+        batch_size: sequences per step and rank.
+        num_workers: processes that prepare batches ahead.
+        seed: the run's seed; data are a pure function of the settings, this, and the position.
+    """
+
+    tokenizer: Tokenizer | None = None
+    metrics: tuple[Metric, ...] = ()
+    val_sets: tuple[str, ...] = ()
+    n_classes: int | None = None
+    schema: Mapping[str, Part] = BATCH
+
+    def __init__(self, *, batch_size: int, num_workers: int, seed: int):
+        super().__init__()
+        at_least("batch_size", batch_size, 1)
+        at_least("num_workers", num_workers, 0)
+        at_least("seed", seed, 0)
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._sources: tuple[Source, Source] | None = None
+        self._start = {"epoch": 0, "batches": 0}
+        self._loader: Loader | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different tokens; may read the corpus to know it."""
+        raise NotImplementedError
+
+    def make_sources(self) -> tuple[Source, Source]:
+        """The sources of training and of validation batches, in this order."""
+        raise NotImplementedError
+
+    @property
+    def sources(self) -> tuple[Source, Source]:
+        """Training and validation, made on first use."""
+        if self._sources is None:
+            self._sources = self.make_sources()
+        return self._sources
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read or generate what the sources need; errors in the user's data come from here."""
+        world = self._shard()[1]
+        if self.sources[0].steps(world) < 1:
+            raise UserError(
+                f"one training step needs data.batch_size={self.batch_size} sequences for each of {world} ranks; the "
+                "training data have fewer: lower data.batch_size or data.seq_len, or give more data"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches of one epoch on each rank."""
+        return self.sources[0].steps(self._shard()[1])
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def train_dataloader(self) -> Loader:
+        """Training batches from the restored position on, else from the beginning."""
+        rank, world = self._shard()
+        self._loader = Loader(
+            self.sources[0],
+            epoch=self._start["epoch"],
+            batches=self._start["batches"],
+            rank=rank,
+            world=world,
+            workers=self.num_workers,
+            limit=self._limit(self.sources[0].steps(world)),
+            restart=getattr(self.trainer, "overfit_batches", 0) > 0,
+            in_flight=self._in_flight,
+        )
+        return self._loader
+
+    def val_dataloader(self) -> Loader:
+        """All held-out data, in one order."""
+        rank, world = self._shard()
+        return Loader(self.sources[1], rank=rank, world=world, workers=self.num_workers, restart=True)
+
+    def state_dict(self) -> dict[str, int]:
+        """(epoch, batches of it that training has had): right after every step, and while one is under way."""
+        return dict(self._start) if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next `train_dataloader()` start at a saved position."""
+        self._start = {"epoch": int(state_dict["epoch"]), "batches": int(state_dict["batches"])}
+        if self._loader is not None:
+            self._loader.load_state_dict(self._start)
+
+    def _shard(self) -> tuple[int, int]:
+        """This process's (rank, world) among those that see different data.
+
+        The strategy knows best: under tensor or context parallelism several ranks share one sample.
+        """
+        kwargs = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        if kwargs is not None:
+            return int(kwargs["rank"]), int(kwargs["num_replicas"])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def _limit(self, steps: int) -> int | None:
+        """Batches after which Lightning ends an epoch early, so that the next starts a new order, as it expects."""
+        limit = None if self.trainer is None else self.trainer.limit_train_batches
+        return int(limit * steps) if isinstance(limit, float) else limit
+
+    def _in_flight(self) -> int:
+        """1 while Lightning works on a batch: a checkpoint written then has not trained on it."""
+        if self.trainer is None:
+            return 0
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.ready - progress.processed)
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Refuse a setting below its least value."""
+    if value < least:
+        raise UserError(f"data.{name} must be at least {least}; got {value}: raise it")

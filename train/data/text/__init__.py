@@ -1,0 +1,1 @@
+"""Text of one's own, of Python or of the hub, cut into tokens."""
