@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from zoo import checkpoint, decoding, tokenizers
+from zoo.codecs import TextCodec
 from zoo.config import compose_decoder, read_run
 from zoo.decoding.decoder import DECODERS, why_not
 from zoo.errors import UsageError, UserError
@@ -104,7 +105,7 @@ def generate_command(path: str, prompt: str, request: Request) -> int:
     given = decoding.Prompt([ids], stop_ids=(tokenizer.eos_id,), session=session)
     if request.flags.get("compile"):
         print("compiling behind the second token, up to a minute the first time", file=sys.stderr)
-    pieces, sums = decoding.decode(decoder, model, given), Counter[str]()
+    pieces, sums = decoding.decode(decoder, model, given, TextCodec(tokenizer)), Counter[str]()
     if request.out is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")

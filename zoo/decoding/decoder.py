@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from zoo.codecs import Codec
 from zoo.decoding.causal import refuse_unless_causal, refuse_unless_stepwise
 from zoo.decoding.session import Session
 from zoo.errors import UserError
@@ -91,7 +92,7 @@ class Decoder(ABC):
         refuse_unless_stepwise(model)
 
     @abstractmethod
-    def run(self, model: Any, prompt: Prompt, codec: Any, generator: torch.Generator) -> Iterator[Piece]:
+    def run(self, model: Any, prompt: Prompt, codec: Codec | None, generator: torch.Generator) -> Iterator[Piece]:
         """Continue the prompt, a piece at a time; the session is up to date whenever a piece is yielded.
 
         Args:
@@ -131,7 +132,7 @@ def why_not(kind: type[Decoder], model: nn.Module) -> str | None:
     return None
 
 
-def decode(decoder: Decoder, model: SequenceModel, prompt: Prompt, codec: Any = None) -> Iterator[Piece]:
+def decode(decoder: Decoder, model: SequenceModel, prompt: Prompt, codec: Codec | None = None) -> Iterator[Piece]:
     """Continue a prompt by a decoder; the model is in eval mode while this runs.
 
     Raises:

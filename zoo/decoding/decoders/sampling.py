@@ -2,10 +2,10 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from zoo.codecs import Codec
 from zoo.decoding.decoder import Decoder, Piece, Prompt, decode, register_decoder
 from zoo.decoding.distribution import refuse_not_a_number, sample
 from zoo.layers import SequenceModel
@@ -23,7 +23,9 @@ class Sampling(Decoder):
 
     compile: bool = False
 
-    def run(self, model: SequenceModel, prompt: Prompt, codec: Any, generator: torch.Generator) -> Iterator[Piece]:
+    def run(
+        self, model: SequenceModel, prompt: Prompt, codec: Codec | None, generator: torch.Generator
+    ) -> Iterator[Piece]:
         session, logits = prompt.read(model, compile=self.compile)
         running = [True] * len(session.tokens)
         for n in range(self.max_tokens):

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from zoo.codecs import Codec
 from zoo.decoding.decoder import Decoder, Piece, Prompt, decode, register_decoder
 from zoo.decoding.distribution import probabilities, refuse_not_a_number
 from zoo.decoding.drafters import NGram
@@ -58,7 +59,9 @@ class Speculative(Decoder):
                 "decoder=sampling"
             )
 
-    def run(self, model: SequenceModel, prompt: Prompt, codec: Any, generator: torch.Generator) -> Iterator[Piece]:
+    def run(
+        self, model: SequenceModel, prompt: Prompt, codec: Codec | None, generator: torch.Generator
+    ) -> Iterator[Piece]:
         session, logits = prompt.read(model)
         rows = len(session.tokens)
         drafters = [NGram(self.longest, self.shortest) for _ in range(rows)]
