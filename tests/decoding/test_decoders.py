@@ -317,13 +317,13 @@ def test_what_decoders_refuse() -> None:
     for kind in DECODERS.values():
         assert "sees both sides of every token" in str(why_not(kind, encoder))
         assert why_not(kind, make_model("gru")) is None
-    with pytest.raises(UserError, match="Linear has no encode or head or init_state or reserve; zoo"):
+    with pytest.raises(UserError, match="Linear has no encode or head; zoo"):
         Sampling().refuse(torch.nn.Linear(1, 1))
 
     class Forward(torch.nn.Module):
         """A third party's, without the way back."""
 
-        encode = head = init_state = reserve = torch.nn.Module.forward
+        encode = head = torch.nn.Module.forward
 
     assert why_not(Sampling, Forward()) is None
     with pytest.raises(UserError, match="Forward has no look_ahead; take decoder=sampling"):

@@ -17,10 +17,6 @@ class Continues(Protocol):
 
     def head(self, x: Tensor) -> Tensor: ...
 
-    def init_state(self, batch: int) -> Any: ...
-
-    def reserve(self, state: Any, slots: int) -> Any: ...
-
 
 def refuse_unless_stepwise(model: nn.Module) -> None:
     """Refuse a model that cannot be asked for one token after the other.
@@ -29,10 +25,10 @@ def refuse_unless_stepwise(model: nn.Module) -> None:
         UserError: it lacks a method of `Continues`.
     """
     if not isinstance(model, Continues):
-        lacks = [name for name in ("encode", "head", "init_state", "reserve") if not hasattr(model, name)]
+        lacks = [name for name in ("encode", "head") if not hasattr(model, name)]
         raise UserError(
             f"a text is continued token by token from a state, and {type(model).__name__} has no {' or '.join(lacks)}; "
-            "zoo.layers.SequenceModel has them all"
+            "zoo.layers.SequenceModel has both"
         )
 
 

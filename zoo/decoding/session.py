@@ -18,7 +18,7 @@ from zoo.errors import UserError
 from zoo.files import write_atomically
 from zoo.layers import SequenceModel
 from zoo.layers.kv_cache import trimmed, values
-from zoo.layers.state import Prefixes, State, flatten, select, state_bytes, unflatten
+from zoo.layers.state import Prefixes, State, flatten, reserve, select, state_bytes, unflatten
 
 __all__ = ["Session"]
 
@@ -92,7 +92,7 @@ class Session:
             raise ValueError("a prompt must have at least one token; got an empty one")
         rows = self._checked(prompts)
         tokens, mask = self._padded(rows)
-        hidden, self._state = self.model.encode(tokens, mask=None if bool(mask.all()) else mask)
+        hidden, self._state = self._encode(tokens, None, mask)
         self.forwards += 1
         self.tokens, self.newest = rows, [None] * len(rows)
         last = mask.sum(dim=1) - 1
@@ -112,7 +112,7 @@ class Session:
         logits = self._one_token(windows) if most == 1 else None
         if logits is None:
             padded, mask = self._padded(windows)
-            hidden, self._state = self.model.encode(padded, self._state, mask=None if bool(mask.all()) else mask)
+            hidden, self._state = self._encode(padded, self._state, mask)
             logits = self.model.head(hidden)
             self.forwards += 1
         self._append(windows, [len(window) for window in windows])
@@ -233,8 +233,14 @@ class Session:
                 f"{_name(self.model)} {own[:8]}); prefill again"
             )
 
+    def _encode(self, tokens: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        """A model is told of padding only where there is some."""
+        if bool(mask.all()):
+            return self.model.encode(tokens, state)
+        return self.model.encode(tokens, state, mask=mask)
+
     def _reserve(self, more: int) -> None:
-        self._state = self.model.reserve(self._state, max(map(len, self.tokens)) + more)
+        self._state = reserve(self.model, self._state, max(map(len, self.tokens)) + more)
 
     def _one_token(self, windows: list[list[int]]) -> Tensor | None:
         """One token a row, none in some: those run with any token, and keep their state. None where states grow."""
@@ -296,8 +302,7 @@ class Session:
         return tokens, torch.arange(most, device=self._device) < lengths[:, None]
 
     def _nothing(self) -> Tensor:
-        weight = self.model.embedding.weight
-        return weight.new_zeros(len(self.tokens), 0, self.model.config.vocab_size)
+        return next(self.model.parameters()).new_zeros(len(self.tokens), 0, self.model.config.vocab_size)
 
 
 def fingerprint(model: nn.Module) -> str:
