@@ -239,7 +239,7 @@ class Session:
         return self.model.encode(tokens, state, mask=mask)
 
     def _reserve(self, more: int) -> None:
-        """Room for `more` tokens in the longest row; asked of the layers once in AHEAD tokens, which costs them time."""
+        """Room for `more` tokens in the longest row; layers are asked once in AHEAD tokens, for asking takes time."""
         need = max(map(len, self.tokens)) + more
         if need > self._room:
             self._room = need + AHEAD
