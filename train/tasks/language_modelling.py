@@ -1,6 +1,7 @@
 """Next-token prediction."""
 
 import itertools
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from zoo.train.metrics import (
     count_right,
 )
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.sample_text import sample_text
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
 
 __all__ = ["LanguageModelling"]
@@ -41,8 +43,6 @@ class LanguageModelling(Task):
     Raises:
         UserError: the model sees the token that it has to predict.
     """
-
-    continues_text = True
 
     def __init__(
         self,
@@ -97,6 +97,13 @@ class LanguageModelling(Task):
             hidden = model.encode(tokens, cu_seqlens=cuts)[0]
         nll: Tensor = head_loss(hidden, batch["targets"], ignore_index=IGNORED, reduction="sum")
         return nll, (batch["targets"] != IGNORED).sum()
+
+    def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
+        """A text that begins a document, where the data are text."""
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is None:
+            return None
+        return f"sample{'' if step is None else f' at step {step}'}:\n{sample_text(model, tokenizer)}"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""

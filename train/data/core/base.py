@@ -1,7 +1,7 @@
 """What all data modules share: checks of common settings, ranks, and a position that survives a restart."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,11 +11,27 @@ from zoo.tokenizers import Tokenizer
 from zoo.train.data.core.loader import Loader, Source
 
 Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
-Part = int | str
-# What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
-# (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
+
+
+class Time(NamedTuple):
+    """Where the part of a batch has time.
+
+    dim: the dimension.
+    unit: entries of it that belong together and are one step of time: 1 for tokens, the rows of a patch for pictures
+        that are cut by rows of patches, the length of a frame for samples of sound.
+    """
+
+    dim: int
+    unit: int = 1
+
+
+# What the part of a batch is, for those that cut it across ranks: its time, a number standing for that dimension with
+# unit 1; "documents" (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for
+# every rank).
+Part = Time | int | str
 BATCH: Mapping[str, Part] = {
-    "tokens": 1, "targets": 1, "mask": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
+    "tokens": Time(1), "targets": Time(1), "mask": Time(1),
+    "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
 }  # fmt: skip
 WHOLE_SEQUENCES: Mapping[str, Part] = {**BATCH, "targets": "same"}  # of data that label whole sequences
 
