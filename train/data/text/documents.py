@@ -68,24 +68,12 @@ class PlannedDocuments(DataModule):
     def train_dataloader(self) -> Loader:
         """Training batches from the restored position on, else from the beginning."""
         source, rank, world = self._placed(self.documents[0])
-        self._loader = Loader(
-            source,
-            epoch=self._start["epoch"],
-            batches=self._start["batches"],
-            rank=rank,
-            world=world,
-            workers=self.num_workers,
-            limit=self._limit(source.steps(world)),
-            restart=getattr(self.trainer, "overfit_batches", 0) > 0,
-            in_flight=self._in_flight,
-            steps_of=source.sampler.batches,
-        )
-        return self._loader
+        return self._training_loader(source, rank, world, source.sampler.batches)
 
     def val_dataloader(self) -> Loader:
         """All held-out documents, in one order."""
         source, rank, world = self._placed(self.documents[1])
-        return Loader(source, rank=rank, world=world, workers=self.num_workers, restart=True)
+        return self._validation_loader(source, rank, world)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and a hash of what the order of documents depends on."""
