@@ -26,6 +26,7 @@ from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.sample import SampleText, sample
+from zoo.train.contracts import TakesMemoryPlan, tokenizer_of
 from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
@@ -241,8 +242,8 @@ def _watch(
         show = partial(_show_bar, folder, bar)
     log = LogMetrics(options.log_every, table if keeps else None, show)
     callbacks.append(log)
-    writes = task.continues_text and getattr(data, "tokenizer", None) is not None
-    draw = partial(sample, generate, tokenizer=data.tokenizer) if writes else None
+    tokenizer = tokenizer_of(data) if task.continues_text else None
+    draw = None if tokenizer is None else partial(sample, generate, tokenizer=tokenizer)
     if draw is not None:
         callbacks.append(SampleText(options.sample_every, draw, folder.say))
     if keeps:
@@ -284,7 +285,7 @@ def _finish(
     failed: bool,
 ) -> int:
     """The final model, which makes the run a finished one, and before it its average; the plot, the report."""
-    tokenizer = getattr(data, "tokenizer", None)
+    tokenizer = tokenizer_of(data)
     try:
         if averaged is not None:
             save(averaged, folder.average, tokenizer=tokenizer)
@@ -324,7 +325,7 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
     options: MemoryConfig = instantiate("memory", section or {})
     if not options.changes:
         return []
-    if not hasattr(model, "use_memory"):
+    if not isinstance(model, TakesMemoryPlan):
         raise UserError(
             f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
         )

@@ -9,6 +9,7 @@ from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.train.balance.sampler import BalancedBatchSampler, Planner
 from zoo.train.balance.whole_documents import Dealt
+from zoo.train.contracts import CutsTime, MakesPlans
 from zoo.train.data.core.base import DataModule, Metric, at_least
 from zoo.train.data.core.loader import Loader, Source
 from zoo.train.data.core.planned import AtMost, Documents, FromCorpus, InMemory, Plans, Rows
@@ -98,11 +99,10 @@ class PlannedDocuments(DataModule):
     def _placed(self, documents: Documents) -> tuple[Plans | Rows, int, int]:
         """The source of these documents under the trainer's strategy, and this process's (rank, world) in it."""
         strategy: Any = None if self.trainer is None else self.trainer.strategy
-        planner_of = getattr(strategy, "planner_of", None)
-        if planner_of is not None:
-            planner = planner_of(int(documents.lengths.max()), self.global_tokens)
+        if isinstance(strategy, MakesPlans):
+            planner = strategy.planner_of(int(documents.lengths.max()), self.global_tokens)
             return Plans(documents, self._sampler(documents, planner)), strategy.global_rank, strategy.world_size
-        layout = getattr(strategy, "layout", "contiguous")
+        layout = strategy.layout if isinstance(strategy, CutsTime) else "contiguous"
         if layout != "contiguous":
             raise UserError(
                 f"whole documents make rows of any length, and a {layout} layout cuts only some; use "
