@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from zoo.train.memory.choose import MemoryConfig, choose
 from zoo.train.memory.estimate import PRECISIONS, size_text
 from zoo.train.memory.live_bytes import LiveBytes
+from zoo.train.strategies.balanced import Local
 
 __all__ = ["FitMemory"]
 
@@ -34,7 +35,7 @@ class FitMemory(Callback):
             return
         self._started = True
         model: Any = pl_module.model
-        B, T = (1, batch.most) if hasattr(batch, "most") else batch["tokens"].shape  # a plan's largest micro-batch
+        B, T = (1, batch.most) if isinstance(batch, Local) else batch["tokens"].shape  # a plan's largest micro-batch
         precision = str(trainer.precision)
         choice = choose(
             model, B, T, self.config, device=pl_module.device,

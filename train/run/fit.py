@@ -25,6 +25,7 @@ from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.show import ShowSamples
+from zoo.train.contracts import TakesMemoryPlan, tokenizer_of
 from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
@@ -282,7 +283,7 @@ def _finish(
     failed: bool,
 ) -> int:
     """The final model, which makes the run a finished one, and before it its average; the plot, the report."""
-    tokenizer = getattr(data, "tokenizer", None)
+    tokenizer = tokenizer_of(data)
     try:
         if averaged is not None:
             save(averaged, folder.average, tokenizer=tokenizer)
@@ -332,7 +333,7 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
     options: MemoryConfig = instantiate("memory", section or {})
     if not options.changes:
         return []
-    if not hasattr(model, "use_memory"):
+    if not isinstance(model, TakesMemoryPlan):
         raise UserError(
             f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
+from zoo.train.contracts import tokenizer_of
 from zoo.train.metrics import (
     IGNORED,
     Accuracy,
@@ -100,7 +101,7 @@ class LanguageModelling(Task):
 
     def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
         """A text that begins a document, where the data are text."""
-        tokenizer = getattr(data, "tokenizer", None)
+        tokenizer = tokenizer_of(data)
         if tokenizer is None:
             return None
         return f"sample{'' if step is None else f' at step {step}'}:\n{sample_text(model, tokenizer)}"

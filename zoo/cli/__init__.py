@@ -95,9 +95,15 @@ def _train(args: argparse.Namespace) -> int:
 
 def _resume_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, help="the folder of an interrupted run")
+    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)  # refused, with a reason
 
 
 def _resume(args: argparse.Namespace) -> int:
+    if args.settings:
+        raise UsageError(
+            f"a run goes on with the settings in its config.yaml, and {' '.join(args.settings)} was given; leave it "
+            f"out, or start a new run from these weights: zoo train init_from={args.run}"
+        )
     limit_spinning()
     from zoo.cli.runs import resume_command
 
