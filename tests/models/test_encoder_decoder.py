@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.bench.context_parallel import pretended
+from zoo.errors import UserError
 from zoo.layers import EncoderDecoder, Hydra
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.state import state_bytes
 from zoo.ops import shard
-from zoo.train.optim import set_lr
+from zoo.train.optim import AdamW, Limits, set_lr
+from zoo.train.tasks.language_modelling import LanguageModelling
 
 EVERY = parametrize("case", models(EncoderDecoderCase))
 
@@ -172,3 +174,11 @@ def test_a_reversal_is_learnt() -> None:
             drawn.append(token)
     whole = (torch.cat(drawn, dim=1) == batch["targets"]) | ~scored
     assert whole.all(dim=1).float().mean().item() > 0.75
+
+
+def test_the_task_of_one_sequence_refuses_it() -> None:
+    class Data:
+        metrics = ()
+
+    with pytest.raises(UserError, match="task=language_modelling has tokens alone, and encoder_decoder takes source"):
+        LanguageModelling(make_model("encoder_decoder"), AdamW(), Limits(), Data())  # type: ignore[arg-type]

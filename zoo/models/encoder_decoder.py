@@ -25,7 +25,10 @@ class EncoderDecoderConfig(Base):
         "tiny": {"d_model": 64, "n_layers": 2, "hidden_size": 128, "vocab_size": 257},
         "base": {"d_model": 512, "n_layers": 6, "n_heads": 8, "tie_embeddings": True},
     },
-    task="sequence_to_sequence",
+    task="language_modelling",
+    data="copying",
+    decoder=None,  # what continues a text has no source to give
+    produces="text",
     tags=("attention", "causal", "encoder-decoder"),
     paper="Vaswani et al., Attention Is All You Need, arXiv 1706.03762; the blocks of LLaMA, arXiv 2302.13971",
 )

@@ -32,7 +32,10 @@ _DIGITS = {"image_size": 8, "patch_size": 2, "channels": 1}  # scikit-learn's: 1
         "s": {"d_model": 384, "n_heads": 6},
         "b": {"d_model": 768, "n_heads": 12},
     },
-    task="image_classification",
+    task="classification",
+    data="digits",
+    decoder=None,
+    produces="classes",
     tags=("attention", "bidirectional", "vision"),
     paper="Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; sizes of Touvron et al., 2012.12877",
 )
