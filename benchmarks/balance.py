@@ -15,22 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from balancing.lengths import CORPORA, power_tail
+from balancing.published import PARAMETERS_7B_384K, PUBLISHED
+from balancing.simulate import lower_bound, simulate
 
-from zoo.train.balance import (
-    PUBLISHED,
-    CostModel,
-    Flexible,
-    Hybrid,
-    Plan,
-    Planner,
-    Ring,
-    Uniform,
-    lower_bound,
-    simulate,
-)
+from zoo.train.balance import CostModel, Flexible, Hybrid, Plan, Planner, Ring, Uniform
 from zoo.train.balance.assignment import partitions, powers_of_two
-from zoo.train.balance.cost import PARAMETERS_7B_384K
-from zoo.train.balance.lengths import CORPORA, power_tail
 
 RANKS = 64
 

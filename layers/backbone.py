@@ -15,7 +15,9 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Surroundings
 from zoo.layers.model import Input, Model, SaysInputs
 from zoo.layers.norms import RMSNorm
+from zoo.layers.padding import Rows
 from zoo.layers.stack import Stack
+from zoo.layers.state import LayersPrefixes, Prefixes
 from zoo.ops import linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
@@ -161,6 +163,26 @@ class SequenceModel(Model):
         x, around = self.embedding(tokens), Surroundings(cu_seqlens=cu_seqlens)
         encoded: tuple[Tensor, Any] = self.blocks(x, state, around=around, mask=mask, final=self.norm, keep=keep)
         return encoded
+
+    def look_ahead(self, tokens: Tensor, mask: Tensor, state: Any) -> tuple[Tensor, Prefixes]:
+        """Run a ragged window and keep the way back to the state after any prefix of each row.
+
+        Args:
+            tokens: (B, W).
+            mask: (B, W) bool, False behind a row's tokens; a row may have none.
+            state: of B rows, not None.
+
+        Returns:
+            hidden vectors (B, W, D), zeros where there is no token; and the prefixes of all layers.
+        """
+        mask = mask.bool()
+        lengths = mask.sum(dim=1)
+        rows = Rows(mask, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]))
+        x, prefixes = self.embedding(rows.pack(tokens)), []
+        for block, block_state in zip(self.blocks.members(), state, strict=True):
+            x, block_prefixes = block.look_ahead(x, block_state, cu_seqlens=rows.cu_seqlens)
+            prefixes.append(block_prefixes)
+        return rows.unpack(self.norm(x)), LayersPrefixes(tuple(prefixes), lengths)
 
     def head(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, vocab_size)."""

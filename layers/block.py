@@ -11,7 +11,7 @@ from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Mixer, Surroundings, TokenWise, as_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import RowsApart
-from zoo.layers.state import reserve
+from zoo.layers.state import Prefixes, State, look_ahead, reserve
 from zoo.ops import shard
 
 __all__ = ["Block", "BlockState"]
@@ -115,6 +115,20 @@ class Block(nn.Module):
         mix, feed, cross = zip(numbers, paths, strict=True)
         return _Draws(mix, cross, feed)
 
+    def look_ahead(self, x: Tensor, state: State, *, cu_seqlens: Tensor) -> tuple[Tensor, Prefixes]:
+        """As `forward` without training, with the way back to the state after any prefix; see zoo.layers.state.
+
+        Raises:
+            NotImplementedError: the block has cross attention.
+        """
+        if self.cross is not None:
+            raise NotImplementedError("look_ahead serves blocks of one mixer, and this one has cross attention as well")
+        call = _Call(self, Surroundings(cu_seqlens=cu_seqlens), None, _NOTHING)
+        mixed, prefixes = look_ahead(
+            self.mixer, x if self.post_norm else self.mixer_norm(x), state, cu_seqlens=cu_seqlens
+        )
+        return call.feed(call.joined(x, mixed, self.mixer_norm)), prefixes
+
     def feed(self, x: Tensor, tokens: slice | None = None) -> Tensor:
         """z = y + feed_forward(norm(y)), nothing dropped; `tokens` as in _Call.feed."""
         return _Call(self, Surroundings(), None, _NOTHING).feed(x, tokens)
@@ -175,10 +189,13 @@ class _Call(NamedTuple):
     def _added(self, x: Tensor, mixer: Mixer, norm: nn.Module, state: Any, drawn: Drawn) -> tuple[Tensor, Any]:
         """s x + mixer(norm(x)), or norm(s x + mixer(x))."""
         mixed, state = self._mixed(mixer, x if self.block.post_norm else norm(x), state)
+        return self.joined(x, _dropped(mixed, drawn), norm), state
+
+    def joined(self, x: Tensor, mixed: Tensor, norm: nn.Module) -> Tensor:
+        """What goes on behind a part that adds `mixed`: s x + mixed, or its norm where the block norms afterwards."""
         scale = self.block.residual_scale
-        mixed = _dropped(mixed, drawn)
-        added = x + mixed if scale is None else torch.addcmul(mixed, x, scale.to(x.dtype))
-        return (norm(added) if self.block.post_norm else added), state
+        added: Tensor = x + mixed if scale is None else torch.addcmul(mixed, x, scale.to(x.dtype))
+        return norm(added) if self.block.post_norm else added
 
     def _mixed(self, mixer: Mixer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         if self.rows is None:

@@ -1,6 +1,7 @@
 """The short convolution in front of a mixer: causal with a state, or over both sides."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +57,41 @@ class ShortConvolution(_Taps):
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
 
+    def look_ahead(self, x: Tensor, state: Tensor, *, cu_seqlens: Tensor) -> tuple[Tensor, "TailPrefixes"]:
+        """As `forward`; the inputs themselves know the tail after every prefix (see zoo.layers.state.LooksAhead)."""
+        y, _ = self(x, state, cu_seqlens=cu_seqlens)
+        return y, TailPrefixes(state, x, cu_seqlens)
+
     def init_state(self, batch: int) -> Tensor:
         D, W = self.weight.shape
         return self.weight.new_zeros(batch, W - 1, D)
+
+
+class TailPrefixes(NamedTuple):
+    """The last inputs before any prefix of a call: a slice of the tail before it and its inputs.
+
+    state: (B, W - 1, D); x: (1, n, D), packed documents, one a row; cu_seqlens: (B + 1,).
+    """
+
+    state: Tensor
+    x: Tensor
+    cu_seqlens: Tensor
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.cu_seqlens.diff().long()
+
+    def at(self, n: Tensor) -> Tensor:
+        """The tail (B, W - 1, D) after the first n[b] inputs of each row."""
+        B, halo, _ = self.state.shape
+        row = torch.arange(B, device=n.device)[:, None]
+        place = n[:, None] + torch.arange(halo, device=n.device)  # in the row's tail and inputs, side by side
+        inputs = torch.cat([self.x[0], self.x.new_zeros(1, self.x.shape[2])])  # one more, for places in the tail
+        new = inputs[torch.where(place < halo, -1, self.cu_seqlens[:-1, None] + place - halo)]
+        return torch.where((place < halo)[..., None], self.state[row, place.clamp(max=halo - 1)], new)
+
+    def nbytes(self) -> int:
+        return self.x.numel() * self.x.element_size()
 
 
 class DepthwiseConvolution(_Taps):

@@ -34,7 +34,7 @@ FLOORS = {
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
-    "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors"},
+    "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors", "zoo.files", "zoo.ranges", "zoo._discover"},
     "zoo.train": {
         "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",

@@ -13,6 +13,7 @@ PROMISED = {
     "train": r"final validation  loss [\d.]+.*\n.*\n?'The ",
     "own_mixer": r"layers: \['Leaky', 'GatedLinearAttention', 'Leaky', 'GatedLinearAttention'\]",
     "own_operator": r"one element sums up the whole stretch of time",
+    "context_parallel_without_lightning": r"relative difference of the weights after 8 updates \d\.\de-1\d",
     "context_parallel": r"relative difference of the gradients \d\.\de-1\d",
     "load_checkpoint": r"transformer: logits differ from transformers' by at most \d\.\de-0\d",
 }

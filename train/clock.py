@@ -23,5 +23,5 @@ class Clock:
         self.now = self._before
 
     def elapsed(self) -> float:
-        """Seconds so far."""
+        """Seconds of training until now, by this process's own clock."""
         return self._before + (time.monotonic() - self._started if self._started is not None else 0.0)

@@ -55,7 +55,7 @@ class Perplexity(_Ratio):
     """exp of the nats per scored target. `update(nll, n_scored)`."""
 
     def compute(self) -> Tensor:
-        """exp(nll / n_scored)."""
+        """The perplexity so far: exp of the summed nats over the number of scored targets."""
         return (self.total / self.count).exp()
 
 

@@ -45,7 +45,9 @@ TEXT_FILES = (
 class Tokenizer(Protocol):
     """Whatever can write itself into a folder."""
 
-    def save(self, folder: Path) -> None: ...
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into the folder."""
+        ...
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Path:
@@ -146,6 +148,7 @@ class TextFiles:
         self.eos_id = eos_id
 
     def save(self, folder: Path) -> None:
+        """Copy the files into the folder, byte by byte."""
         for path in self.paths:
             shutil.copyfile(path, folder / path.name)
 

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import GROUPS, RENAMED, ROOT, choices
+from zoo.configs import GROUPS, RENAMED, ROOT, choices, variants
 from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
@@ -39,6 +39,7 @@ REQUIRES = (
 NEEDED = ("data", "task", "optim", "trainer")  # groups that no run is without, besides the model
 RUN_HAS = ("model", "data", "task", "optim", "trainer", "seed")  # what the config of every run has had
 SEEDS = Range(0, 2**63 - 1)
+DECAYS = Range(above=0, below=1)
 LONGEST_NAME = 255  # bytes of a file's name, on the file systems in use
 
 
@@ -63,7 +64,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
-    parsed = _parse([_in_current_words(override, known) for override in parsed])
+    parsed = _parse([word for override in parsed for word in _in_current_words(override, known)])
     _check_choices(parsed, known)
     words = [(o, _without_file(o, known) or [_unlocked(o)]) for o in parsed]
     choosing = [word for o, replaced in words if _is_choice(o) for word in replaced]
@@ -99,6 +100,9 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
     SEEDS.check("seed", config["seed"])
     config["run_dir"] = _fit("run_dir", config.get("run_dir"), "str | None", raw)
     _check_path("run_dir", config["run_dir"])
+    config["init_from"] = _fit("init_from", config.get("init_from"), "str | None", raw)
+    config["ema"] = _fit("ema", config.get("ema"), "float | None", raw)
+    DECAYS.check("ema", config["ema"])
     for group in GROUPS:
         section = config.get(group)
         if group == "model":
@@ -322,14 +326,20 @@ def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]
         raise UsageError(f"no {group} {choice!r}{end}")
 
 
-def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> str:
-    """The override as it was written, with a choice that has another name today under that name."""
+def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
+    """The override as it was written, with a choice that has another name today under that name.
+
+    A variant, such as strategy=zeco_fsdp, is written out: strategy=zeco strategy.weights=fsdp.
+    """
     line, group, choice = override.input_line or "", override.key_or_group, override.value()
     if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
-        return line
+        return [line]
     today = current_name(group, choice, RENAMED.get(group, {}))
     today = current_model(today) if group == "model" else today
-    return line if today == choice else f"{line.partition('=')[0]}={today}"
+    written = variants(group).get(today)
+    if written is not None:
+        return [f"{key}={value}" for key, value in written.items()]
+    return [line if today == choice else f"{line.partition('=')[0]}={today}"]
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

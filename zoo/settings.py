@@ -61,7 +61,9 @@ def settings_of(owner: Any) -> dict[str, Setting]:
     declares: Any = owner if dataclasses.is_dataclass(owner) else init
     ranges = ranges_of(declares) if hints else {}
     settings = {}
-    for name, parameter in inspect.signature(owner).parameters.items():
+    # of a class, what its constructor takes: one that chooses among classes has a `__new__` that takes anything
+    takes = list(inspect.signature(init).parameters.items())[1 if isinstance(owner, type) else 0 :]
+    for name, parameter in takes:
         if parameter.kind is parameter.VAR_KEYWORD:
             settings[OPEN] = Setting("Any")
         elif parameter.kind is not parameter.VAR_POSITIONAL and not is_opaque(hints.get(name, "Any")):

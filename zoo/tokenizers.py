@@ -317,7 +317,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, int32."""
+        """The numbers of `encode` as an array of int32."""
         return np.array(self.encode(text), dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -115,7 +115,7 @@ class DeltaNet(_DeltaMixer):
         qk_activation: "silu", "relu", "elu" (1 + elu) or "identity", on q and k.
         qk_norm: "l2", "sum" or "none". The L2 norm keeps every transition non-expansive.
         use_beta: write strength sigmoid(x W); 1 otherwise.
-        allow_neg_eigval: write strength in (0, 2), whose transitions can reflect: needed to track parity. With use_beta.
+        allow_neg_eigval: write strength in (0, 2): transitions can reflect, as parity needs. Needs use_beta.
         use_gate: gate the normalised output by silu(x W); needs use_output_norm.
         use_output_norm: RMSNorm over each head's output.
         norm_eps: of the output norm.

@@ -20,7 +20,9 @@ from zoo.ops.core.pairs import as_complex, as_pairs
 class Element(Protocol):
     """What all kinds share. `then` takes an element of the same kind."""
 
-    def then(self, second: Self, /) -> Self: ...
+    def then(self, second: Self, /) -> Self:
+        """The element of this stretch followed in time by `second`."""
+        ...
 
 
 E = TypeVar("E", bound=Element)
@@ -44,25 +46,32 @@ class Elementwise(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "Elementwise":
+        """The element that changes no state of this shape: a = 1, b = 0."""
         return cls(torch.ones_like(state), torch.zeros_like(state))
 
     def then(self, second: "Elementwise", /) -> "Elementwise":
+        """The element of both stretches: a2 a1 and a2 b1 + b2."""
         return Elementwise(second.a * self.a, second.apply(self.b))
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state after the stretch, a * state + b."""
         return self.a * state + self.b
 
     def transposed(self, b: Tensor) -> "Elementwise":
+        """The map of gradients against time, with `b` added: d -> a * d + b."""
         return Elementwise(self.a, b)
 
     def reset_to(self, value: Tensor) -> "Elementwise":
+        """The element that forgets any state and leaves `value`, of b's shape."""
         return Elementwise(torch.zeros_like(self.a), value)
 
     @property
     def axis(self) -> int:
+        """The dimension of the state along which `columns` cuts: the last."""
         return -1
 
     def columns(self, n: int) -> list["Elementwise"]:
+        """The element in `n` parts along the last dimension, each for its part of the state."""
         a = self.a.expand(self.b.shape)
         return [Elementwise(*part) for part in zip(a.tensor_split(n, -1), self.b.tensor_split(n, -1), strict=True)]
 
@@ -78,25 +87,32 @@ class Diagonal(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "Diagonal":
+        """The element that changes no state of this shape: log_a = 0, b = 0."""
         return cls(torch.zeros_like(state[..., 0]), torch.zeros_like(state))
 
     def then(self, second: "Diagonal", /) -> "Diagonal":
+        """The element of both stretches: logarithms of decays add."""
         return Diagonal(self.log_a + second.log_a, second.apply(self.b))
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state (..., K, V) after the stretch, exp(log_a) * state + b."""
         return torch.addcmul(self.b, self.log_a.exp().unsqueeze(-1), state)
 
     def transposed(self, b: Tensor) -> "Diagonal":
+        """The map of gradients against time, with `b` added; a diagonal is its own transpose."""
         return Diagonal(self.log_a, b)
 
     def reset_to(self, value: Tensor) -> "Diagonal":
+        """The element that forgets any state (log_a = -inf) and leaves `value` (..., K, V)."""
         return Diagonal(torch.full_like(self.log_a, float("-inf")), value)
 
     @property
     def axis(self) -> int:
+        """The dimension of the state along which `columns` cuts: V, the last."""
         return -1
 
     def columns(self, n: int) -> list["Diagonal"]:
+        """The element in `n` parts along V, each for its columns of the state."""
         return [Diagonal(self.log_a, b) for b in self.b.tensor_split(n, -1)]
 
 
@@ -108,27 +124,34 @@ class Matrix(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "Matrix":
+        """The element that changes no state (..., K, V): M = 1, b = 0."""
         K = state.shape[-2]
         eye = torch.eye(K, dtype=state.dtype, device=state.device)
         return cls(eye.expand(*state.shape[:-1], K), torch.zeros_like(state))
 
     def then(self, second: "Matrix", /) -> "Matrix":
+        """The element of both stretches: M2 M1 and M2 b1 + b2."""
         return Matrix(second.M @ self.M, second.apply(self.b))
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state (..., K, V) after the stretch, M state + b."""
         return self.M @ state + self.b
 
     def transposed(self, b: Tensor) -> "Matrix":
+        """The map of gradients against time, with `b` added: d -> M^T d + b."""
         return Matrix(self.M.mT, b)
 
     def reset_to(self, value: Tensor) -> "Matrix":
+        """The element that forgets any state (M = 0) and leaves `value` (..., K, V)."""
         return Matrix(torch.zeros_like(self.M), value)
 
     @property
     def axis(self) -> int:
+        """The dimension of the state along which `columns` cuts: V, the last."""
         return -1
 
     def columns(self, n: int) -> list["Matrix"]:
+        """The element in `n` parts along V, each for its columns of the state."""
         return [Matrix(self.M, b) for b in self.b.tensor_split(n, -1)]
 
 
@@ -140,29 +163,36 @@ class Block2x2(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "Block2x2":
+        """The element that changes no state (..., 2): A = 1, b = 0."""
         eye = torch.eye(2, dtype=state.dtype, device=state.device)
         return cls(eye.expand(*state.shape, 2), torch.zeros_like(state))
 
     def then(self, second: "Block2x2", /) -> "Block2x2":
+        """The element of both stretches: A2 A1 and A2 b1 + b2."""
         A2, A1 = second.A, self.A
         # written out: batched products of 2x2 matrices are slower than their two terms
         A = A2[..., :, :1] * A1[..., :1, :] + A2[..., :, 1:] * A1[..., 1:, :]
         return Block2x2(A, second.apply(self.b))
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state (..., 2) after the stretch, A state + b."""
         return self.A[..., 0] * state[..., :1] + self.A[..., 1] * state[..., 1:] + self.b
 
     def transposed(self, b: Tensor) -> "Block2x2":
+        """The map of gradients against time, with `b` added: d -> A^T d + b."""
         return Block2x2(self.A.mT, b)
 
     def reset_to(self, value: Tensor) -> "Block2x2":
+        """The element that forgets any state (A = 0) and leaves `value` (..., 2)."""
         return Block2x2(torch.zeros_like(self.A), value)
 
     @property
     def axis(self) -> int:
+        """The dimension of the state along which `columns` cuts: the channels, before the pair."""
         return -2
 
     def columns(self, n: int) -> list["Block2x2"]:
+        """The element in `n` parts along the channels, each for its part of the state."""
         parts = zip(self.A.tensor_split(n, -3), self.b.tensor_split(n, -2), strict=True)
         return [Block2x2(*part) for part in parts]
 
@@ -175,27 +205,34 @@ class ComplexElementwise(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "ComplexElementwise":
+        """The element that changes no state (..., 2): a = 1 + 0i, b = 0."""
         return cls(as_pairs(torch.ones_like(as_complex(state))), torch.zeros_like(state))
 
     def then(self, second: "ComplexElementwise", /) -> "ComplexElementwise":
+        """The element of both stretches: complex products a2 a1 and a2 b1 + b2."""
         return ComplexElementwise(
             as_pairs(as_complex(second.a) * as_complex(self.a)), second.apply(self.b)
         )  # fmt: skip
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state (..., 2) after the stretch, the complex product a * state plus b."""
         return as_pairs(as_complex(self.a) * as_complex(state)) + self.b
 
     def transposed(self, b: Tensor) -> "ComplexElementwise":
+        """The map of gradients against time, with `b` added; it multiplies by the conjugate of a."""
         return ComplexElementwise(torch.stack([self.a[..., 0], -self.a[..., 1]], dim=-1), b)
 
     def reset_to(self, value: Tensor) -> "ComplexElementwise":
+        """The element that forgets any state (a = 0) and leaves `value` (..., 2)."""
         return ComplexElementwise(torch.zeros_like(self.a), value)
 
     @property
     def axis(self) -> int:
+        """The dimension of the state along which `columns` cuts: the one before the pair."""
         return -2
 
     def columns(self, n: int) -> list["ComplexElementwise"]:
+        """The element in `n` parts along the dimension before the pair, each for its part of the state."""
         a = self.a.expand(self.b.shape)
         parts = zip(a.tensor_split(n, -2), self.b.tensor_split(n, -2), strict=True)
         return [ComplexElementwise(*part) for part in parts]
@@ -216,6 +253,7 @@ class LogSumExp(NamedTuple):
 
     @classmethod
     def identity(cls, w: Tensor) -> "LogSumExp":
+        """A part that saw nothing: m = -inf, u = 0 and w = 0, where w gives shapes (..., V)."""
         return cls(torch.full_like(w[..., 0], float("-inf")), torch.zeros_like(w[..., 0]), torch.zeros_like(w))
 
     @classmethod
@@ -225,12 +263,14 @@ class LogSumExp(NamedTuple):
         return cls(log_sum, seen.to(output.dtype), output.where(seen.unsqueeze(-1), torch.zeros_like(output)))
 
     def then(self, second: "LogSumExp", /) -> "LogSumExp":
+        """The sum over both parts, rescaled to the larger of their largest scores."""
         m = torch.maximum(self.m, second.m)
         largest = m.masked_fill(m == float("-inf"), 0)  # nothing seen: exp(-inf - 0) = 0, never -inf - -inf
         a, b = (self.m - largest).exp(), (second.m - largest).exp()
         return LogSumExp(m, a * self.u + b * second.u, a.unsqueeze(-1) * self.w + b.unsqueeze(-1) * second.w)
 
     def apply(self, state: "LogSumExp") -> "LogSumExp":
+        """The state, a sum of the same kind, with this part added behind it."""
         return state.then(self)
 
     def output(self) -> tuple[Tensor, Tensor]:
@@ -253,15 +293,19 @@ class Tail(NamedTuple):
 
     @classmethod
     def identity(cls, state: Tensor) -> "Tail":
+        """The tail of an empty stretch: no rows, of a width that `state` (B, width, D) gives."""
         return cls(state[:, :0], state.shape[1])
 
     def then(self, second: "Tail", /) -> "Tail":
+        """The last `width` rows of both stretches in a row."""
         if second.rows.shape[1] == second.width:
             return second
         return Tail.of(torch.cat([self.rows, second.rows], dim=1), second.width)
 
     def apply(self, state: Tensor) -> Tensor:
+        """The state (B, width, D) after the stretch: the last rows of the old state and this stretch."""
         return Tail(state, self.width).then(self).rows
 
     def reset_to(self, value: Tensor) -> "Tail":
+        """The tail that forgets any state and leaves `value` (B, width, D)."""
         return Tail(value, self.width)

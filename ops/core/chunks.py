@@ -155,10 +155,12 @@ class ChunkTable(NamedTuple):
 
     @property
     def n_chunks(self) -> int:
+        """The number of chunks of all documents, G."""
         return self.begin.shape[0]
 
     @property
     def n_documents(self) -> int:
+        """The number of documents; of a batch, B."""
         return self.offsets.shape[0] - 1
 
 

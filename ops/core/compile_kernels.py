@@ -128,6 +128,7 @@ def _jobs(pattern: str, targets: Sequence[str], first: bool) -> list[tuple[str, 
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Compile what the arguments name and print a line for each kernel; 1 when any of them is refused or spills."""
     parser = argparse.ArgumentParser(prog="python -m zoo.ops.core.compile_kernels", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression on kernel names")
     parser.add_argument("--targets", nargs="+", choices=SHARED_LIMIT, default=[*SHARED_LIMIT], metavar="TARGET")

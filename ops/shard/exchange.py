@@ -60,6 +60,7 @@ class Pending:
         self._x, self._work = x, work  # the tensor must live until the message is through
 
     def wait(self) -> Tensor:
+        """The tensor that was sent or received, once the message is complete; its bytes are counted here."""
         self._work.wait()
         size = self._x.nbytes
         _tell(self._kind, self._what, size if self._kind == "send" else 0, size if self._kind == "receive" else 0)

@@ -307,7 +307,7 @@ def test_nominal_costs_follow_from_the_model_and_can_be_replaced() -> None:
 
 def test_the_names_are_presets_and_settings() -> None:
     for name, cls in (("balanced", BalancedStrategy), ("balanced_fsdp", BalancedFSDPStrategy)):
-        assert StrategyRegistry[name]["strategy"] is cls
+        assert type(StrategyRegistry.get(name)) is cls
         composed = compose([f"strategy={name}", "data=documents", "strategy.planner=flexible", "strategy.capacity=512"])
         assert composed["strategy"]["capacity"] == 512
     trainer = Trainer(accelerator="cpu", devices=2, strategy="balanced", logger=False, enable_checkpointing=False)

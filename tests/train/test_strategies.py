@@ -9,24 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import StrategyRegistry
 from sharded_cases_training import CASES, OWN, OwnMixer
 
-import zoo.train
-from zoo.config import compose
-from zoo.configs import ROOT
 from zoo.errors import UserError
 from zoo.ops import attention, causal_conv1d, gated_linear_attention
 from zoo.registry import create_model
-from zoo.train.strategies import ContextParallelFSDPStrategy, ContextParallelStrategy, register
+from zoo.train.strategies import ContextParallelFSDPStrategy, ContextParallelStrategy
 from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
-
-PRESETS = (
-    "zeco", "lasp", "lasp2", "lasp2h", "allgather", "heads", "ring", "zigzag", "striped", "ulysses", "usp",
-    "tokenring", "lightseq",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +109,6 @@ def test_checkpoints_carry_no_trace_of_the_ranks(found: tuple[dict[str, Any], Pa
     assert shape(one) == shape(two)
     for key in ("state_dict", "optimizer_states"):
         assert shape(one[key]) == shape(fsdp[key])
-
-
-@pytest.mark.everything
-def test_every_preset_is_a_file_and_a_name() -> None:
-    for name in (*PRESETS, *(f"{name}_fsdp" for name in PRESETS)):
-        settings = yaml.safe_load((ROOT / "strategy" / f"{name}.yaml").read_text())
-        owner = ContextParallelFSDPStrategy if name.endswith("_fsdp") else ContextParallelStrategy
-        assert settings.pop("_target_") == f"zoo.train.strategies.{owner.__name__}"
-        assert StrategyRegistry[name]["strategy"] is owner
-        assert StrategyRegistry[name]["init_params"] == settings
-        assert {**compose([f"strategy={name}"])["strategy"], **settings} == compose([f"strategy={name}"])["strategy"]
-    assert len(register()) == 2 * len(PRESETS) + 2  # and the balanced ones; again is harmless
-    assert compose(["strategy=zeco", "strategy.cp_size=4"])["strategy"]["cp_size"] == 4
-    assert zoo.train.__doc__
 
 
 def test_a_name_is_enough_for_lightning() -> None:

@@ -1,5 +1,6 @@
 """zoo bench --base: another commit in turns with this one, and nothing left behind."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,16 @@ def left_behind(clone: Path) -> list[str]:
 
 
 def test_the_other_commit_is_measured_with_its_own_code(bench: Any, clone: Path, tmp_path: Path) -> None:
-    code, out, _ = bench("--base", "slow", f"out={tmp_path}/x.json")
+    code, out, err = bench("--base", "slow", f"out={tmp_path}/x.json")
     assert code == 0
     slow = git(clone, "rev-parse", "slow")
+    rounds = [line.partition("] ")[2] for line in err.splitlines() if "round" in line]
+    assert rounds[0] == "round 1 of 3"
+    for number, line in enumerate(rounds[1:], 2):
+        assert re.fullmatch(
+            rf"round {number} of 3; 0:\d\d left; {slow[:10]}, forward\+backward: torch [\d.]+ ms.*", line
+        )
+        assert "; here, forward+backward: torch " in line
     record = read(tmp_path / "x.json")
     assert record.about["base"] == slow
     first, here = record.cases[0].sides
@@ -83,6 +91,14 @@ def test_the_other_commit_is_measured_with_its_own_code(bench: Any, clone: Path,
     assert report.ratio(here, first, "forward") < 0.9
     assert f"| torch @ {slow[:10]} | " in out
     assert left_behind(clone) == []
+
+
+def test_the_time_that_is_left_is_that_of_the_rounds_so_far() -> None:
+    assert compare_commits.progress(0, 10, 0.0, {}) == "round 1 of 10"
+    said = compare_commits.progress(
+        4, 10, 100.0, {"a1": "forward: torch 2.0 ms", "here": "", "b": "forward: torch 1 s"}
+    )
+    assert said == "round 5 of 10; 2:30 left; a1, forward: torch 2.0 ms; b, forward: torch 1 s"
 
 
 def test_an_operator_that_is_not_there(bench: Any, clone: Path) -> None:

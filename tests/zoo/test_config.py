@@ -107,7 +107,7 @@ def test_every_default_is_filled_in(composed):
     assert config["data"] == {"_target_": f"{__name__}.InheritedData", "path": "x", "folders": [], "seed": 0}
     assert config["trainer"] == {"steps": 3}
     assert (config["seed"], config["run_dir"]) == (0, None)
-    assert set(config) == {*GROUPS, "seed", "run_dir"} - {"experiment"}
+    assert set(config) == {*GROUPS, "seed", "run_dir", "init_from", "ema"} - {"experiment"}
 
 
 def test_values_reach_their_place_in_their_type(composed):

@@ -5,7 +5,7 @@ import torch
 
 from zoo.cli import doctor
 from zoo.ops.core import dispatch
-from zoo.ops.core.call import Choice, Operator
+from zoo.ops.core.call import Choice, Operator, operator_of
 from zoo.ops.core.table import OPERATORS
 
 CPU = torch.device("cpu")
@@ -31,3 +31,41 @@ def test_an_operator_that_fails_is_no_end_of_the_report(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Operator, "choose", fails)
     assert doctor.default(OPERATORS["swiglu"], CPU) == Choice("nothing", "RuntimeError")
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_the_interpreter_checks_what_the_kernels_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that refuse float64 are not wrong; float32 is checked wherever there are kernels."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    spec = OPERATORS[name]
+    cases = doctor.form_cases(spec, CPU)
+    assert (("triton", torch.float32) in cases) == ("triton" in spec.forms)
+    assert ("torch", torch.float64) in cases
+    operator = operator_of(spec.function)
+    assert (("triton", torch.float64) in cases) == (
+        "triton" in spec.forms and operator is not None and operator.float64
+    )
+
+
+def test_the_interpreter_says_what_it_leaves_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    monkeypatch.setattr(doctor, "OPERATORS", {})
+    assert doctor.doctor_command("cpu") == 0
+    assert "it has no bfloat16, so that kernels in bfloat16 are not checked here" in capsys.readouterr().out
+
+
+def test_the_interpreter_looks_at_the_first_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All sizes of all operators took two minutes of CPU time."""
+    spec, sizes = OPERATORS["causal_conv1d"], []
+
+    def notes(spec: object, inputs: dict[str, torch.Tensor], **_: object) -> dict[str, float]:
+        sizes.append(tuple(inputs["x"].shape))
+        return {"output 0": 0.0}
+
+    monkeypatch.setattr(doctor, "parity", notes)
+    doctor.check(spec, "triton", torch.float32, CPU)
+    assert len(sizes) == 1
+    doctor.check(spec, "torch", torch.float32, CPU)
+    assert len(sizes) == 1 + len(spec.sizes) > 2

@@ -1,27 +1,23 @@
-"""Sequences of uneven lengths on many ranks: plans that balance their work, and what the plans cost.
+"""Sequences of uneven lengths on many ranks: plans that balance their work.
 
-    planner = Flexible(64, PUBLISHED["7b"].cost())
+    planner = Flexible(64, CostModel(a1=..., a2=..., b1=..., capacity=..., communication=Ring(...)))
     sampler = BalancedBatchSampler(lengths, planner, global_tokens=1 << 20, seed=0)
     for plan in sampler:
-        simulate(plan, cost).milliseconds
         for step in plan.for_rank(rank): ...  # documents' pieces, the ring of ranks, this rank's place in it
 
 `PackedStream` is the plan of models without attention. With attention, `Flexible` divides the ranks of every step into
 groups of different sizes, all ranks in step (FSDP); `Hybrid` uses any number of ranks per sequence and unequal numbers
-of micro-steps (DDP). `execute` runs a plan in plain torch; a strategy runs it in training.
+of micro-steps (DDP). A strategy runs a plan in training. What plans cost on paper is for `benchmarks/balancing/`.
 """
 
-from zoo.train.balance.cost import PUBLISHED, AllToAll, CostModel, Measured, Ring, StateHandOff, refit
+from zoo.train.balance.cost import CostModel, Measured, Ring, StateHandOff, refit
 from zoo.train.balance.flexible import Flexible, Uniform
 from zoo.train.balance.hybrid import Hybrid
 from zoo.train.balance.packed_stream import PackedStream
 from zoo.train.balance.plan import Group, Piece, Plan, RankStep
 from zoo.train.balance.sampler import BalancedBatchSampler, Planner
-from zoo.train.balance.simulate import Simulation, lower_bound, simulate
 
 __all__ = [
-    "PUBLISHED",
-    "AllToAll",
     "BalancedBatchSampler",
     "CostModel",
     "Flexible",
@@ -34,10 +30,7 @@ __all__ = [
     "Planner",
     "RankStep",
     "Ring",
-    "Simulation",
     "StateHandOff",
     "Uniform",
-    "lower_bound",
     "refit",
-    "simulate",
 ]

@@ -36,7 +36,7 @@ class StopAtLimits(Callback):
             trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Read the clock."""
+        """Set `clock.now` where one process trains; several ranks agree on it after the update."""
         if trainer.world_size == 1:
             self.clock.now = self.clock.elapsed()
 

@@ -59,7 +59,7 @@ class LogMetrics(Callback):
         self._validation_began = time.monotonic()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation row."""
+        """Log the task's row of validation, and take the validation's seconds out of the training speed."""
         if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
             return
         assert isinstance(pl_module, Task)

@@ -165,7 +165,7 @@ class Bar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move it."""
+        """Move the bar to the number of updates, where this batch ended one."""
         if update_done(trainer, batch_idx):
             self.line.advance(trainer.global_step)
 
@@ -182,7 +182,7 @@ class Bar(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """One more."""
+        """Count one more batch in the bar's word on validation."""
         if self.line.validated is not None:
             self.line.validated = self.line.validated[0] + 1, self.line.validated[1]
 

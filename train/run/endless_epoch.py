@@ -61,7 +61,7 @@ class EndlessData(LightningDataModule):
         return getattr(self.inner, "schema", None)
 
     def prepare_data(self) -> None:
-        """The inner module's."""
+        """Download and cache what the inner module needs, once a machine."""
         self.inner.prepare_data()
 
     def setup(self, stage: str) -> None:
@@ -70,23 +70,23 @@ class EndlessData(LightningDataModule):
         self.inner.setup(stage)
 
     def teardown(self, stage: str) -> None:
-        """The inner module's."""
+        """End the inner module's part in the stage, as "fit"."""
         self.inner.teardown(stage)
 
     def train_dataloader(self) -> Endless:
-        """The endless loader."""
+        """The inner module's training loader, begun again whenever it ends."""
         return Endless(self.inner.train_dataloader())
 
     def val_dataloader(self) -> Any:
-        """The inner module's."""
+        """The inner module's loaders for validation, which do end."""
         return self.inner.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The inner module's."""
+        """The batch on the host, after what the inner module does to it there."""
         return self.inner.on_before_batch_transfer(batch, dataloader_idx)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The inner module's."""
+        """The batch on the device, after what the inner module does to it there."""
         return self.inner.on_after_batch_transfer(batch, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:

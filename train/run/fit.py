@@ -7,15 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers.logger import Logger
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.checkpoint import save
 from zoo.decoding import generate
 from zoo.errors import UsageError, UserError
 from zoo.targets import TARGET
+from zoo.train.callbacks.average import AverageWeights
 from zoo.train.callbacks.checkpoints import Checkpoints
 from zoo.train.callbacks.limits import StopAtLimits
 from zoo.train.callbacks.log import LogMetrics
@@ -32,6 +34,7 @@ from zoo.train.run.build import RUN_DIR, build_model, launch_environment
 from zoo.train.run.checkpoint_io import AtomicCheckpointIO
 from zoo.train.run.endless_epoch import EndlessData
 from zoo.train.run.folder import RunFolder, is_main_process
+from zoo.train.run.init_from import start_from, stored_path
 from zoo.train.run.instantiate import class_of, instantiate
 from zoo.train.run.interrupt import Interrupted, Interrupts
 from zoo.train.run.loggers import CsvLog
@@ -140,6 +143,7 @@ class Watch(NamedTuple):
     table: CsvLog
     log: LogMetrics
     checkpoints: Checkpoints
+    average: AverageWeights | None
     draw: Callable[[nn.Module], str] | None
 
 
@@ -151,6 +155,9 @@ def _fit(
     further: Sequence[Callback],
 ) -> int:
     parts = _make(config)
+    origin = config.get("init_from")
+    if origin is not None and checkpoint is None:
+        start_from(parts.model, origin)
     options, model, task = parts.options, parts.model, parts.task
     io = AtomicCheckpointIO()
     watch = _watch(config, parts, folder, interrupts, io)
@@ -165,17 +172,20 @@ def _fit(
     )
     if not folder.config.is_file():
         vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
-        folder.create({**config, "model": {**config["model"], **vocabulary}, "run_dir": str(folder.path)})
+        kept = {"run_dir": str(folder.path), "init_from": None if origin is None else stored_path(origin)}
+        folder.create({**config, "model": {**config["model"], **vocabulary}, **kept})
     if checkpoint is None:
         parameters = sum(p.numel() for p in model.parameters())
-        what = parts.kind.__name__
-        folder.say(f"training {config['model']['name']} ({parameters:,} parameters), {what}, in {folder.path}")
+        start = "" if origin is None else f", from the weights of {origin}"
+        what = f"{config['model']['name']} ({parameters:,} parameters), {parts.kind.__name__}"
+        folder.say(f"training {what}{start}, in {folder.path}")
     else:
         folder.say(f"going on with {folder.path}")
     _run(trainer, task, parts.data, checkpoint, folder)
     keeps = not options.fast_dev_run
     fault = task.fault(watch.log.final.get("val_loss", 0.0))
     weights = whole_weights(model) if keeps else None
+    average = watch.average.whole() if keeps and watch.average is not None else None
     if not trainer.is_global_zero:
         return DONE
     if fault is not None:
@@ -188,7 +198,8 @@ def _fit(
     if weights is not None:
         model = build_model(config["model"], parts.data, parts.kind)
         model.load_state_dict(weights)
-    return _finish(folder, model, parts.data, watch.draw, watch.log.final, watch.checkpoints.failed)
+    averaged = None if average is None else _averaged(config, parts, model, average)
+    return _finish(folder, model, averaged, parts.data, watch.draw, watch.log.final, watch.checkpoints.failed)
 
 
 def _make(config: Mapping[str, Any]) -> Parts:
@@ -217,7 +228,11 @@ def _watch(
     keeps = not options.fast_dev_run
     table = CsvLog(folder.table, task.columns)
     checkpoints = Checkpoints(folder.checkpoints, options.checkpoint_every, interrupts, io, folder.say)
+    decay = config.get("ema")
+    average = None if decay is None else AverageWeights(decay)
     callbacks: list[Callback] = [StopAtLimits(limits, task.clock, interrupts)]
+    if average is not None:
+        callbacks.append(average)
     show = partial(_show_line, folder, limits)
     on_terminal = sys.stdout.isatty() and is_main_process()
     if on_terminal:
@@ -234,7 +249,7 @@ def _watch(
         callbacks.append(checkpoints)
     callbacks.append(ReportOperators(folder.note_operators))
     callbacks += _memory(config.get("memory"), parts.model, folder)
-    return Watch(callbacks, table, log, checkpoints, draw)
+    return Watch(callbacks, table, log, checkpoints, average, draw)
 
 
 def _run(trainer: Trainer, task: Task, data: Any, checkpoint: Path | None, folder: RunFolder) -> None:
@@ -249,12 +264,31 @@ def _run(trainer: Trainer, task: Task, data: Any, checkpoint: Path | None, folde
         raise
 
 
+def _averaged(config: Mapping[str, Any], parts: Parts, model: nn.Module, average: Mapping[str, Tensor]) -> nn.Module:
+    """A further model with the average in place of the parameters."""
+    averaged = build_model(config["model"], parts.data, parts.kind)
+    averaged.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name, parameter in averaged.named_parameters():
+            parameter.copy_(average[name])
+    return averaged
+
+
 def _finish(
-    folder: RunFolder, model: nn.Module, data: LightningDataModule, draw: Any, final: Mapping[str, float], failed: bool
+    folder: RunFolder,
+    model: nn.Module,
+    averaged: nn.Module | None,
+    data: LightningDataModule,
+    draw: Any,
+    final: Mapping[str, float],
+    failed: bool,
 ) -> int:
-    """The final model, the plot, the report."""
+    """The final model, which makes the run a finished one, and before it its average; the plot, the report."""
+    tokenizer = getattr(data, "tokenizer", None)
     try:
-        save(model, folder.final, tokenizer=getattr(data, "tokenizer", None))
+        if averaged is not None:
+            save(averaged, folder.average, tokenizer=tokenizer)
+        save(model, folder.final, tokenizer=tokenizer)
     except (OSError, UserError) as error:
         kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
         raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error

@@ -42,6 +42,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.final = path / "checkpoint"
+        self.average = path / "checkpoint_ema"
         self.log = path / "log.txt"
         self._made: list[Path] = []  # the folders that `create` made, the innermost first
         self._fresh = False

@@ -2,6 +2,8 @@
 
 | file | its one idea |
 |---|---|
+| `settings.py` | what a strategy is told, checked and frozen |
+| `weights.py` | where weights lie, as a setting: `weights="fsdp"` makes the class with cut weights |
 | `ranks.py` | what all have: a lost rank and an operator that refuses are said in one sentence |
 | `base.py` | the grid of ranks, the shard around every step, what both strategies refuse |
 | `ddp.py` | `ContextParallelStrategy`: weights on every rank |
@@ -12,7 +14,7 @@
 | `nominal.py` | what a plan's micro-steps cost before anybody has measured them |
 | `batch.py` | which part of a batch a rank gets; whether its group holds the same one |
 | `kinds.py` | how a model's layers cross ranks, by the operators that they declare |
-| `presets.py` | names such as "zeco" and "zeco_fsdp" for `Trainer(strategy=...)` |
+| `presets.py` | names such as "zeco", and "zeco_fsdp" with cut weights, for `Trainer(strategy=...)` |
 """
 
 from zoo.train.strategies.balanced_ddp import BalancedStrategy

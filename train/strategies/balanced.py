@@ -28,12 +28,10 @@ from zoo.train.data.core.planned import PlanBatch
 from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
 from zoo.train.strategies.nominal import nominal
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
+from zoo.train.strategies.settings import PlanSettings
 
 __all__ = ["Balanced", "Local"]
 
-PLANNERS = ("auto", "packed", "flexible", "hybrid", "uniform")
-METHODS = ("allgather", "lasp", "lasp2", "zeco")  # for rings of any size: heads do not divide among these
-ATTENTION = ("lightseq", "allgather", "ring", "tokenring")
 ROOM = 2  # the default capacity of a rank, in shares of a batch
 
 Batch = dict[str, Tensor]
@@ -53,41 +51,14 @@ class Balanced(ManyRanks):
 
     lockstep: ClassVar[bool]
 
-    def _configure(
-        self,
-        planner: str,
-        capacity: int | None,
-        chunk: int,
-        method: str,
-        attention: str,
-        cost: CostModel | None,
-        a1: float | None,
-        a2: float | None,
-        b1: float | None,
-        timeout: float,
-    ) -> None:
+    def _configure(self, settings: PlanSettings) -> None:
         """Check and keep what both constructors take."""
-        for name, value, known in (
-            ("planner", planner, PLANNERS), ("method", method, METHODS), ("attention", attention, ATTENTION),
-        ):  # fmt: skip
-            if value not in known:
-                raise UserError(f"strategy.{name} must be one of {', '.join(known)}; got {value!r}")
-        if planner == "hybrid" and self.lockstep:
+        if settings.planner == "hybrid" and self.lockstep:
             raise UserError(
                 "strategy.planner=hybrid gives ranks unequal numbers of micro-steps, and cut weights are gathered by "
                 "all ranks in each; use flexible, or strategy=balanced"
             )
-        for name, size in (("capacity", capacity), ("chunk", chunk)):
-            if size is not None and size < 1:
-                raise UserError(f"strategy.{name} must be at least 1 token; got {size}")
-        if timeout <= 0:
-            raise UserError(f"strategy.timeout must be above 0 seconds; got {timeout}")
-        self._planner, self._capacity, self._chunk = planner, capacity, chunk
-        self._method, self._attention = method, attention
-        self._cost = cost
-        self._coefficients: dict[str, Any] = {
-            name: x for name, x in (("a1", a1), ("a2", a2), ("b1", b1)) if x is not None
-        }
+        self.settings = settings
         self._compared: set[str] = set()  # stages whose first batch was compared on all ranks
         self._watched: set[str] = set()  # stages in which rings were seen to exchange something
         self._messages = self._rings = 0  # of a stage that is not watched yet
@@ -112,11 +83,11 @@ class Balanced(ManyRanks):
         Raises:
             UserError: the settings do not go together.
         """
-        ranks, chunk = self.world_size, self._chunk
+        ranks, chunk = self.world_size, self.settings.chunk
         kind = self.planner
         most = 1 << ranks.bit_length() - 1 if kind in ("flexible", "uniform") else ranks  # ranks of a ring
-        room = self._capacity or max(-(-ROOM * global_tokens // ranks), -(-longest // most))
-        if self._capacity is None:
+        room = self.settings.capacity or max(-(-ROOM * global_tokens // ranks), -(-longest // most))
+        if self.settings.capacity is None:
             room = -(-room // chunk) * chunk
         if room < chunk:
             raise UserError(f"strategy.capacity must have room for a chunk of {chunk} tokens; got {room}")
@@ -130,8 +101,8 @@ class Balanced(ManyRanks):
     @property
     def planner(self) -> str:
         """The planner's name; "auto" is decided by the model."""
-        if self._planner != "auto":
-            return self._planner
+        if self.settings.planner != "auto":
+            return self.settings.planner
         assert self.lightning_module is not None
         if "attention" not in kinds(self.lightning_module):
             return "packed"
@@ -142,10 +113,12 @@ class Balanced(ManyRanks):
         assert self.lightning_module is not None
         model = self.lightning_module
         found = (
-            replace(self._cost, capacity=capacity) if self._cost else nominal(getattr(model, "model", model), capacity)
+            replace(self.settings.cost, capacity=capacity)
+            if self.settings.cost
+            else nominal(getattr(model, "model", model), capacity)
         )
         try:
-            return replace(found, **self._coefficients)
+            return replace(found, **self.settings.coefficients)
         except ValueError as error:
             raise UserError(f"strategy: {error}") from error
 
@@ -160,10 +133,10 @@ class Balanced(ManyRanks):
         if not getattr(getattr(module, "model", module), "causal", True):
             raise UserError("balanced plans cut time for causal models, and this one sees both sides; use zeco or ddp")
         refuse_uncuttable(module, "contiguous")
-        if self._chunk > 1 and "attention" in kinds(module):
+        if self.settings.chunk > 1 and "attention" in kinds(module):
             raise UserError(
                 f"attention crosses ranks where every rank holds an even share of a ring's tokens; got "
-                f"strategy.chunk={self._chunk}, use 1"
+                f"strategy.chunk={self.settings.chunk}, use 1"
             )
         set_streams(module, self.global_rank)
         super().setup(trainer)
@@ -174,7 +147,7 @@ class Balanced(ManyRanks):
             dist.all_reduce(torch.zeros(1, device=self.root_device))
 
     def teardown(self) -> None:
-        """Forget the run."""
+        """Forget what this run compared and watched, and its gradients."""
         super().teardown()
         self._compared.clear()
         self._watched.clear()
@@ -204,16 +177,16 @@ class Balanced(ManyRanks):
             return None
         return SequenceShard(
             ranks=step.ring,
-            method=self._method,
-            attention=self._attention,
+            method=self.settings.method,
+            attention=self.settings.attention,
             length=step.stream[-1],
-            chunk=self._chunk,
+            chunk=self.settings.chunk,
             documents=step.stream,
         )
 
     def _refuse_different(self, batch: PlanBatch) -> None:
         """Raise on every rank where they hold different plans or documents: rings would wait for ever."""
-        settings = hash_of(self._method, self._attention, self.trainer.accumulate_grad_batches)
+        settings = hash_of(self.settings.method, self.settings.attention, self.trainer.accumulate_grad_batches)
         own = torch.tensor([batch.digest ^ settings], device=self.root_device)
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._clear_errors():
@@ -228,7 +201,7 @@ class Balanced(ManyRanks):
 
     @property
     def trainer(self) -> Trainer:
-        """The module's."""
+        """The trainer of the module that the strategy runs."""
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 

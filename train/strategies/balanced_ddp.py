@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,9 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from zoo.train.balance import CostModel
 from zoo.train.strategies.balanced import Balanced
+from zoo.train.strategies.balanced_fsdp import BalancedFSDPStrategy
+from zoo.train.strategies.settings import PlanSettings
+from zoo.train.strategies.weights import refuse_weights, with_weights
 
 __all__ = ["BalancedStrategy"]
 
@@ -37,6 +40,7 @@ class BalancedStrategy(Balanced, DDPStrategy):
         cost: what micro-steps cost, such as `refit` fits to measured ones; its capacity is replaced. When omitted it is
             nominal: the model's operations on a nominal device, see zoo.train.strategies.nominal.
         a1, a2, b1: coefficients in place of its own, see CostModel.
+        weights: "ddp", on every rank; "fsdp" makes a `BalancedFSDPStrategy` with the settings that it takes.
         timeout: seconds after which a rank that does not answer ends the others.
         process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
         start_method: how Lightning starts further processes, see DDPStrategy.
@@ -47,9 +51,16 @@ class BalancedStrategy(Balanced, DDPStrategy):
 
     lockstep = False
 
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        """A strategy of the class for these weights."""
+        if cls is not BalancedStrategy:
+            return super().__new__(cls)
+        return with_weights(super().__new__(cls), BalancedFSDPStrategy, settings)
+
     def __init__(
         self,
         *,
+        weights: str = "ddp",
         planner: str = "auto",
         capacity: int | None = None,
         chunk: int = 1,
@@ -63,7 +74,13 @@ class BalancedStrategy(Balanced, DDPStrategy):
         process_group_backend: str | None = None,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ):
-        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
+        refuse_weights(weights, self)
+        self._configure(
+            PlanSettings(
+                planner=planner, capacity=capacity, chunk=chunk, method=method, attention=attention, cost=cost, a1=a1,
+                a2=a2, b1=b1, timeout=timeout,
+            )
+        )  # fmt: skip
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),

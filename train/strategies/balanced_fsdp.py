@@ -6,6 +6,7 @@ from torch.distributed.fsdp import FSDPModule
 from zoo.train.balance import CostModel
 from zoo.train.strategies.balanced import Balanced
 from zoo.train.strategies.fsdp import CutWeights
+from zoo.train.strategies.settings import PlanSettings
 
 __all__ = ["BalancedFSDPStrategy"]
 
@@ -41,7 +42,12 @@ class BalancedFSDPStrategy(Balanced, CutWeights):
         timeout: float = 1800.0,
         process_group_backend: str | None = None,
     ):
-        self._configure(planner, capacity, chunk, method, attention, cost, a1, a2, b1, timeout)
+        self._configure(
+            PlanSettings(
+                planner=planner, capacity=capacity, chunk=chunk, method=method, attention=attention, cost=cost, a1=a1,
+                a2=a2, b1=b1, timeout=timeout,
+            )
+        )  # fmt: skip
         super().__init__(timeout=timeout, process_group_backend=process_group_backend)
 
     def setup_environment(self) -> None:

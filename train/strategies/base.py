@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader
 from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
 from zoo.ops import shard
-from zoo.ops.shard import ATTENTION, LAYOUTS, METHODS, Link, SequenceShard
+from zoo.ops.shard import SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
 from zoo.ops.shard.sequence_shard import OWN_LAYOUT
 from zoo.train.data.core.base import BATCH, Part
 from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
 from zoo.train.strategies.ranks import ManyRanks, silent, user_errors
+from zoo.train.strategies.settings import CrossingSettings
 
 PARTNER = "lightseq"  # attention beside layers with a state: contiguous stretches, and every rank works alike
 
@@ -41,41 +42,10 @@ class ContextParallel(ManyRanks):
     around each step, so that neither model nor task knows of ranks. With one rank a group nothing is cut.
     """
 
-    def _configure(
-        self,
-        cp_size: int | None,
-        method: str,
-        attention: str | None,
-        layout: str | None,
-        link: Link | None,
-        blocks: int | None,
-        inner: int | None,
-        schema: Mapping[str, Part] | None,
-        timeout: float,
-    ) -> None:
-        """Check and keep what both constructors take."""
-        for name, value, known in (
-            ("method", method, METHODS),
-            ("attention", attention, (None, *ATTENTION)),
-            ("layout", layout, (None, *LAYOUTS)),
-        ):
-            if value not in known:
-                raise UserError(f"strategy.{name} must be one of {', '.join(map(str, known))}; got {value!r}")
-        if cp_size is not None and cp_size < 1:
-            raise UserError(f"strategy.cp_size must be at least 1, or null for all ranks; got {cp_size}")
-        if timeout <= 0:
-            raise UserError(f"strategy.timeout must be above 0 seconds; got {timeout}")
-        self._cp_size = cp_size
-        self._crossing = {
-            "method": method,
-            "attention": attention or PARTNER,
-            "layout": layout,
-            "link": link or Link(),
-            "blocks": blocks,
-            "inner": inner,
-        }
-        self._attention_chosen = attention is not None
-        self._schema = schema
+    def _configure(self, settings: CrossingSettings) -> None:
+        """Keep what both constructors take."""
+        self.settings = settings
+        self._inner = settings.inner  # of "usp"; chosen with the grid where it is left out
         self._mesh: DeviceMesh | None = None
         self._place: SequenceShard | None = None
         self._compared: set[str] = set()  # stages whose first batch was compared in the group
@@ -86,7 +56,7 @@ class ContextParallel(ManyRanks):
     @property
     def cp_size(self) -> int:
         """Ranks that share a sequence."""
-        return self._cp_size or self.world_size
+        return self.settings.cp_size or self.world_size
 
     @property
     def dp_size(self) -> int:
@@ -96,8 +66,13 @@ class ContextParallel(ManyRanks):
     @property
     def layout(self) -> str:
         """Which tokens a rank holds, see SequenceShard; contiguous where nothing is cut."""
-        attention, layout = self._crossing["attention"], self._crossing["layout"]
-        return "contiguous" if self.cp_size == 1 else str(layout or OWN_LAYOUT.get(str(attention), "contiguous"))
+        own = OWN_LAYOUT.get(self._attention, "contiguous")
+        return "contiguous" if self.cp_size == 1 else self.settings.layout or own
+
+    @property
+    def _attention(self) -> str:
+        """How softmax attention crosses ranks."""
+        return self.settings.attention or PARTNER
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -110,7 +85,7 @@ class ContextParallel(ManyRanks):
                 f"strategy.cp_size must divide the {self.world_size} ranks (trainer.devices x trainer.num_nodes); got "
                 f"{self.cp_size}, choose a divisor"
             )
-        inner: Any = self._crossing["inner"]
+        inner = self.settings.inner
         if inner is not None and (inner < 1 or self.cp_size % inner):
             raise UserError(f"strategy.inner must divide strategy.cp_size = {self.cp_size}; got {inner}")
         super()._configure_launcher()
@@ -122,9 +97,13 @@ class ContextParallel(ManyRanks):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = mesh
         if self.cp_size > 1:
-            if self._crossing["attention"] == "usp" and self._crossing["inner"] is None:
-                self._crossing["inner"] = near_the_root(self.cp_size)
-            self._place = SequenceShard(mesh[names[1]].get_group(), **self._crossing)  # type: ignore[arg-type]
+            settings = self.settings
+            if self._attention == "usp" and self._inner is None:
+                self._inner = near_the_root(self.cp_size)
+            self._place = SequenceShard(
+                mesh[names[1]].get_group(), method=settings.method, attention=self._attention, layout=settings.layout,
+                link=settings.link, blocks=settings.blocks, inner=self._inner,
+            )  # fmt: skip
             all_gather(self._place, torch.zeros(1, device=self.root_device))
         return mesh
 
@@ -140,7 +119,12 @@ class ContextParallel(ManyRanks):
     def _tell_partner(self) -> None:
         assert self.lightning_module is not None
         crossings = set(kinds(self.lightning_module))
-        if "attention" in crossings and CONTIGUOUS & crossings and not self._attention_chosen and self.is_global_zero:
+        if (
+            "attention" in crossings
+            and CONTIGUOUS & crossings
+            and self.settings.attention is None
+            and self.is_global_zero
+        ):
             warnings.warn(
                 f"a hybrid of attention and layers with a state: its attention crosses ranks by {PARTNER}, whose "
                 "stretches are contiguous and whose work is even; attention= chooses another",
@@ -189,8 +173,8 @@ class ContextParallel(ManyRanks):
         return moved
 
     def _known_schema(self) -> Mapping[str, Part]:
-        if self._schema is not None:
-            return self._schema
+        if self.settings.schema is not None:
+            return self.settings.schema
         trainer = None if self.lightning_module is None else self.lightning_module._trainer
         data = None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
         found: Mapping[str, Part] | None = getattr(data, "schema", None)

@@ -1,14 +1,17 @@
-"""Context parallelism with the weights on every rank."""
+"""Context parallelism with the weights on every rank, or cut over all ranks: `weights` chooses the class."""
 
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.ops.shard import Link
 from zoo.train.data.core.base import Part
 from zoo.train.strategies.base import ContextParallel
+from zoo.train.strategies.fsdp import ContextParallelFSDPStrategy
+from zoo.train.strategies.settings import CrossingSettings
+from zoo.train.strategies.weights import refuse_weights, with_weights
 
 __all__ = ["ContextParallelStrategy"]
 
@@ -28,6 +31,7 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
         link: what a message costs; "zeco" chooses its number of blocks by it.
         blocks: of "zeco", in place of that choice.
         inner: of "usp", ranks of one head group; the divisor of cp_size next below its root when omitted.
+        weights: "ddp", on every rank; "fsdp" makes a `ContextParallelFSDPStrategy` with the settings that it takes.
         schema: what each key of a batch holds, see zoo.train.data.core.base.BATCH; the data module's when omitted.
         timeout: seconds after which a rank that does not answer ends the others.
         process_group_backend: "nccl" on CUDA and "gloo" elsewhere when omitted.
@@ -38,9 +42,16 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
         UserError: a name that is not known, or a cp_size that does not divide the ranks.
     """
 
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        """A strategy of the class for these weights."""
+        if cls is not ContextParallelStrategy:
+            return super().__new__(cls)
+        return with_weights(super().__new__(cls), ContextParallelFSDPStrategy, settings)
+
     def __init__(
         self,
         *,
+        weights: str = "ddp",
         cp_size: int | None = None,
         method: str = "zeco",
         attention: str | None = None,
@@ -56,7 +67,13 @@ class ContextParallelStrategy(ContextParallel, DDPStrategy):
         static_graph: bool = False,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ):
-        self._configure(cp_size, method, attention, layout, link, blocks, inner, schema, timeout)
+        refuse_weights(weights, self)
+        self._configure(
+            CrossingSettings(
+                cp_size=cp_size, method=method, attention=attention, layout=layout, link=link or Link(), blocks=blocks,
+                inner=inner, schema=schema, timeout=timeout,
+            )
+        )  # fmt: skip
         super().__init__(
             process_group_backend=process_group_backend,
             timeout=timedelta(seconds=timeout),

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from zoo.ops.shard import Link
 from zoo.train.data.core.base import Part
 from zoo.train.strategies.base import ContextParallel
+from zoo.train.strategies.settings import CrossingSettings
 
 __all__ = ["ContextParallelFSDPStrategy", "CutWeights", "whole_weights"]
 
@@ -113,7 +114,12 @@ class ContextParallelFSDPStrategy(ContextParallel, CutWeights):
         timeout: float = 1800.0,
         process_group_backend: str | None = None,
     ):
-        self._configure(cp_size, method, attention, layout, link, blocks, inner, schema, timeout)
+        self._configure(
+            CrossingSettings(
+                cp_size=cp_size, method=method, attention=attention, layout=layout, link=link or Link(), blocks=blocks,
+                inner=inner, schema=schema, timeout=timeout,
+            )
+        )  # fmt: skip
         super().__init__(timeout=timeout, process_group_backend=process_group_backend)
 
     def setup_environment(self) -> None:

@@ -71,7 +71,7 @@ class Classification(Task):
         return targets.where(rows % place.size == place.rank, IGNORED)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy."""
+        """Add a batch to the mean loss and to the accuracy of validation."""
         logits, targets = self(batch), self._scored(batch["targets"])
         nll, scored = summed_loss(logits, targets)
         self.val_loss.update(nll.float(), scored)

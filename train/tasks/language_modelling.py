@@ -82,7 +82,7 @@ class LanguageModelling(Task):
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:
-        """The vocabulary."""
+        """The model's field that the data decide: the size of the vocabulary."""
         refuse_classes("language_modelling", data)
         return {"vocab_size": data.vocab_size}
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -63,12 +64,13 @@ def compare(
         for name, one in workers.items():
             say(f"{name}: checking against float64, warming up")
             one.ask(message)
-        done, stopped = 0, False
+        done, stopped, began = 0, False, time.monotonic()
+        newest: dict[str, str] = {}
         try:
             for number in range(repeats):
-                say(f"round {number + 1} of {repeats}")
-                for one in list(workers.values())[:: 1 if number % 2 == 0 else -1]:
-                    one.ask({"do": "round"})
+                say(progress(number, repeats, time.monotonic() - began, newest))
+                for name, one in list(workers.items())[:: 1 if number % 2 == 0 else -1]:
+                    newest[name] = one.ask({"do": "round"})["newest"]
                 done += 1
         except KeyboardInterrupt:
             if not done:
@@ -81,6 +83,22 @@ def compare(
         commit,
         stopped,
     )
+
+
+def progress(done: int, repeats: int, spent: float, newest: Mapping[str, str]) -> str:
+    """Which round begins, how long all that are left will take, and the medians so far.
+
+    Args:
+        done: rounds that are over.
+        repeats: rounds in all.
+        spent: seconds that those took.
+        newest: by tree, what `zoo.bench.report.newest` says of the case that was measured last.
+    """
+    parts = [f"round {done + 1} of {repeats}"]
+    if done:
+        minutes, seconds = divmod(round(spent / done * (repeats - done)), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return "; ".join(parts + [f"{name}, {text}" for name, text in newest.items() if text])
 
 
 def _merge(found: Mapping[str, CaseResult]) -> CaseResult:

@@ -55,7 +55,7 @@ class Traffic:
 
     @property
     def received(self) -> int:
-        """Bytes."""
+        """Bytes that the middle rank receives in one step, by states and halos together."""
         return sum(exchange.received for exchange in self.states) + sum(self.halos)
 
 

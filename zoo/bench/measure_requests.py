@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from zoo.bench.operators import OperatorBench
+from zoo.bench.report import newest
 from zoo.bench.shapes import Case, Request
 
 __all__ = ["Server"]
@@ -21,7 +22,7 @@ class Server:
         self.cases: list[Any] = []
 
     def answer(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """One request."""
+        """The answer to one request, which its key "do" names; an error is an answer too."""
         try:
             return {"operators": self._operators, "model": self._model, "round": self._round, "results": self._results}[
                 message["do"]
@@ -48,7 +49,7 @@ class Server:
     def _round(self, message: Mapping[str, Any]) -> dict[str, Any]:
         if not any(side.is_red for case in self.cases for side in case.sides):
             self.bench.round()
-        return {}
+        return {"newest": newest(self.cases[-1])}
 
     def _results(self, message: Mapping[str, Any]) -> dict[str, Any]:
         return {"cases": [dataclasses.asdict(case) for case in self.cases]}

@@ -48,7 +48,7 @@ class Phase:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median of `times`, in seconds per call."""
         return statistics.median(self.times)
 
     @property
@@ -172,7 +172,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu_model() -> str:
-    """The processor's name."""
+    """The processor's name as Linux tells it, else as Python's `platform` does."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

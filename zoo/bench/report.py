@@ -176,7 +176,7 @@ def seconds(value: float) -> str:
 
 
 def mebibytes(n: int | None) -> str:
-    """Bytes for people."""
+    """A number of bytes as "1.5 MiB"; an empty text for None."""
     return "" if n is None else f"{n / 2**20:.1f} MiB"
 
 

@@ -64,7 +64,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The case as a line of a table names it, as "delta_rule B=2 T=64 float32"."""
         return f"{self.operator} {' '.join(f'{key}={value}' for key, value in self.sizes.items())} {self.dtype}"
 
 

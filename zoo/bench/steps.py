@@ -102,7 +102,7 @@ class StepBench:
         self.products: Products | None = None
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The run's precision."""
+        """The context of a forward pass at the request's precision."""
         mixed = self.request.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 import zoo
 from zoo._deprecation import RenamedWarning
+from zoo.cli.imports import collector_paused
 from zoo.cli.threads import limit_spinning
 from zoo.errors import UsageError, UserError, remedy
 
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        """End the command by a UsageError that names the mistake and where the help is."""
         raise UsageError(f"{message}; {self.prog} --help shows how")
 
 
@@ -66,9 +68,10 @@ def _show_arguments(parser: Parser) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from zoo.cli.show import show_command
+    with collector_paused():  # half of it is imported while the model is built
+        from zoo.cli.show import show_command
 
-    return show_command(args.name, args.settings)
+        return show_command(args.name, args.settings)
 
 
 def _train_arguments(parser: Parser) -> None:

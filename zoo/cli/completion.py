@@ -18,7 +18,7 @@ PATHS_OF = ("resume", "eval", "generate", "bench", "convert", "export")  # verbs
 
 
 def completion_command(shell: str) -> int:
-    """Print the script."""
+    """Print the completion script for a shell: bash, zsh or fish."""
     print({"bash": bash, "zsh": zsh, "fish": fish}[shell](), end="")
     return 0
 
@@ -28,7 +28,7 @@ def settings_words() -> list[str]:
     known = choices()
     known["model"] = sorted({*known["model"], *list_models()})
     words = [f"{group}={name}" for group, names in known.items() for name in names]
-    words += ["seed=", "run_dir="]
+    words += ["seed=", "run_dir=", "init_from=", "ema="]
     indexed = [model_info(name) for name in list_models() if name not in packages_of_models()]
     words += [f"model.size={size}" for info in indexed for size in info.sizes]
     words += [f"model.{field}=" for info in indexed for field in info.fields]

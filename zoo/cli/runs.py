@@ -26,7 +26,7 @@ def train_command(settings: list[str], config_dir: Path | None) -> int:
 
 
 def resume_command(run: Path) -> int:
-    """Continue a run."""
+    """Continue the run of a folder from its last checkpoint."""
     check_run(run)
     from zoo.train.run import fit
 

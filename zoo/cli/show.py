@@ -13,7 +13,6 @@ from torch import nn
 
 from zoo.bench.flops import LENGTH, forward_flops
 from zoo.cli.models import short_count
-from zoo.config import parse_fields
 from zoo.layers.model import as_model
 from zoo.ranges import Range
 from zoo.registry import ModelInfo, create_model, model_info
@@ -22,7 +21,11 @@ from zoo.registry import ModelInfo, create_model, model_info
 def show_command(name: str, settings: Sequence[str]) -> int:
     """Print what is known of a model."""
     info = model_info(name)
-    fields = parse_fields(settings)
+    fields = {}
+    if settings:
+        from zoo.config import parse_fields  # Hydra, which nothing else here needs
+
+        fields = parse_fields(settings)
     size = str(fields.pop("size", "tiny"))
     with torch.device("meta"):
         model = create_model(name, size, **fields)
@@ -63,7 +66,7 @@ def parameter_rows(model: nn.Module) -> list[tuple[str, str, int, int]]:
 
 
 def parameter_table(model: nn.Module) -> Table:
-    """Parameters by module."""
+    """A table of modules: how many copies, how many parameters, and their share of all."""
     rows = parameter_rows(model)
     total = sum(n for *_, n in rows)
     table = Table("module", "class", box=None, pad_edge=False, show_footer=True)

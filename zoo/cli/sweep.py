@@ -37,6 +37,7 @@ class Run:
 
     @property
     def settings(self) -> list[str]:
+        """The values as words of a command line, as "optim.lr=0.001"."""
         return [f"{key}={value}" for key, value in self.values.items()]
 
 
@@ -129,7 +130,7 @@ def write_table(path: Path, rows: Sequence[dict[str, str]]) -> None:
 
 
 def show_table(rows: Sequence[dict[str, str]], column: str | None) -> None:
-    """Print the rows."""
+    """Print the rows as a table, the numbers of `column` with four digits."""
     names = list(rows[0])
     table = Table(box=None, pad_edge=False)
     for name in names:

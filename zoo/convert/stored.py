@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Stored(Protocol):
-    """Tensors by name."""
+    """The tensors of a checkpoint by their names, read one at a time."""
 
     source: str
 
@@ -120,12 +120,15 @@ class Held:
         self._tensors, self.source = tensors, source
 
     def shapes(self) -> dict[str, Shape]:
+        """The shapes of the tensors that are still held, by name."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of the tensors that are still held, by name."""
         return {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, the last one first; each is forgotten as it is given."""
         while self._tensors:
             yield self._tensors.popitem()
 

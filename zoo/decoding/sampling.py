@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zoo.decoding.causal import refuse_unless_causal
 from zoo.decoding.compiled import CompiledStep, Step, step
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
@@ -51,19 +52,6 @@ def sample(
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(1, drawn).squeeze(1)
-
-
-def refuse_unless_causal(model: nn.Module) -> None:
-    """Refuse a model that sees both sides of every token: it cannot be asked what comes next.
-
-    Raises:
-        UserError: `causal` of the model is False.
-    """
-    if not getattr(model, "causal", True):
-        raise UserError(
-            f"a text is continued by a causal model, and {getattr(model, 'name', 'this one')} sees both sides of every "
-            "token; zoo eval measures it"
-        )
 
 
 def _refuse_not_a_number(logits: Tensor) -> None:

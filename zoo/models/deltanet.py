@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(SequenceConfig):
+    """Settings of DeltaNet; those of the mixer are explained at `zoo.layers.DeltaNet`."""
+
     n_heads: Annotated[int, Range(1)] = 2
     expand_k: Annotated[float, Range(above=0)] = 1.0
     expand_v: Annotated[float, Range(above=0)] = 1.0

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNetConfig(SequenceConfig):
+    """Settings of Gated DeltaNet; those of the mixer are explained at `zoo.layers.GatedDeltaNet`."""
+
     n_heads: Annotated[int, Range(1)] = 6
     n_v_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     head_dim: Annotated[int, Range(1)] = 256

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class GLAConfig(SequenceConfig):
+    """Settings of GLA; those of the mixer are explained at `zoo.layers.GatedLinearAttention`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     expand_k: Annotated[float, Range(above=0)] = 0.5

@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class GRUConfig(SequenceConfig):
+    """Settings of the GRU; those of the mixer are explained at `zoo.layers.GRU`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head
 

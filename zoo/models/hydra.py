@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class HydraConfig(EncoderConfig):
+    """Settings of Hydra; those of the mixer are explained at `zoo.layers.Hydra`."""
+
     d_state: Annotated[int, Range(1)] = 64
     expand: Annotated[int, Range(1)] = 2
     head_dim: Annotated[int, Range(1)] = 64

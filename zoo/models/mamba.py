@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class MambaConfig(SequenceConfig):
+    """Settings of Mamba; those of the mixer are explained at `zoo.layers.Mamba`."""
+
     hidden_size: int | None = 0
     vocab_size: int = 50280  # GPT-NeoX's 50277, up to a multiple of 8
     tie_embeddings: bool = True

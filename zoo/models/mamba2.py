@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Config(SequenceConfig):
+    """Settings of Mamba-2; those of the mixer are explained at `zoo.layers.Mamba2`."""
+
     hidden_size: int | None = 0
     vocab_size: int = 50288  # GPT-NeoX's 50277, up to a multiple of 16
     tie_embeddings: bool = True

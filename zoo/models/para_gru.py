@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class ParaGRUConfig(SequenceConfig):
+    """Settings of ParaGRU; those of the mixer are explained at `zoo.layers.ParaGRU`."""
+
     vocab_size: int = 50432  # GPT-NeoX's, padded
     residual_scale: bool = True
     n_heads: Annotated[int, Range(1)] = 4

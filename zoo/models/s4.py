@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class S4Config(SequenceConfig):
+    """Settings of S4 and S4D; those of the mixer are explained at `zoo.layers.S4`."""
+
     hidden_size: int | None = 0
     d_state: Annotated[int, Range(2)] = 64
     mode: str = "diag"  # diag: S4D; dplr: S4

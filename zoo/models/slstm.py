@@ -13,6 +13,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class SLSTMConfig(SequenceConfig):
+    """Settings of the sLSTM; those of the mixer are explained at `zoo.layers.SLSTM`."""
+
     n_heads: Annotated[int, Range(1)] = 4
     conv_size: Annotated[int | None, Range(1)] = 4
     head_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head

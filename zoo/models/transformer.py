@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(SequenceConfig):
+    """Settings of the Transformer; those of the mixer are explained at `zoo.layers.Attention`."""
+
     n_heads: Annotated[int, Range(1)] = 2
     n_kv_heads: Annotated[int | None, Range(1)] = None  # None: as many as n_heads
     head_dim: Annotated[int | None, Range(1)] = None  # None: d_model / n_heads

@@ -46,6 +46,7 @@ def causal_conv1d_fwd_kernel(
     begin_ptr, end_ptr, document_ptr, offsets_ptr,
     D, W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The outputs (tokens, channels) of one chunk and one block of channels."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -72,6 +73,7 @@ def causal_conv1d_bwd_weight_kernel(
     begin_ptr, end_ptr, document_ptr, offsets_ptr,
     D, W: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of the values before SiLU for one chunk, and the chunk's sums for weight and bias."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -106,6 +108,7 @@ def causal_conv1d_bwd_input_kernel(
     begin_ptr, end_ptr, document_ptr, offsets_ptr,
     D, W: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of one chunk's inputs; a document's first chunk also gives that of its state."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

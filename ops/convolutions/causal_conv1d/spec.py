@@ -7,6 +7,7 @@ from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, randn
 
 
 def conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
+    """Random x (B, T, D), weight (D, W) scaled by W^-0.5, and bias (D,)."""
     D, W = sizes["D"], sizes["W"]
     return {
         "x": randn(generator, B, T, D),

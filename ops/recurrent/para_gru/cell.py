@@ -16,10 +16,12 @@ class ParaGRUCell(Cell):
     bound = 1.0
 
     def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
+        """The states after the steps, one plane like p[0], which holds the states before them."""
         z, _, c = _gates(p[0], u, w)
         return [torch.lerp(p[0], c, z)]
 
     def linearise(self, p: Planes, u: Planes, w: Planes) -> Linearised:
+        """The value, its elementwise Jacobian by h', and what `pull` needs of the gates."""
         (h,), (a_z, a_r, a_c) = p, w
         z, r, c = _gates(h, u, w)
         value = torch.lerp(h, c, z)
@@ -33,6 +35,7 @@ class ParaGRUCell(Cell):
         return Linearised([value], [[jacobian]], (by_z, by_r, by_c, r))
 
     def pull(self, mu: Planes, p: Planes, u: Planes, w: Planes, kept: Any) -> tuple[Planes, Planes]:
+        """Gradients of u and of a from mu, those of the states. It overwrites what `linearise` kept."""
         (h,), (by_z, by_r, by_c, r) = p, kept
         du = [by_z.mul_(mu[0]), by_r.mul_(mu[0]), by_c.mul_(mu[0])]
         return du, [_summed(du[0], h), _summed(du[1], h), _summed(du[2], r.mul_(h))]

@@ -61,6 +61,7 @@ def para_gru_fwd_kernel(
     offsets_ptr, D, HAS_KEEP: tl.constexpr, ENOUGH: tl.constexpr, LIMIT: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """All states of one sequence and one block of channels, by Newton's method in windows."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

@@ -18,10 +18,12 @@ class ParaLSTMCell(Cell):
     bound = 1.0
 
     def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
+        """The states (c, h) after the steps, two planes, from those before them in p."""
         _, _, c, o, tanh_c = _gates(p, u, w)
         return [c, o.mul(tanh_c)]
 
     def linearise(self, p: Planes, u: Planes, w: Planes) -> Linearised:
+        """The value, its 2x2 Jacobian by (c', h'), and what `pull` needs of the gates."""
         c_, _ = p
         a_f, a_o, a_z, p_f, p_o = w
         f, z, c, o, tanh_c = _gates(p, u, w)
@@ -36,6 +38,7 @@ class ParaLSTMCell(Cell):
         return Linearised([c, h], jacobian, (c_by_f, c_by_z, h_by_o, h_by_c, c))
 
     def pull(self, mu: Planes, p: Planes, u: Planes, w: Planes, kept: Any) -> tuple[Planes, Planes]:
+        """Gradients of u and of the parameters from mu, those of (c, h). It overwrites what `linearise` kept."""
         (c_, h_), (c_by_f, c_by_z, h_by_o, h_by_c, c) = p, kept
         dc = h_by_c.mul_(mu[1]).add_(mu[0])
         df, do, dz = c_by_f.mul_(dc), h_by_o.mul_(mu[1]), c_by_z.mul_(dc)

@@ -67,6 +67,7 @@ def para_lstm_fwd_kernel(
     offsets_ptr, plane, plane_n, D, HAS_KEEP: tl.constexpr, ENOUGH: tl.constexpr, LIMIT: tl.constexpr,
     WINDOW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """All states (c, h) of one sequence and one block of channels, by Newton's method in windows."""
     i_n = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -312,5 +313,5 @@ def _flops_bwd(dh_shape, *args, out_shape=None, **kwargs) -> int:
 
 
 def compile_cases() -> list[KernelCase]:
-    """Of both kernels."""
+    """The forward and the backward kernel, as `compile_kernels` compiles them."""
     return cases((para_lstm_fwd_kernel, para_lstm_bwd_kernel), {"plane": "i64", "plane_n": "i64"})

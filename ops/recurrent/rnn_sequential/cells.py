@@ -61,11 +61,12 @@ class Cell:
 
 
 class Lstm(Cell):
-    """Kept: h, c."""
+    """LSTM: gates i, f, z, o and states h, c. It keeps h and c of every step."""
 
     name, states, kept = "lstm", 2, 2
 
     def forward(self, gates: Tensor, kept: Tensor, state: Tensor, W: Tensor, slabs: Slabs) -> None:
+        """Walk the steps: preactivations in `gates` become activations, `kept` gets h and c."""
         a, both = slabs.steps(gates.flatten(1)), slabs.steps(gates[:, :2])
         each = [slabs.steps(gate) for gate in gates.unbind(1)]
         h, c = state
@@ -84,6 +85,7 @@ class Lstm(Cell):
     def backward(
         self, gates: Tensor, kept: Tensor, state: Tensor, dh: Tensor, dlast: Tensor, W: Tensor, slabs: Slabs
     ) -> tuple[Tensor, Tensor]:
+        """The gradients of all preactivations and of the first state, from those of all h and of the last state."""
         i, f, z, o = gates.unbind(1)
         c, before = kept[1].tanh(), slabs.before(kept[1], state[1])
         K = torch.stack(
@@ -108,6 +110,7 @@ class Gru(Cell):
     name, given, recurrent, states, kept = "gru", 3, 3, 1, 2
 
     def forward(self, gates: Tensor, kept: Tensor, state: Tensor, W: Tensor, slabs: Slabs) -> None:
+        """Walk the steps: preactivations in `gates` become activations, `kept` gets h and n."""
         a, both = slabs.steps(gates.flatten(1)), slabs.steps(gates[:, 1:])
         each = [slabs.steps(gate) for gate in gates.unbind(1)]
         (h,) = state
@@ -121,6 +124,7 @@ class Gru(Cell):
     def backward(
         self, gates: Tensor, kept: Tensor, state: Tensor, dh: Tensor, dlast: Tensor, W: Tensor, slabs: Slabs
     ) -> tuple[Tensor, Tensor]:
+        """The gradients of all preactivations and of the first state, from those of all h and of the last state."""
         g, r, z = gates.unbind(1)
         n, before = kept[1], slabs.before(kept[0], state[0])
         K_n = _tanh_slope(n).mul_(1 - z)
@@ -142,6 +146,7 @@ class Elman(Cell):
     name, gates, given, recurrent, states, kept = "elman", 1, 1, 1, 1, 1
 
     def forward(self, gates: Tensor, kept: Tensor, state: Tensor, W: Tensor, slabs: Slabs) -> None:
+        """Walk the steps: `kept` gets tanh of the preactivations, which are the states."""
         (h,) = state
         for a_t, new_h in zip(slabs.steps(gates.flatten(1)), slabs.steps(kept[0]), strict=True):
             a_t.baddbmm_(h[:, : a_t.shape[1]], W)
@@ -150,6 +155,7 @@ class Elman(Cell):
     def backward(
         self, gates: Tensor, kept: Tensor, state: Tensor, dh: Tensor, dlast: Tensor, W: Tensor, slabs: Slabs
     ) -> tuple[Tensor, Tensor]:
+        """The gradients of all preactivations and of the first state, from those of all h and of the last state."""
         K = _tanh_slope(kept[0])
         dg, dhs = slabs.steps(K), slabs.steps(dh)
         for t in reversed(range(len(dg))):
@@ -169,6 +175,7 @@ class Slstm(Cell):
     name, states, kept = "slstm", 4, 5
 
     def forward(self, gates: Tensor, kept: Tensor, state: Tensor, W: Tensor, slabs: Slabs) -> None:
+        """Walk the steps: preactivations in `gates` become activations, `kept` gets the states and -logsigmoid(f)."""
         a, both = slabs.steps(gates.flatten(1)), slabs.steps(gates[:, :2])
         each = [slabs.steps(gate) for gate in gates.unbind(1)]
         h, m, memory = state[0], state[3], state[1:3].permute(1, 2, 0, 3)
@@ -202,6 +209,7 @@ class Slstm(Cell):
     def backward(
         self, gates: Tensor, kept: Tensor, state: Tensor, dh: Tensor, dlast: Tensor, W: Tensor, slabs: Slabs
     ) -> tuple[Tensor, Tensor]:
+        """The gradients of all preactivations and of the first state, from those of all h and of the last state."""
         i, f, z, o = gates.unbind(1)
         _, c, n, m, shut = kept
         c1, n1, m1 = (slabs.before(kept[k], state[k]) for k in (1, 2, 3))

@@ -69,6 +69,7 @@ def rnn_fwd_kernel(
     CELL: tl.constexpr, KEEP: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """All states of one head and one block of sequences, step by step, with R on chip."""
     i_h, o_b = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_d = tl.arange(0, BLOCK_D)
     m_b, m_d = o_b < rows, o_d < D
@@ -171,6 +172,7 @@ def rnn_bwd_kernel(
     CELL: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, STREAM: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of the gates and of the first state, of one head and one block of sequences, against time."""
     i_h, o_b = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_d = tl.arange(0, BLOCK_D)
     m_b, m_d = o_b < rows, o_d < D

@@ -74,6 +74,7 @@ def affine_fwd_kernel(
     a_ptr, b_ptr, starts_ptr, h_ptr,  # (B*T, D) twice, (G, D) fp32, (B*T, D)
     begin_ptr, end_ptr, D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The states of one chunk and one block of channels, from the state before the chunk."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -147,6 +148,7 @@ def affine_bwd_kernel(
     da_ptr, db_ptr,  # (B*T, D)
     begin_ptr, end_ptr, document_ptr, offsets_ptr, D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of a and b in one chunk, walked against time from the gradient after it."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

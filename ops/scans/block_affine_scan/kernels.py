@@ -113,6 +113,7 @@ def block_affine_fwd_kernel(
     A_ptr, b_ptr, starts_ptr, h_ptr,  # (2, 2, B*T, D), (2, B*T, D), (2, G, D) fp32, (2, B*T, D)
     begin_ptr, end_ptr, plane, chunks, D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The states of one chunk and one block of channels, from the state before the chunk."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -174,6 +175,7 @@ def block_affine_bwd_kernel(
     dA_ptr, db_ptr,  # (2, 2, B*T, D), (2, B*T, D)
     begin_ptr, end_ptr, document_ptr, offsets_ptr, plane, chunks, documents, D, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of A and b in one chunk, walked against time from the gradient after it."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

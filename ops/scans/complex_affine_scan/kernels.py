@@ -128,6 +128,7 @@ def complex_affine_fwd_kernel(
     a_ptr, b_ptr, keep_ptr, starts_ptr, h_ptr,  # (B*T or 1, D, 2), (B*T, D, 2), (B*T,), (G, D, 2) fp32, (B*T, D, 2)
     begin_ptr, end_ptr, D, CONSTANT: tl.constexpr, RESETS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The states of one chunk and one block of channels, from the state before the chunk."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
@@ -165,6 +166,7 @@ def complex_affine_bwd_kernel(
     begin_ptr, end_ptr, document_ptr, offsets_ptr, D,
     CONSTANT: tl.constexpr, RESETS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of a and b in one chunk, walked against time from the gradient after it."""
     i_c = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D

@@ -43,6 +43,7 @@ class Edges:
 
     @classmethod
     def of(cls, length: int, cuts: tuple[int, ...] | None, device: torch.device) -> "Edges":
+        """The edges of `length` steps cut at the documents' boundaries `cuts`; None for a batch."""
         bounds = (0, length) if cuts is None else cuts
         filled = [i for i, (left, right) in enumerate(itertools.pairwise(bounds)) if left < right]
         first, ends, rows = (

@@ -15,6 +15,7 @@ class Elman(Cell):
     """h = tanh(w h' + u)."""
 
     def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
+        """The states after the steps: one plane, tanh(w p + u)."""
         return [torch.tanh(torch.addcmul(u[0], w[0], p[0]))]
 
 
@@ -24,6 +25,7 @@ class Pendulum(Cell):
     states = 2
 
     def value(self, p: Planes, u: Planes, w: Planes) -> Planes:
+        """The states after the steps: planes of angle and speed."""
         speed = 0.7 * p[1] - 0.3 * torch.sin(p[0]) + 0.1 * u[0]
         return [0.8 * p[0] + 0.3 * w[0] * speed, speed]
 

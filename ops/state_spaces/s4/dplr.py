@@ -73,6 +73,7 @@ class Dplr:
         return M
 
     def kernel(self, length: int) -> Tensor:
+        """The system's impulse response, (H, length), in the dtype of the data."""
         L = fast_length(length)
         c = self.readout.unsqueeze(-2)
         for k in range(L.bit_length()):
@@ -83,6 +84,7 @@ class Dplr:
         return cauchy_kernel(self.A, self.P, self.B, C, self.dt, L)[:, :length].to(self.dtype)
 
     def free(self, x: Tensor, length: int) -> Tensor:
+        """The outputs (n, length, H) that the states x (n, H, N, 2) cause when no input follows."""
         k = length.bit_length() // 2
         rows = self.readout.unsqueeze(-2) @ self.power(0)  # (H, 1, 2N)
         for i in range(k):
@@ -97,6 +99,7 @@ class Dplr:
         return y.flatten(2)[..., :length].permute(1, 2, 0)
 
     def forced(self, u: Tensor) -> Tensor:
+        """The states (n, H, N, 2) that the inputs u (n, L, H) leave behind, from zero states."""
         n, L, H = u.shape
         k = L.bit_length() // 2
         pieces = 1 << (-(-L // (1 << k)) - 1).bit_length()  # a power of two, filled up in front
@@ -113,6 +116,7 @@ class Dplr:
         return state
 
     def advance(self, x: Tensor, lengths: Tensor, most: int) -> Tensor:
+        """The states (n, H, N, 2) after `lengths` (n,) steps without input, of which none is over `most`."""
         state = x.flatten(-2).unsqueeze(-1)  # (n, H, 2N, 1)
         for k in range(most.bit_length()):
             on = (lengths >> k & 1).bool().view(-1, 1, 1, 1)
@@ -121,6 +125,7 @@ class Dplr:
         return pairs
 
     def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One step with the input u (n, H): the outputs (n, H) and the states (n, H, N, 2) after it."""
         after = self._transition(as_complex(x.double())) + self.B_bar * u.unsqueeze(-1)
         return 2 * (self.C * after).real.sum(-1).to(self.dtype), as_pairs(after).to(self.dtype)
 

@@ -54,6 +54,7 @@ def vandermonde_fwd_kernel(
     z_ptr, zr_ptr, w_ptr, K_ptr,  # (H, N, 2), (H, N, 2) of a whole row, (n*H, N, 2), (n*H, L); all fp32
     H, N, L, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """ROWS x COLUMNS consecutive numbers of one of the kernels K (n*H, L)."""
     i_g = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS
     o_c = row + tl.arange(0, ROWS)

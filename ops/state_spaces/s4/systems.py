@@ -51,15 +51,19 @@ class Diagonal:
         return vandermonde(self.log_A, as_pairs(w), length)
 
     def kernel(self, length: int) -> Tensor:
+        """The system's impulse response, (H, length)."""
         return self._vandermonde((self.B * self.C).unsqueeze(0), length).squeeze(0)
 
     def free(self, x: Tensor, length: int) -> Tensor:
+        """The outputs (n, length, H) that the states x (n, H, N, 2) cause when no input follows."""
         return self._vandermonde(self.C * self.A * as_complex(x), length).mT
 
     def forced(self, u: Tensor) -> Tensor:
+        """The states (n, H, N, 2) that the inputs u (n, L, H) leave behind, from zero states."""
         return as_pairs(self.B * as_complex(vandermonde_transposed(self.log_A, u).contiguous()))
 
     def advance(self, x: Tensor, lengths: Tensor, most: int) -> Tensor:
+        """The states (n, H, N, 2) after `lengths` (n,) steps without input."""
         return as_pairs(self._after(lengths) * as_complex(x))
 
     def _after(self, lengths: Tensor) -> Tensor:
@@ -69,10 +73,12 @@ class Diagonal:
         return torch.exp(as_complex(torch.cat([self.log_A[..., :1] * n.to(self.log_A.dtype), turned], dim=-1)))
 
     def step(self, x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """One step with the input u (n, H): the outputs (n, H) and the states (n, H, N, 2) after it."""
         after = self.A * as_complex(x) + self.B * u.unsqueeze(-1)
         return 2 * (self.C * after).real.sum(-1), as_pairs(after)
 
     def element(self, u: Tensor) -> ComplexElementwise:
+        """What the stretch of inputs u (n, L, H) does to any state; the identity where L is 0."""
         a = torch.exp(as_complex(times(self.log_A, u.shape[1])))
         return ComplexElementwise(
             as_pairs(a), self.forced(u) if u.shape[1] else as_pairs(0 * a).expand(len(u), *a.shape, 2)

@@ -36,6 +36,7 @@ def selective_fwd_summary_kernel(
     states_ptr, total_ptr,  # (G, E, N) fp32: what the chunk's inputs leave behind; (G, E) fp32: its sum of delta
     begin_ptr, end_ptr, E, N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """What one chunk does to any state: what its inputs leave behind, and its sum of delta."""
     i_c = tl.program_id(0).to(tl.int64)
     o_e, o_n = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
     m_e, m_n = o_e < E, o_n < N
@@ -92,6 +93,7 @@ def selective_fwd_kernel(
     begin_ptr, end_ptr,
     E, N: tl.constexpr, HAS_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """The outputs of one chunk and one block of channels, from the state before the chunk."""
     i_c = tl.program_id(0).to(tl.int64)
     o_e, o_n = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_N)
     m_e, m_n = o_e < E, o_n < N
@@ -185,6 +187,7 @@ def selective_bwd_kernel(
     begin_ptr, end_ptr, tokens,
     E, N: tl.constexpr, HAS_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """All gradients in one chunk and one block of channels, from the states around the chunk."""
     i_c, i_e = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     o_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     o_t, m_e = tl.arange(0, CHUNK), o_e < E

@@ -126,6 +126,7 @@ def ssd_output_kernel(
     H, G, N: tl.constexpr, P: tl.constexpr, HAS_D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The outputs of one chunk, head and block of P: by pairs inside the chunk, and from the state before it."""
     i_c, i_h = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_p = tl.program_id(2) * BLOCK_P + tl.arange(0, BLOCK_P)
     i_g = i_h // (H // G)
@@ -161,6 +162,7 @@ def ssd_grad_scores_kernel(
     begin_ptr, end_ptr, chunks,
     H, G, P: tl.constexpr, HEADS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """The gradient of one chunk's scores, summed over HEADS heads, and that of dt A by pairs of tokens."""
     i_c, i_g, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     begin = tl.load(begin_ptr + i_c)
     o_t = tl.arange(0, CHUNK)

@@ -26,6 +26,7 @@ def dropout_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """BLOCK groups of four channels, each dropped or scaled by the mask that its counter makes."""
     groups = tl.cdiv(D, 4)
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N * groups

@@ -21,6 +21,7 @@ def linear_cross_entropy_fwd_kernel(
     z_ptr, target_ptr, loss_ptr, lse_ptr,  # (N, V) any float, (N,) int64, (N,) ACC, (N,) ACC
     N, V, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """The loss and the log of the sum of exponentials of BLOCK_N rows, in one pass over the vocabulary."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
     o_v = tl.arange(0, BLOCK_V)
@@ -47,6 +48,7 @@ def linear_cross_entropy_bwd_kernel(
     z_ptr, target_ptr, lse_ptr,  # (N, V) any float, overwritten; (N,) int64; (N,) ACC
     N, V, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
+    """Logits overwritten by their gradients, BLOCK_N rows and BLOCK_V words."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n = o_n < N

@@ -30,6 +30,7 @@ def rms_norm_fwd_kernel(
     N, D, eps,
     GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_N normalised rows; the gate acts after the norm (GATE = 1), before it (2), or not at all (0)."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     m = (o_n < N)[:, None] & (o_d < D)[None, :]
@@ -53,6 +54,7 @@ def rms_norm_bwd_kernel(
     N, D, eps,
     GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """The gradients of rows and gates, and one sum of the weight's gradient for each program."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_dw = tl.zeros([BLOCK_D], dtype=ACC)

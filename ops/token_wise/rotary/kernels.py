@@ -23,6 +23,7 @@ def rotary_kernel(
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, BACKWARD: tl.constexpr, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """BLOCK_N rows of heads with every pair of channels turned by its position's angle."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m = (o_n < N)[:, None] & (o_k < HALF)[None, :]

@@ -21,6 +21,7 @@ def _sigmoid(z):
 
 @triton.jit
 def swiglu_fwd_kernel(gate_ptr, up_ptr, y_ptr, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """silu(gate) * up for BLOCK numbers."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     b_gate = tl.load(gate_ptr + o, mask=m, other=0.0).to(ACC)
@@ -30,6 +31,7 @@ def swiglu_fwd_kernel(gate_ptr, up_ptr, y_ptr, N, ACC: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def swiglu_bwd_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, N, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradients of gate and up for BLOCK numbers."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
     b_dy = tl.load(dy_ptr + o, mask=m, other=0.0).to(ACC)

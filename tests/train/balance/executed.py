@@ -17,12 +17,12 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+from balancing.execute import IGNORED, Batch, ProcessGroups, agree, run_plan
 from torch import Tensor, nn
 
 import zoo
 from zoo.ops.core.spec import relative_error
 from zoo.train.balance import CostModel, Flexible, Group, Hybrid, PackedStream, Plan, Ring, Uniform
-from zoo.train.balance.execute import IGNORED, Batch, ProcessGroups, agree, run_plan
 
 RANKS = 4
 PLANS = 200

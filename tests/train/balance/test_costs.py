@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from balancing.lengths import CORPORA
+from balancing.offload import Offload
+from balancing.published import PARAMETERS_7B_384K, PUBLISHED, capacity
 
-from zoo.train.balance import PUBLISHED, CostModel, Measured, Ring, refit
-from zoo.train.balance.cost import PARAMETERS_7B_384K, capacity
-from zoo.train.balance.lengths import CORPORA
-from zoo.train.balance.offload import Offload
+from zoo.train.balance import CostModel, Measured, Ring, refit
 
 SEVEN = PUBLISHED["7b"].cost()
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from balancing.lengths import CORPORA
+from balancing.published import PUBLISHED
+from balancing.simulate import lower_bound
 from exact_plans import best_step
 
-from zoo.train.balance import PUBLISHED, CostModel, Ring, StateHandOff, lower_bound
+from zoo.train.balance import CostModel, Ring, StateHandOff
 from zoo.train.balance.assignment import best_assignment, powers_of_two
-from zoo.train.balance.lengths import CORPORA
 
 SEVEN = PUBLISHED["7b"].cost()
 

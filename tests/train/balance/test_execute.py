@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from balancing.execute import IGNORED, micro_batch
 
 from zoo.train.balance import Group, Plan
-from zoo.train.balance.execute import IGNORED, micro_batch
 
 
 @pytest.mark.everything

@@ -6,13 +6,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from balancing.lengths import CORPORA, power_tail
+from balancing.published import PUBLISHED, AllToAll
+from balancing.simulate import lower_bound, simulate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.ops import shard
 from zoo.train.balance import (
-    PUBLISHED,
-    AllToAll,
     CostModel,
     Flexible,
     Group,
@@ -23,11 +24,8 @@ from zoo.train.balance import (
     Ring,
     StateHandOff,
     Uniform,
-    lower_bound,
-    simulate,
 )
 from zoo.train.balance.assignment import Problem, partitions, powers_of_two
-from zoo.train.balance.lengths import CORPORA, power_tail
 from zoo.train.balance.micro_batches import buckets, consecutive_parts, rounding_error
 
 COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=Ring(0.03))

@@ -57,7 +57,7 @@ class DataModule(LightningDataModule):
         raise NotImplementedError
 
     def make_sources(self) -> tuple[Source, Source]:
-        """Training and validation."""
+        """The sources of training and of validation batches, in this order."""
         raise NotImplementedError
 
     @property

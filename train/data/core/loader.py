@@ -16,7 +16,7 @@ Batch = dict[str, Tensor]
 
 
 class Source(Protocol):
-    """Batches by number."""
+    """Batches that are a pure function of epoch, step and rank."""
 
     def steps(self, world: int) -> int:
         """Batches of one epoch on each of `world` ranks."""

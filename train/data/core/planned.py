@@ -57,7 +57,7 @@ class InMemory:
         return self.documents[document][first : last + 1].long()
 
     def n_bytes(self, document: int, first: int, last: int) -> int | None:
-        """Unknown."""
+        """None: nobody knows how many bytes of text these tokens stand for."""
         return None
 
 
@@ -125,7 +125,7 @@ class Plans(Source):
         return self.sampler.batches(0)
 
     def batch(self, epoch: int, step: int, rank: int, world: int) -> PlanBatch:
-        """A rank's micro-batches."""
+        """The micro-batches of `rank` in one step, with what all ranks must agree on."""
         plan = self.sampler.plan(epoch, step)
         digest = hashlib.sha256((plan.digest() + self.sampler.settings()).encode())
         for name, length in zip(plan.documents, plan.lengths, strict=True):
@@ -148,7 +148,7 @@ class Rows(Source):
         return self.sampler.batches(0)
 
     def batch(self, epoch: int, step: int, rank: int, world: int) -> Batch:
-        """A rank's row."""
+        """One packed row of the whole documents of `rank`; a row of filler where it has none."""
         names = self.sampler.documents(epoch, step)
         plan = Dealt(world)(self.sampler.lengths[names]).named(names.tolist())
         found = plan.for_rank(rank)

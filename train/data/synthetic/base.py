@@ -116,7 +116,7 @@ class SyntheticData(DataModule):
         )
 
     def make_sources(self) -> tuple[Source, Source]:
-        """The two streams."""
+        """Samples of the training and of the validation stream, which have no row in common."""
         settings = self._settings()
         return _Samples(settings, self.train_samples, TRAINING), _Samples(settings, self.val_samples, VALIDATION)
 

@@ -153,6 +153,7 @@ class Parity(StateTracking):
         )  # fmt: skip
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Bits (n, seq_len) and the parity of all bits so far, of the same shape."""
         bits = draws.integers(2, self.seq_len)
         return bits, bits.cumsum(axis=1) % 2
 
@@ -228,6 +229,7 @@ class WordProblem(StateTracking):
         self.group, self.table = group, cayley(group)
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of group elements (n, seq_len) and of the products of all elements so far."""
         tokens = draws.integers(self.vocab_size, self.seq_len)
         products = tokens.copy()
         for t in range(1, self.seq_len):
@@ -272,6 +274,7 @@ class KHop(StateTracking):
         self.hops = hops
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n, seq_len) and the tokens where `hops` hops lead, IGNORE where they lead nowhere."""
         tokens = draws.integers(self.vocab_size, self.seq_len)
         rows = np.arange(len(tokens))
         seen = np.full((len(tokens), self.vocab_size), -1)  # the position after the last occurrence of each token
@@ -322,6 +325,7 @@ class KeepNth(StateTracking):
         self.n = n
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n, seq_len) and the n-th of each row from there on, IGNORE before it."""
         tokens = draws.integers(self.vocab_size, self.seq_len)
         kept = np.broadcast_to(tokens[:, self.n - 1 : self.n], tokens.shape)
         return tokens, np.where(np.arange(self.seq_len) < self.n - 1, IGNORE, kept)

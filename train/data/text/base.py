@@ -120,7 +120,7 @@ class TextData(TextSettings):
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's."""
+        """The number of different tokens of the tokenizer."""
         return self.tokenizer.vocab_size
 
     @property

@@ -45,7 +45,7 @@ class PlannedDocuments(DataModule):
         self._whole: tuple[Documents, Documents] | None = None
 
     def make_documents(self) -> tuple[Documents, Documents]:
-        """Training and validation."""
+        """The documents of training and of validation, in this order."""
         raise NotImplementedError
 
     @property
@@ -157,11 +157,11 @@ class TokenDocuments(PlannedDocuments):
 
     @property
     def vocab_size(self) -> int:
-        """As given."""
+        """The number of different tokens that the caller said."""
         return self._vocab_size
 
     def make_documents(self) -> tuple[Documents, Documents]:
-        """As given."""
+        """The caller's tensors of training and of validation, as documents."""
         train, val = self._given
         return InMemory(train), InMemory(val)
 
@@ -215,7 +215,7 @@ class TextDocuments(PlannedDocuments):
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's."""
+        """The number of different tokens of the text's tokenizer."""
         return self.text.vocab_size
 
     def make_documents(self) -> tuple[Documents, Documents]:

@@ -74,7 +74,7 @@ class Hub(TextSettings):
 
     @property
     def vocab_size(self) -> int:
-        """The tokenizer's."""
+        """The number of different tokens of the tokenizer."""
         return self.tokenizer.vocab_size
 
     @property

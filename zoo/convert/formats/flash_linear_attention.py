@@ -124,7 +124,7 @@ def _shortest(layers: list[str]) -> str:
 
 
 def describe_gla(fields: Fields) -> Described:
-    """zoo's gla."""
+    """The config of zoo's gla that says the same as the library's fields."""
     config = _linear(fields, "gla", convolution=False)
     config |= {
         "n_kv_heads": fields.size("num_kv_heads", None),
@@ -143,7 +143,7 @@ def describe_gla(fields: Fields) -> Described:
 
 
 def describe_delta_net(fields: Fields) -> Described:
-    """zoo's deltanet."""
+    """The config of zoo's deltanet that says the same as the library's fields."""
     config = _linear(fields, "deltanet", convolution=True)
     config |= {
         "expand_k": fields.take("expand_k", float, 1.0),
@@ -165,7 +165,7 @@ def describe_delta_net(fields: Fields) -> Described:
 
 
 def describe_gated_deltanet(fields: Fields) -> Described:
-    """zoo's gated_deltanet."""
+    """The config of zoo's gated_deltanet that says the same as the library's fields."""
     config = _linear(fields, "gated_deltanet", convolution=True)
     config |= {
         "n_v_heads": fields.size("num_v_heads", None),
@@ -180,7 +180,7 @@ def describe_gated_deltanet(fields: Fields) -> Described:
 
 
 def describe_transformer(fields: Fields) -> Described:
-    """zoo's transformer."""
+    """The config of zoo's transformer that says the same as the library's fields."""
     config = _common(fields)
     config |= {
         "n_kv_heads": fields.size("num_kv_heads", None),
@@ -252,7 +252,7 @@ def _attention_layers(model: SequenceModel, mixer: str) -> list[dict[str, Any]] 
 
 
 def undescribe_gla(model: nn.Module) -> dict[str, Any]:
-    """The library's GLA."""
+    """The library's config.json for a gla of zoo; a UserError where the library has no such model."""
     c: Any = model.config
     if (c.gate_rank, c.temperature) != (16, 16.0):
         raise UserError(
@@ -265,7 +265,7 @@ def undescribe_gla(model: nn.Module) -> dict[str, Any]:
 
 
 def undescribe_delta_net(model: nn.Module) -> dict[str, Any]:
-    """The library's DeltaNet."""
+    """The library's config.json for a deltanet of zoo; a UserError where the library has no such model."""
     c: Any = model.config
     if not (c.use_output_norm or c.use_gate) or c.qk_norm == "none":
         raise UserError(
