@@ -9,6 +9,7 @@ from zoo.decoding.causal import refuse_unless_causal
 from zoo.decoding.compiled import CompiledStep, Step, step
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
+from zoo.layers.state import reserve
 
 
 def sample(
@@ -132,7 +133,7 @@ def generate_batch(
             if not any(running):
                 return
             if n + 1 < max_tokens:
-                state = model.reserve(state, longest + n + 1)
+                state = reserve(model, state, longest + n + 1)
                 logits, state = advance(model, drawn[:, None], state)
     finally:
         model.train(training)

@@ -18,7 +18,7 @@ from zoo.errors import UserError
 from zoo.files import write_atomically
 from zoo.layers import SequenceModel
 from zoo.layers.kv_cache import trimmed, values
-from zoo.layers.state import Prefixes, State, flatten, select, state_bytes, unflatten
+from zoo.layers.state import Prefixes, State, flatten, reserve, select, state_bytes, unflatten
 
 __all__ = ["Session"]
 
@@ -229,7 +229,7 @@ class Session:
             )
 
     def _reserve(self, more: int) -> None:
-        self._state = self.model.reserve(self._state, max(map(len, self.tokens)) + more)
+        self._state = reserve(self.model, self._state, max(map(len, self.tokens)) + more)
 
     def _one_token(self, windows: list[list[int]]) -> Tensor | None:
         """One token a row, none in some: those run with any token, and keep their state. None where states grow."""
