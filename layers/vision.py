@@ -236,7 +236,7 @@ class VisionModel(Model):
     @property
     def num_features(self) -> int:
         """Width of what the head sees."""
-        return self.config.width(len(self.config.stages) - 1)
+        return int(self.config.width(len(self.config.stages) - 1))
 
     def reset_classifier(self, n_classes: int) -> None:
         """Put a fresh head for so many classes in place of the old one; none for 0.
