@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from zoo.errors import UserError
-from zoo.layers import SequenceModel
+from zoo.layers import Model, SequenceModel
 from zoo.train.contracts import tokenizer_of
 from zoo.train.metrics import (
     IGNORED,
@@ -58,6 +58,13 @@ class LanguageModelling(Task):
             raise UserError(
                 f"task=language_modelling predicts the next token, and {getattr(model, 'name', 'this model')} sees it: "
                 "both sides of every token reach its output; use task=masked_language_modelling"
+            )
+        inputs = model.inputs if isinstance(model, Model) else ()
+        others = [each.name for each in inputs if not each.optional and each.name != "tokens"]
+        if others:
+            raise UserError(
+                f"task=language_modelling has tokens alone, and {getattr(model, 'name', 'this model')} takes "
+                f"{', '.join(others)} as well; choose the task that it is for"
             )
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
         self.metrics = tuple(data.metrics)

@@ -291,7 +291,7 @@ class Session:
         return tokens, torch.arange(most, device=self._device) < lengths[:, None]
 
     def _nothing(self) -> Tensor:
-        weight = self.model.embedding.weight
+        weight = next(self.model.parameters())
         return weight.new_zeros(len(self.tokens), 0, self.model.config.vocab_size)
 
 

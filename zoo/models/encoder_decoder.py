@@ -27,6 +27,7 @@ class EncoderDecoderConfig(Base):
     },
     task="sequence_to_sequence",
     data="reverse",
+    decoder=None,
     produces="series",
     tags=("attention", "causal", "encoder-decoder"),
     paper="Vaswani et al., Attention Is All You Need, arXiv 1706.03762; the blocks of LLaMA, arXiv 2302.13971",
