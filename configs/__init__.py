@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 GROUPS = ("model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment")
+DECODER = "decoder"  # a group of its own: it is of `zoo generate`, not of a run
 # {group: {old name of a choice: its name today}}; an old one keeps working and says once what to write.
 RENAMED: dict[str, dict[str, str]] = {}
 # {group: {setting: its values}}; a choice NAME whose file holds the setting is also there as NAME_VALUE.
@@ -27,7 +28,7 @@ def variants(group: str) -> dict[str, dict[str, str]]:
 def choices(extra: Iterable[Path] = ()) -> dict[str, list[str]]:
     """{group: the names of its YAML files}, also from further folders that are laid out like this one."""
     found: dict[str, list[str]] = {}
-    for group in GROUPS:
+    for group in (*GROUPS, DECODER):
         files = {file.stem for root in (ROOT, *extra) for file in (root / group).glob("*.yaml")}
         found[group] = sorted(files)
     return found

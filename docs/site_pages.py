@@ -97,7 +97,7 @@ def examples() -> str:
 def api() -> dict[str, str]:
     """The pages of the API: what each package names in `__all__`, so that no name is listed by hand."""
     pages = {
-        "zoo": {"zoo": "zoo", "Decoding": "zoo.decoding"},
+        "zoo": {"zoo": "zoo", "Decoding": "zoo.decoding", "Codecs": "zoo.codecs"},
         "ops": {"Operators": "zoo.ops", "Time cut across ranks": "zoo.ops.shard"},
         "layers": {"Layers": "zoo.layers"},
         "train": {"Strategies": "zoo.train.strategies", "Runs": "zoo.train.fit"},

@@ -112,13 +112,13 @@ def append(cache: Cache, k: Tensor, v: Tensor, lengths: Tensor | None, keep: int
     T, M = k.shape[1], cache.k.shape[1]
     filled = cache.length.clamp(max=M)
     if isinstance(cache, AttentionSlots):
-        rooms = (cache.k, cache.v)
+        rooms = [cache.k, cache.v]
     elif keep is None or keep >= M:
-        rooms = tuple(F.pad(x, (0, 0, 0, 0, 0, T)) for x in (cache.k, cache.v))
+        rooms = [F.pad(x, (0, 0, 0, 0, 0, T)) for x in (cache.k, cache.v)]
     else:  # a full window drops its oldest key first, so that old and new keys are copied once
         dropped = (filled - keep).clamp(min=0)
         source = (dropped[:, None] + torch.arange(keep + T, device=k.device)).clamp(max=M - 1)
-        rooms, filled = (taken(cache.k, source), taken(cache.v, source)), filled - dropped
+        rooms, filled = [taken(cache.k, source), taken(cache.v, source)], filled - dropped
     slots = filled[:, None] + torch.arange(T, device=k.device)
     for room, new in zip(rooms, (k, v), strict=True):
         room.view(-1, *room.shape[2:]).index_copy_(0, _flat(slots, room.shape[1]), new.flatten(0, 1))
@@ -129,7 +129,8 @@ def append(cache: Cache, k: Tensor, v: Tensor, lengths: Tensor | None, keep: int
 
 def taken(x: Tensor, slots: Tensor) -> Tensor:
     """Slots (B, n) of each row of x (B, S, ...) -> (B, n, ...)."""
-    return x.flatten(0, 1).index_select(0, _flat(slots, x.shape[1])).unflatten(0, slots.shape)
+    rows = x.flatten(0, 1).index_select(0, _flat(slots, x.shape[1]))
+    return rows.view(*slots.shape, *x.shape[2:])
 
 
 def _flat(slots: Tensor, S: int) -> Tensor:
@@ -147,7 +148,8 @@ def reserve(cache: Cache, slots: int) -> AttentionSlots:
         return cache
     size = max(slots, M + M // 4)
     more = -(-size // STEP) * STEP - M
-    return AttentionSlots(*(F.pad(x, (0, 0, 0, 0, 0, more)) for x in (cache.k, cache.v)), cache.length)
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (cache.k, cache.v))
+    return AttentionSlots(k, v, cache.length)
 
 
 def reserve_window(cache: Cache, window: int) -> AttentionState:

@@ -24,6 +24,7 @@ FLOORS = {
     "zoo.layers": {"zoo.ops", "zoo.errors", "zoo._discover", "zoo.ranges"},
     "zoo.registry": {"zoo.errors", "zoo._types", "zoo.files", "zoo.ranges", "zoo._deprecation"},
     "zoo.tokenizers": {"zoo.errors", "zoo.files"},
+    "zoo.codecs": {"zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.configs": set(),
     "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs", "zoo._deprecation"},
     "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry", "zoo.targets"},
@@ -34,9 +35,11 @@ FLOORS = {
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},
     "zoo.checkpoint": {"zoo.models", "zoo.convert", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files"},
-    "zoo.decoding": {"zoo.models", "zoo.layers", "zoo.ops", "zoo.errors", "zoo.files", "zoo.ranges", "zoo._discover"},
+    "zoo.decoding": {
+        "zoo.models", "zoo.layers", "zoo.ops", "zoo.errors", "zoo.files", "zoo.ranges", "zoo._discover", "zoo.codecs",
+    },
     "zoo.train": {
-        "zoo.decoding", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
+        "zoo.decoding", "zoo.codecs", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
         "zoo.targets", "zoo",
     },

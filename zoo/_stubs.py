@@ -1,4 +1,4 @@
-"""What type checkers read of packages whose public names are found: the stubs of `zoo.ops` and `zoo.layers`."""
+"""What type checkers read of packages whose public names are found, `zoo.ops` and others: their stubs."""
 
 import importlib
 from pathlib import Path
@@ -8,7 +8,7 @@ from zoo.files import write_text
 
 __all__ = ["build", "write"]
 
-PACKAGES = ("zoo.ops", "zoo.layers")
+PACKAGES = ("zoo.ops", "zoo.layers", "zoo.decoding", "zoo.codecs")
 
 
 def build(package: ModuleType) -> str:

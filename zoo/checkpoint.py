@@ -50,8 +50,14 @@ class Tokenizer(Protocol):
         ...
 
 
-def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Path:
-    """Write a model of the registry as model.safetensors + config.json (+ the tokenizer's files).
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    *,
+    codec: Tokenizer | None = None,
+) -> Path:
+    """Write a model of the registry as model.safetensors + config.json (+ the files of the tokenizer or codec).
 
     Everything is first written beside the folder and only then renamed into it: when the disk is full or the process
     dies, the old checkpoint is still there and still whole.
@@ -60,6 +66,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer 
         model: built by `create_model`, so that it knows its name, size and config.
         folder: made when missing; an older checkpoint in it is replaced.
         tokenizer: saved next to the weights, for `zoo generate`.
+        codec: in its place, of whatever the tokens are; see `zoo.codecs`. `zoo.codecs.load(folder)` reads either.
 
     Returns:
         the folder.
@@ -71,8 +78,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer 
 
     def write(staged: Path) -> None:
         save_file(_unique_tensors(model), staged / WEIGHTS, metadata={"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save(staged)
+        for meaning in (tokenizer, codec):
+            if meaning is not None:
+                meaning.save(staged)
         names = sorted(path.name for path in staged.iterdir())
         _write(staged / CONFIG, json.dumps(described | {"files": names}, indent=2) + "\n")
 

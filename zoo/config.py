@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import GROUPS, RENAMED, ROOT, choices, variants
+from zoo.configs import DECODER, GROUPS, RENAMED, ROOT, choices, variants
 from zoo.errors import UsageError, UserError, remedy
 from zoo.ranges import Range
 from zoo.registry import check_fields, check_size, current_model, list_models, model_info
@@ -82,6 +82,28 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
         elif isinstance(section, dict):
             _check_packages(group, section.pop(REQUIRES, []), parsed)
     return check(config, raw)
+
+
+def compose_decoder(overrides: Sequence[str] = (), *, config_dir: Path | None = None) -> dict[str, Any]:
+    """The settings of a decoder: its class in `_target_` and every field, checked.
+
+    Args:
+        overrides: decoder=NAME and decoder.KEY=VALUE.
+        config_dir: a folder with further YAML files in decoder/.
+
+    Raises:
+        UsageError: another key, an unknown decoder or setting, or a value of another type or out of range.
+    """
+    parsed = _parse(overrides)
+    for override in parsed:
+        if _root(override) != DECODER or override.is_delete() or override.is_sweep_override():
+            raise UsageError(
+                f"zoo generate takes decoder=NAME and decoder.KEY=VALUE, one value each; got {override.input_line}"
+            )
+    _check_choices(parsed, choices([config_dir] if config_dir else []))
+    section = _compose([_unlocked(o) for o in parsed], config_dir, root="generate")[DECODER]
+    raw = {o.key_or_group: o.get_value_string() for o in parsed}
+    return _fill(DECODER, section, raw, {DECODER: section})
 
 
 def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
@@ -361,7 +383,7 @@ def _root(override: Override) -> str:
 
 
 def _is_choice(override: Override) -> bool:
-    return override.key_or_group in GROUPS
+    return override.key_or_group in (*GROUPS, DECODER)
 
 
 def _unlocked(override: Override) -> str:
@@ -396,7 +418,7 @@ def _of_the_model(base: Mapping[str, Any], chosen: Collection[str], known: Mappi
     return [f"{group}={choice}" for group, choice in own.items()]
 
 
-def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
+def _compose(overrides: list[str], config_dir: Path | None, root: str = "config") -> dict[str, Any]:
     if config_dir is not None:
         if not config_dir.is_dir():
             raise UsageError(f"--config-dir must be a folder, {config_dir} is none")
@@ -404,7 +426,7 @@ def _compose(overrides: list[str], config_dir: Path | None) -> dict[str, Any]:
         overrides = [f"hydra.searchpath=['file://{where}']", *overrides]
     try:
         with initialize_config_dir(str(ROOT.resolve()), version_base="1.3"):
-            composed = hydra_compose("config", overrides)
+            composed = hydra_compose(root, overrides)
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UsageError(f"the settings do not compose: {first_line(error)}") from error

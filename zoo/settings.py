@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from zoo._types import is_opaque, spell
-from zoo.configs import GROUPS, ROOT
+from zoo.configs import DECODER, GROUPS, ROOT
 from zoo.files import write_text
 from zoo.ranges import Range, ranges_of
 from zoo.registry import resolve
@@ -87,7 +87,7 @@ def indexed(group: str, target: object) -> dict[str, Setting] | None:
 def build_index() -> dict[Path, str]:
     """{file: its text} for every class of zoo that a YAML file of the configs names; imports them all."""
     texts = {}
-    for group in GROUPS:
+    for group in (*GROUPS, DECODER):
         for path in (ROOT / group).glob("*.yaml"):
             target = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get(TARGET, "")
             if target.startswith("zoo."):

@@ -48,6 +48,7 @@ KINDS: Mapping[str, Kind] = {
     "trainer": Kind("zoo.train.run.trainer.TrainerConfig", "zoo.train.run.trainer"),
     "strategy": Kind("lightning.pytorch.strategies.strategy.Strategy", "zoo.train.strategies"),
     "memory": Kind("zoo.train.memory.choose.MemoryConfig", "zoo.train.memory"),
+    "decoder": Kind("zoo.decoding.decoder.Decoder", "zoo.decoding.decoders"),
     "logger": Kind("lightning.pytorch.loggers.logger.Logger", None),
 }
 

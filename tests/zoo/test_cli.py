@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 import zoo
 import zoo.train.run
-from zoo import cli, tokenizers
+from zoo import cli, decoding, tokenizers
 from zoo.cli import sweep as sweep_module
-from zoo.cli.generate import Sampling, StopText
+from zoo.cli.generate import Request, StopText
 from zoo.cli.models import parse_count, short_count
 from zoo.cli.show import forward_flops, parameter_rows
 from zoo.config import read_yaml
+from zoo.decoding import Piece
+from zoo.decoding.decoder import DECODERS
 from zoo.errors import UsageError, UserError
 
 LIGHT = (["--help"], ["list"], ["completion", "bash"], ["list", "--json"], ["config", "--groups"])
@@ -161,7 +164,18 @@ def test_counts():
 def test_groups(capsys):
     out = run(capsys, "config", "--groups")[1]
     groups = {line.split()[0]: line for line in out.splitlines()}
-    assert list(groups) == ["model", "data", "task", "optim", "trainer", "strategy", "memory", "logger", "experiment"]
+    assert list(groups) == [
+        "model",
+        "data",
+        "task",
+        "optim",
+        "trainer",
+        "strategy",
+        "memory",
+        "logger",
+        "experiment",
+        "decoder",
+    ]
     assert "toy" in groups["model"]
 
 
@@ -443,8 +457,9 @@ def test_stop_text_is_never_shown_even_in_pieces():
     "wrong", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 1.5}]
 )
 def test_sampling_is_checked(wrong):
-    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')} must be"):
-        Sampling(**{"max_tokens": 1, "temperature": 1.0, "top_k": None, "top_p": None, "seed": None} | wrong)
+    (name,) = wrong
+    with pytest.raises(UsageError, match=f"decoder.{name} must be"):
+        Request(flags=wrong).decoder()
 
 
 @pytest.fixture
@@ -477,22 +492,24 @@ def test_generate_prints_a_token_before_it_computes_the_next(talker, monkeypatch
 
     shown = Output()
 
-    def generate(model, ids, *, max_tokens, stop_ids, **sampling):
-        assert list(ids) == [256, *b"ab"]
-        assert list(stop_ids) == [256]
+    def run(self, model, prompt, codec, generator):
+        assert list(prompt.rows[0]) == [256, *b"ab"]
+        assert list(prompt.stop_ids) == [256]
         for n, token in enumerate("x\u00e9y".encode()):
             assert shown.flushed == ["", "x", "x", "x\u00e9"][n]  # never half a character
-            yield token
+            yield Piece([[token]], [False], {"forwards": 1})
 
     monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr("zoo.decoding.generate", generate)
+    monkeypatch.setattr(decoding.Sampling, "run", run)
     assert cli.main(["generate", str(talker), "--prompt", "ab", "--max-tokens", "4"]) == 0
     assert shown.getvalue() == "x\u00e9y\n"
 
 
 def test_generate_compiles_when_asked(capsys, talker, monkeypatch):
     asked = []
-    monkeypatch.setattr("zoo.decoding.generate", lambda *_, compile, **sampling: asked.append(compile) or iter([65]))
+    monkeypatch.setattr(
+        decoding.Sampling, "run", lambda self, *_: asked.append(self.compile) or iter([Piece([[65]], [True], {})])
+    )
     assert cli.main(["generate", str(talker)]) == cli.main(["generate", str(talker), "--compile"]) == 0
     said = capsys.readouterr()
     assert asked == [False, True]
@@ -512,6 +529,69 @@ def test_generate_reads_its_prompt_from_a_pipe(capsys, talker, monkeypatch):
     words = ["generate", str(talker), "--max-tokens", "5", "--seed", "1"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("The "))
     assert run(capsys, *words, "--prompt", "-")[1] == run(capsys, *words, "--prompt", "The ")[1]
+
+
+def test_generate_by_another_decoder_is_the_same_text_in_fewer_forwards(capsys, talker, tmp_path):
+    words = ["generate", str(talker), "--prompt", "abcabcabc", "--temperature", "0", "--max-tokens", "40", "--stats"]
+    code, plain, said = run(capsys, *words)
+    assert (code, said) == (0, "40 tokens in 40 forwards, 0 saved\n")
+    code, text, said = run(capsys, *words, "decoder=speculative", "decoder.gamma=6", "decoder.shortest=1")
+    assert (code, text) == (0, plain)
+    tokens, forwards, saved, accepted, proposed = map(int, re.findall(r"\d+(?!\d*%)", said))
+    assert (tokens, saved) == (40, 40 - forwards)
+    assert saved == accepted > 0
+    assert proposed >= accepted
+    assert run(capsys, *words, "decoder=speculative", "--out", str(tmp_path / "text"))[1] == ""
+    assert (tmp_path / "text").read_text() == plain
+
+
+def test_generate_goes_on_from_a_saved_state(capsys, talker, tmp_path):
+    words, file = ["generate", str(talker), "--temperature", "0"], str(tmp_path / "state")
+    whole = run(capsys, *words, "--prompt", "The ", "--max-tokens", "12")[1]
+    first = run(capsys, *words, "--prompt", "The ", "--max-tokens", "5", "--save-state", file)[1]
+    for decoder in ("sampling", "speculative"):
+        rest = run(capsys, *words, "--max-tokens", "7", "--load-state", file, f"decoder={decoder}")[1]
+        assert first[:-1] + rest == whole
+    other = zoo.save(zoo.create_model("transformer", d_model=16, n_layers=1, n_heads=2, vocab_size=257), tmp_path / "o",
+                     tokenizer=tokenizers.ByteTokenizer())  # fmt: skip
+    code, said = refused(capsys, "generate", str(other), "--load-state", file)
+    assert code == 1
+    assert said.startswith("this state was made by other weights (transformer ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["decoder=speculativ"], "no decoder 'speculativ'; did you mean 'speculative'?"),
+        (["decoder.gamma=3"], "no setting 'decoder.gamma'"),
+        (["decoder=speculative", "decoder.gamma=0"], "decoder.gamma must be in [1, 64], got 0"),
+        (["decoder=speculative", "decoder.drafter=oracle"], "decoder.drafter must be 'ngram', got 'oracle'"),
+        (["decoder=speculative", "decoder.shortest=9"], "decoder.shortest must be at most longest = 6, got 9"),
+        (["decoder=speculative", "--compile"], "no setting 'decoder.compile'"),
+        (["decoder.seed=3", "--seed", "4"], "--seed and decoder.seed= are the same setting; give one of them"),
+        (["model=gla"], "zoo generate takes decoder=NAME and decoder.KEY=VALUE, one value each; got model=gla"),
+    ],
+)
+def test_words_about_decoders_that_are_off(capsys, talker, words, said):
+    code, sentence = refused(capsys, "generate", str(talker), *words)
+    assert code == 2
+    assert sentence.startswith(said)
+
+
+def test_list_says_which_decoders_a_model_can_use(capsys, talker, tmp_path):
+    for words in (["--decoders"], ["--decoders", str(talker)]):
+        code, out, _ = run(capsys, "list", *words)
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()] == sorted(DECODERS)
+        assert " no: " not in out
+    both = zoo.save(zoo.create_model("hydra", d_model=32, n_layers=1, vocab_size=257, head_dim=16), tmp_path / "both")
+    out = run(capsys, "list", "--decoders", str(both))[1]
+    assert all(
+        "no: a text is continued by a causal model, and hydra sees both sides" in line for line in out.splitlines()
+    )
+    code, said = refused(capsys, "generate", str(both), "decoder=speculative")
+    assert code == 1
+    assert "hydra has none" in said
 
 
 # -- doctor ------------------------------------------------------------------------------------------------------

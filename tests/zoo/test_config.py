@@ -13,7 +13,7 @@ from torch import nn
 
 from zoo import targets
 from zoo.config import compose, fixed, parse_fields, read_yaml, sweep, to_yaml
-from zoo.configs import GROUPS, ROOT, choices
+from zoo.configs import DECODER, GROUPS, ROOT, choices
 from zoo.errors import UsageError, UserError
 from zoo.settings import settings_of
 from zoo.train.optim import Recipe
@@ -249,7 +249,7 @@ def test_fields_of_show():
 
 
 def test_the_groups_are_the_folders():
-    assert {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(GROUPS)
+    assert {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} <= {*GROUPS, DECODER}
     assert "deltanet" in choices()["model"]
 
 

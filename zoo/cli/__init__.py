@@ -54,9 +54,16 @@ def _list_arguments(parser: Parser) -> None:
     parser.add_argument("--tag", action="append", default=[], help="only models with this tag; may be repeated")
     parser.add_argument("--max-params", metavar="N", help="only models whose smallest size has at most N: 200M, 1.3B")
     parser.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    parser.add_argument(
+        "--decoders", nargs="?", const="", metavar="RUN|CKPT", help="ways to continue text; which ones a model can use"
+    )
 
 
 def _list(args: argparse.Namespace) -> int:
+    if args.decoders is not None:
+        from zoo.cli.generate import decoders_command
+
+        return decoders_command(args.decoders)
     from zoo.cli.models import list_command
 
     return list_command(args.pattern, args.tag, args.max_params, as_json=args.json)
@@ -125,30 +132,43 @@ def _eval(args: argparse.Namespace) -> int:
 def _generate_arguments(parser: Parser) -> None:
     parser.add_argument("path", metavar="RUN|CKPT", help="a run's folder, or a checkpoint")
     parser.add_argument("--prompt", default="", help="text to continue; - reads standard input")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="X", help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, metavar="N", help="only the N most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="only the most likely tokens that sum to P")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same text again for the same seed")
+    parser.add_argument(
+        "settings", nargs="*", metavar="decoder=NAME|decoder.KEY=VALUE", help="how the text is continued"
+    )
+    short = "short for decoder."
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=f"{short}max_tokens=N")
+    parser.add_argument("--temperature", type=float, metavar="X", help=f"{short}temperature=X; 0: the likeliest token")
+    parser.add_argument("--top-k", type=int, metavar="N", help=f"{short}top_k=N, only the N likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help=f"{short}top_p=P, the likeliest tokens that sum to P")
+    parser.add_argument("--seed", type=int, metavar="N", help=f"{short}seed=N, the same text again for the same seed")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )
-    parser.add_argument("--compile", action="store_true", help="faster tokens after up to a minute of compiling")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help=f"{short}compile=true, after up to a minute of compiling"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the text there, not to standard output")
+    parser.add_argument("--stats", action="store_true", help="say at the end how many forwards it took")
+    parser.add_argument("--save-state", type=Path, metavar="FILE", help="keep text and state, to go on from them later")
+    parser.add_argument("--load-state", type=Path, metavar="FILE", help="go on from such a file; the prompt is added")
 
 
 def _generate(args: argparse.Namespace) -> int:
     limit_spinning()
-    from zoo.cli.generate import Sampling, generate_command
+    from zoo.cli.generate import Request, generate_command
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    sampling = Sampling(
-        max_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
+    flags = ("max_tokens", "temperature", "top_k", "top_p", "seed", "compile")
+    request = Request(
+        settings=args.settings,
+        flags={name: getattr(args, name) for name in flags},
+        stop=args.stop,
+        out=args.out,
+        stats=args.stats,
+        save_state=args.save_state,
+        load_state=args.load_state,
     )
-    return generate_command(args.path, prompt, sampling, stop=args.stop, compile=args.compile)
+    return generate_command(args.path, prompt, request)
 
 
 def _convert_arguments(parser: Parser) -> None:

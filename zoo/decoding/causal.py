@@ -1,10 +1,35 @@
 """What a text can be continued by."""
 
-from torch import nn
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
 
 from zoo.errors import UserError
 
-__all__ = ["refuse_unless_causal"]
+__all__ = ["Continues", "refuse_unless_causal", "refuse_unless_stepwise"]
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A model that reads tokens and goes on from a state; `zoo.layers.SequenceModel` is one."""
+
+    def encode(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+    def head(self, x: Tensor) -> Tensor: ...
+
+
+def refuse_unless_stepwise(model: nn.Module) -> None:
+    """Refuse a model that cannot be asked for one token after the other.
+
+    Raises:
+        UserError: it lacks a method of `Continues`.
+    """
+    if not isinstance(model, Continues):
+        lacks = [name for name in ("encode", "head") if not hasattr(model, name)]
+        raise UserError(
+            f"a text is continued token by token from a state, and {type(model).__name__} has no {' or '.join(lacks)}; "
+            "zoo.layers.SequenceModel has both"
+        )
 
 
 def refuse_unless_causal(model: nn.Module) -> None:

@@ -64,6 +64,11 @@ class Session:
         """The state of all rows, as a value: nothing that the session does later changes it."""
         return None if self._state is None else values(self._state)
 
+    @property
+    def proposing(self) -> bool:
+        """A proposal is open: `commit` or `rollback` comes next."""
+        return self._open is not None
+
     def text(self, row: int) -> list[int]:
         """The tokens of a row, with the newest."""
         newest = self.newest[row]
@@ -87,7 +92,7 @@ class Session:
             raise ValueError("a prompt must have at least one token; got an empty one")
         rows = self._checked(prompts)
         tokens, mask = self._padded(rows)
-        hidden, self._state = self.model.encode(tokens, mask=None if bool(mask.all()) else mask)
+        hidden, self._state = self._encode(tokens, None, mask)
         self.forwards += 1
         self.tokens, self.newest = rows, [None] * len(rows)
         last = mask.sum(dim=1) - 1
@@ -107,7 +112,7 @@ class Session:
         logits = self._one_token(windows) if most == 1 else None
         if logits is None:
             padded, mask = self._padded(windows)
-            hidden, self._state = self.model.encode(padded, self._state, mask=None if bool(mask.all()) else mask)
+            hidden, self._state = self._encode(padded, self._state, mask)
             logits = self.model.head(hidden)
             self.forwards += 1
         self._append(windows, [len(window) for window in windows])
@@ -228,6 +233,12 @@ class Session:
                 f"{_name(self.model)} {own[:8]}); prefill again"
             )
 
+    def _encode(self, tokens: Tensor, state: State, mask: Tensor) -> tuple[Tensor, State]:
+        """A model is told of padding only where there is some."""
+        if bool(mask.all()):
+            return self.model.encode(tokens, state)
+        return self.model.encode(tokens, state, mask=mask)
+
     def _reserve(self, more: int) -> None:
         self._state = reserve(self.model, self._state, max(map(len, self.tokens)) + more)
 
@@ -291,8 +302,7 @@ class Session:
         return tokens, torch.arange(most, device=self._device) < lengths[:, None]
 
     def _nothing(self) -> Tensor:
-        weight = next(self.model.parameters())
-        return weight.new_zeros(len(self.tokens), 0, self.model.config.vocab_size)
+        return next(self.model.parameters()).new_zeros(len(self.tokens), 0, self.model.config.vocab_size)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,0 +1,9 @@
+# Written by `python -m zoo.registry`.
+from zoo.codecs.codec import Codec as Codec
+from zoo.codecs.codec import Codes as Codes
+from zoo.codecs.codec import StoredCodec as StoredCodec
+from zoo.codecs.codec import padded as padded
+from zoo.codecs.codec import register_codec as register_codec
+from zoo.codecs.formats.bins import BinsCodec as BinsCodec
+from zoo.codecs.formats.text import TextCodec as TextCodec
+from zoo.codecs.load import load as load

@@ -1,0 +1,1 @@
+"""Codecs, a file each: found by their folder, named by `@register_codec`."""

@@ -1,0 +1,16 @@
+# Written by `python -m zoo.registry`.
+from zoo.decoding.causal import refuse_unless_causal as refuse_unless_causal
+from zoo.decoding.decoder import Decoder as Decoder
+from zoo.decoding.decoder import Piece as Piece
+from zoo.decoding.decoder import Prompt as Prompt
+from zoo.decoding.decoder import decode as decode
+from zoo.decoding.decoder import register_decoder as register_decoder
+from zoo.decoding.decoders.sampling import Sampling as Sampling
+from zoo.decoding.decoders.sampling import sampling as sampling
+from zoo.decoding.decoders.speculative import Speculative as Speculative
+from zoo.decoding.decoders.speculative import speculative as speculative
+from zoo.decoding.distribution import probabilities as probabilities
+from zoo.decoding.distribution import sample as sample
+from zoo.decoding.generate import generate as generate
+from zoo.decoding.generate import generate_batch as generate_batch
+from zoo.decoding.session import Session as Session

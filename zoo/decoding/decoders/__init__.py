@@ -1,0 +1,1 @@
+"""Decoders, a file each: found by their folder, named by `@register_decoder`."""
