@@ -86,10 +86,10 @@ def _train(args: argparse.Namespace) -> int:
         return sweep_command(args.settings, args.config_dir, args.metric)
     if args.metric is not None:
         raise UsageError("--metric sorts the table of a sweep; add -m")
-    limit_spinning()
+    spins_long = limit_spinning()
     from zoo.cli.runs import train_command
 
-    return train_command(args.settings, args.config_dir)
+    return train_command(args.settings, args.config_dir, spins_long=spins_long)
 
 
 def _resume_arguments(parser: Parser) -> None:
@@ -97,10 +97,10 @@ def _resume_arguments(parser: Parser) -> None:
 
 
 def _resume(args: argparse.Namespace) -> int:
-    limit_spinning()
+    spins_long = limit_spinning()
     from zoo.cli.runs import resume_command
 
-    return resume_command(args.run)
+    return resume_command(args.run, spins_long=spins_long)
 
 
 def _eval_arguments(parser: Parser) -> None:
