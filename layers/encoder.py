@@ -57,6 +57,11 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.n_classes is None and self.pooling != "first":
+            raise ValueError(
+                f"pooling is for whole sequences, and a head for tokens has none; got pooling={self.pooling!r}, give "
+                "n_classes or leave it out"
+            )
 
 
 class Embeddings(nn.Module):

@@ -225,6 +225,10 @@ class EncoderDecoder(Model):
         """The state before the first token and before the source: what `state=None` stands for."""
         return self.blocks.init_state(batch)
 
+    def reserve(self, state: Any, slots: int) -> Any:
+        """The state with room for `slots` target tokens a row, as of SequenceModel."""
+        return self.blocks.reserve(state, slots)
+
     def state_bytes(self, batch: int = 1, length: int = 0) -> int:
         """Bytes of the state after `length` target tokens, with a source as long."""
         return self.blocks.state_bytes(batch, length)

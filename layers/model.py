@@ -113,7 +113,12 @@ class Model(nn.Module):
     def units(self, batch: Mapping[str, Any]) -> int:
         """How many tokens (images, frames, ...) a batch holds: the size of its first input's first two dimensions."""
         rows, columns, *_ = batch[self.inputs[0].name].shape
-        return int(rows * columns)
+        return int(rows) * int(columns)
+
+    def block_shape(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """B and T of what the blocks see of a batch, for estimates of memory."""
+        rows, length, *_ = batch[self.inputs[0].name].shape
+        return int(rows), int(length)
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: what `state=None` stands for; None for a model that carries none."""
@@ -147,7 +152,7 @@ def as_model(module: nn.Module) -> Model:
     for name in ("causal", "unit", "operators"):
         if name not in own:
             setattr(module, name, vars(Model)[name])
-    for name in ("sizes", "example", "arguments", "units", "init_state", "state_bytes"):
+    for name in ("sizes", "example", "arguments", "units", "block_shape", "init_state", "state_bytes"):
         if name not in own:
             setattr(module, name, MethodType(vars(Model)[name], module))
     return cast(Model, module)

@@ -182,7 +182,13 @@ class VisionModel(Model):
 
     def units(self, batch: Any) -> int:
         """Pictures."""
-        return len(batch["images"])
+        return int(batch["images"].shape[0])
+
+    def block_shape(self, batch: Any) -> tuple[int, int]:
+        """Pictures, and the vectors of each in the first stage."""
+        rows, _, H, W = batch["images"].shape
+        side = self.config.patch_size
+        return int(rows), int(H) // side * (int(W) // side) + (self.class_token is not None)
 
     @property
     def memory(self) -> MemoryPlan:
@@ -230,7 +236,7 @@ class VisionModel(Model):
     @property
     def num_features(self) -> int:
         """Width of what the head sees."""
-        return self.config.width(len(self.config.stages) - 1)
+        return int(self.config.width(len(self.config.stages) - 1))
 
     def reset_classifier(self, n_classes: int) -> None:
         """Put a fresh head for so many classes in place of the old one; none for 0.

@@ -115,8 +115,8 @@ class DeltaNet(_DeltaMixer):
         qk_activation: "silu", "relu", "elu" (1 + elu) or "identity", on q and k.
         qk_norm: "l2", "sum" or "none". The L2 norm keeps every transition non-expansive.
         use_beta: write strength sigmoid(x W); 1 otherwise.
-        allow_neg_eigval: write strength in (0, 2), whose transitions can reflect: needed to track parity.
-        use_gate: gate the normalised output by silu(x W).
+        allow_neg_eigval: write strength in (0, 2): transitions can reflect, as parity needs. Needs use_beta.
+        use_gate: gate the normalised output by silu(x W); needs use_output_norm.
         use_output_norm: RMSNorm over each head's output.
         norm_eps: of the output norm.
         backend: of zoo.ops.delta_rule.
@@ -152,6 +152,16 @@ class DeltaNet(_DeltaMixer):
                 f"DeltaNet: qk_activation is one of {', '.join(FEATURES)} and qk_norm one of {', '.join(NORMS)}; "
                 f"got {qk_activation!r} and {qk_norm!r}"
             )
+        if use_gate and not use_output_norm:
+            raise ValueError(
+                "DeltaNet: use_gate gates the normalised output, so it needs use_output_norm; got "
+                "use_output_norm=False, set it to true or use_gate to false"
+            )
+        if allow_neg_eigval and not use_beta:
+            raise ValueError(
+                "DeltaNet: allow_neg_eigval widens the range of the learnt write strength, and use_beta=False has "
+                "none; set use_beta to true or allow_neg_eigval to false"
+            )
         super().__init__(
             d_model, n_heads=n_heads, n_v_heads=n_heads, head_k=key_dim // n_heads, head_v=value_dim // n_heads,
             conv_size=conv_size, qk_activation=qk_activation, backend=backend,
@@ -161,7 +171,7 @@ class DeltaNet(_DeltaMixer):
         self.b_proj = nn.Linear(d_model, n_heads, bias=False) if use_beta else None
         self.g_proj = nn.Linear(d_model, value_dim, bias=False) if use_gate else None
         norm = GatedRMSNorm if use_gate else RMSNorm
-        self.o_norm = norm(self.head_v, eps=norm_eps) if use_output_norm or use_gate else None
+        self.o_norm = norm(self.head_v, eps=norm_eps) if use_output_norm else None
 
     def forward(
         self, x: Tensor, state: DeltaNetState | None = None, *, cu_seqlens: Tensor | None = None

@@ -85,6 +85,11 @@ class Mamba(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
+        if not selective and dt_rank is not None:
+            raise ValueError(
+                f"Mamba: dt_rank is that of the map to the step sizes, and selective=False has none; got {dt_rank}, "
+                "leave it out"
+            )
         self.d_inner, self.d_state = expand * d_model, d_state
         self.dt_rank = -(-d_model // 16) if dt_rank is None else dt_rank
         self.selective, self.backend = selective, backend

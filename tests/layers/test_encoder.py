@@ -146,6 +146,7 @@ def test_causal_backbones_refuse_mixers_that_see_the_future() -> None:
 @pytest.mark.parametrize(("fields", "words"), [
     ({"n_layers": 0}, r"n_layers must be in \[1, 10000\], got 0"),
     ({"n_classes": 1}, "n_classes must be at least 2, got 1"),
+    ({"pooling": "mean"}, "a head for tokens has none; got pooling='mean', give n_classes or leave it out"),
     ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1"),
 ])  # fmt: skip
 def test_refusals(fields: dict[str, object], words: str) -> None:

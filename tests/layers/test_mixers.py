@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from zoo.layers import LSTM, SLSTM, Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention
+from zoo.layers import LSTM, SLSTM, Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention, Mamba
 from zoo.layers.mixer_registry import MIXERS
 from zoo.layers.state import map_state, state_bytes
 
@@ -135,6 +135,12 @@ def test_states_keep_their_nesting() -> None:
         (lambda: Attention(D, window=0), "window must be at least 1"),
         (lambda: DeltaNet(D, n_heads=3), "n_heads must divide"),
         (lambda: DeltaNet(D, qk_norm="l3"), "qk_norm one of l2, sum, none"),
+        (
+            lambda: DeltaNet(D, use_gate=True, use_output_norm=False),
+            "needs use_output_norm; got use_output_norm=False",
+        ),
+        (lambda: DeltaNet(D, use_beta=False, allow_neg_eigval=True), "write strength, and use_beta=False has none"),
+        (lambda: Mamba(D, selective=False, dt_rank=3), "selective=False has none; got 3, leave it out"),
         (lambda: GatedDeltaNet(D, n_heads=4, n_v_heads=6), "multiple of n_heads = 4; got 6"),
         (lambda: GatedLinearAttention(D, n_heads=3), "n_heads must divide"),
         (lambda: LSTM(D, n_heads=3), "LSTM: n_heads must divide d_model = 16; got 3"),

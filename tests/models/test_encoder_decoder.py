@@ -12,11 +12,13 @@ from torch.testing import assert_close
 
 import zoo
 from zoo.bench.context_parallel import pretended
+from zoo.errors import UserError
 from zoo.layers import EncoderDecoder, Hydra
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.state import state_bytes
 from zoo.ops import shard
-from zoo.train.optim import set_lr
+from zoo.train.optim import AdamW, Limits, set_lr
+from zoo.train.tasks.language_modelling import LanguageModelling
 
 EVERY = parametrize("case", models(EncoderDecoderCase))
 
@@ -40,8 +42,14 @@ def test_steps_equal_one_pass_and_the_source_is_read_once(case: str) -> None:
         logits, state = model(batch["tokens"][:, t : t + 1], state)
         parts.append(logits)
     assert len(reads) == 1
+    state = model.reserve(model.begin(batch["source"], lengths), 9)
+    slots = []
+    for t in range(9):
+        logits, state = model(batch["tokens"][:, t : t + 1], state)
+        slots.append(logits)
+    assert_close(torch.cat(slots, dim=1), whole, rtol=1e-10, atol=1e-10)
     assert_close(torch.cat(parts, dim=1), whole, rtol=1e-10, atol=1e-10)
-    assert state_bytes(state) == state_bytes(last) == model.state_bytes(2, 9)
+    assert state_bytes(last) == model.state_bytes(2, 9)
 
 
 @EVERY
@@ -172,3 +180,11 @@ def test_a_reversal_is_learnt() -> None:
             drawn.append(token)
     whole = (torch.cat(drawn, dim=1) == batch["targets"]) | ~scored
     assert whole.all(dim=1).float().mean().item() > 0.75
+
+
+def test_the_task_of_one_sequence_refuses_it() -> None:
+    class Data:
+        metrics = ()
+
+    with pytest.raises(UserError, match="task=language_modelling has tokens alone, and encoder_decoder takes source"):
+        LanguageModelling(make_model("encoder_decoder"), AdamW(), Limits(), Data())  # type: ignore[arg-type]

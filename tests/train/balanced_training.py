@@ -98,7 +98,7 @@ def train(case: Case, world: int, rank: int, folder: Path) -> dict[str, Any]:
         "weights": [float(x) for w in weights.values() for x in w.double().flatten()],
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "steps": watch.steps,
-        "tokens": int(task._tokens),
+        "tokens": int(task._units),
         "drawn": int(torch.randint(2**62, ())),
     }
 

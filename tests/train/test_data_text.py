@@ -18,10 +18,11 @@ from torch import Tensor
 
 from zoo import tokenizers
 from zoo.tokenizers import ByteTokenizer, SentencePieceTokenizer
-from zoo.train.data.core import base, corpus, loader, pydocs
+from zoo.train.data.core import base, corpus, loader
 from zoo.train.data.core.base import DataModule
 from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource
 from zoo.train.data.text import base as text_module
+from zoo.train.data.text import pydocs
 from zoo.train.data.text.base import Document, hold_out
 from zoo.train.data.text.hub import Hub
 from zoo.train.data.text.pydocs import PyDocs

@@ -178,10 +178,10 @@ def test_the_logits_of_a_batch_are_never_made(monkeypatch: pytest.MonkeyPatch) -
 def test_speed_leaves_pauses_out() -> None:
     task = LanguageModelling(Tiny(TinyConfig()), PLAIN, Limits(max_steps=1), TinyData())
     task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    task._tokens, task._since = torch.tensor(1000), time.monotonic() - 5.0
+    task._units, task._since = torch.tensor(1000), time.monotonic() - 5.0
     task.pause(3.0)
     assert task._speed() == pytest.approx(500, rel=0.05)
-    assert task._tokens == 0
+    assert task._units == 0
 
 
 def test_csv_rows_survive_a_cut(tmp_path: Path) -> None:

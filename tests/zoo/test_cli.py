@@ -120,6 +120,11 @@ def test_help_has_one_line_per_verb(capsys):
         (["train", "seed=1,2"], 2, "seed=1,2 gives several values, and one run takes one; zoo train -m runs them all"),
         (["train", "--metric", "val_loss"], 2, "--metric sorts the table of a sweep; add -m"),
         (["train", "-m", "run_dir=a,b"], 2, "a sweep has one run_dir, in which each run gets a folder"),
+        (
+            ["resume", "no/run", "init_from=other"],
+            2,
+            "a run goes on with the settings in its config.yaml, and init_from=other was given; leave it out, or start",
+        ),
         (["resume", "no/run"], 1, "no run at no/run: there is no such folder"),
         (["resume", "."], 1, ". is not the folder of a run: it has no config.yaml"),
         (["completion", "csh"], 2, "argument shell: invalid choice: 'csh'"),

@@ -38,7 +38,7 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_busy_machine_spins_shortly(monkeypatch: pytest.MonkeyPatch, idle: float | None, spins: int) -> None:
     monkeypatch.setattr(threads, "idle_share", lambda seconds: idle)
     environment: dict[str, str] = {"OMP_NUM_THREADS": "4"}
-    limit_spinning(environment)
+    assert limit_spinning(environment) == (spins == QUIET)
     assert environment == {"OMP_NUM_THREADS": "4", VARIABLE: str(spins)}
 
 
@@ -46,14 +46,14 @@ def test_a_busy_machine_spins_shortly(monkeypatch: pytest.MonkeyPatch, idle: flo
 @pytest.mark.parametrize("own", [{"OMP_WAIT_POLICY": "active"}, {VARIABLE: "5"}, {"OMP_NUM_THREADS": "1"}])
 def test_the_users_settings_win(own: dict[str, str]) -> None:
     environment = dict(own)
-    limit_spinning(environment)
+    assert not limit_spinning(environment)
     assert environment == own
 
 
 def test_nothing_is_set_when_it_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", threads)
     environment: dict[str, str] = {}
-    limit_spinning(environment)
+    assert not limit_spinning(environment)
     assert environment == {}
 
 

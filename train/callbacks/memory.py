@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from zoo.layers.model import as_model
 from zoo.train.memory.choose import MemoryConfig, choose
 from zoo.train.memory.estimate import PRECISIONS, size_text
 from zoo.train.memory.live_bytes import LiveBytes
+from zoo.train.strategies.balanced import Local
 
 __all__ = ["FitMemory"]
 
@@ -34,7 +36,8 @@ class FitMemory(Callback):
             return
         self._started = True
         model: Any = pl_module.model
-        B, T = (1, batch.most) if hasattr(batch, "most") else batch["tokens"].shape  # a plan's largest micro-batch
+        # a plan's largest micro-batch
+        B, T = (1, batch.most) if isinstance(batch, Local) else as_model(model).block_shape(batch)
         precision = str(trainer.precision)
         choice = choose(
             model, B, T, self.config, device=pl_module.device,

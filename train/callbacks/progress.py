@@ -40,7 +40,7 @@ FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "sequence_accuracy": ("sequences right", lambda v: f"{v:.4f}"),
     "last_accuracy": ("last right", lambda v: f"{v:.4f}"),
     "lr": ("lr", lambda v: f"{v:.2e}"),
-    "tokens_per_second": ("tokens/s", _count),
+    **{f"{unit}s_per_second": (f"{unit}s/s", _count) for unit in ("token", "image", "frame", "action")},
     "elapsed": ("time", duration),
 }
 
@@ -134,8 +134,9 @@ class ProgressLine:
 
     def _rank(self, name: str) -> int:
         """A narrow terminal shows the lowest; what is not named comes last, in its order."""
-        first = ("validation", "step", "loss", "left", "percent", "tokens_per_second", "elapsed")
-        return first.index(name) if name in first else len(first)
+        first = ("validation", "step", "loss", "left", "percent", "speed", "elapsed")
+        known = "speed" if name.endswith("_per_second") else name
+        return first.index(known) if known in first else len(first)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A bar on a wide terminal, and the words."""

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.backbone import SequenceModel
+from zoo.layers.encoder import Encoder
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.offload import offload
 from zoo.layers.stack import Stack
+from zoo.layers.vision import VisionModel
 from zoo.ops.token_wise.linear_cross_entropy.chunked import chunk_tokens
 from zoo.train.memory.live_bytes import LiveBytes, flash_on_meta
 
@@ -127,12 +129,17 @@ def estimate(
         the bytes; what kernels and libraries take inside is not counted, nor the allocator's fragmentation.
 
     Raises:
-        ValueError: an unknown precision, or another model than a `zoo.layers.SequenceModel`.
+        ValueError: an unknown precision, or a model whose blocks are not all of one width and one input: it must be a
+            SequenceModel, an Encoder, or a VisionModel of one stage.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if not isinstance(model, SequenceModel):
-        raise ValueError(f"memory is estimated for a SequenceModel; got {type(model).__name__}")
+    several = isinstance(model, VisionModel) and len(model.config.stages) > 1
+    if not isinstance(model, SequenceModel | Encoder | VisionModel) or several:
+        raise ValueError(
+            "memory is estimated for a SequenceModel, an Encoder or a VisionModel of one stage; got "
+            f"{type(model).__name__}, say memory.recompute=block (or none) in place of auto, and no estimate"
+        )
     how, device = PRECISIONS[precision], torch.device(device)
     chosen: MemoryPlan = model.memory if plan is None else plan
     shapes = _shapes(model, how.activations, device)
@@ -234,13 +241,22 @@ def _run_loss(model: Any, batch: int, length: int, how: Precision, device: torch
     """The most that is live from the last block's output to its gradient, the output included."""
     ends = copy.copy(model)
     ends._modules = dict(model._modules, blocks=Stack())
-    tokens = model.example(batch, length, device="meta")["tokens"]
+    made = {
+        name: x.to(how.activations) if x.is_floating_point() else x
+        for name, x in model.example(batch, length, device="meta").items()
+    }
+    fused = isinstance(model, SequenceModel) or (isinstance(model, Encoder) and model.lm_head is not None)
     with LiveBytes() as bytes_:
-        hidden = ends.hidden(tokens)
-        loss = ends.head_loss(hidden, tokens, reduction="sum")
-        del hidden
+        if fused:
+            hidden = ends.hidden(**made) if isinstance(model, SequenceModel) else ends.encode(**made)[0]
+            loss = ends.head_loss(hidden, made["tokens"], reduction="sum")
+            del hidden
+        else:
+            loss = ends(**made)[0].sum()
         gradients = torch.autograd.grad(loss, list(ends.parameters()), allow_unused=True)
     del gradients
+    if not fused:
+        return bytes_.peak
     vocabulary: int = model.config.vocab_size
     wide = torch.promote_types(how.activations, torch.float32)
     work = wide if device.type == "cpu" else how.activations

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from zoo.errors import UserError
+from zoo.train.contracts import schema_of
 
 __all__ = ["Endless", "EndlessData"]
 
@@ -58,7 +59,7 @@ class EndlessData(LightningDataModule):
     @property
     def schema(self) -> Any:
         """The inner module's, None where it has none."""
-        return getattr(self.inner, "schema", None)
+        return schema_of(self.inner)
 
     def prepare_data(self) -> None:
         """Download and cache what the inner module needs, once a machine."""

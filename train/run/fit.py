@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from zoo.checkpoint import save
-from zoo.decoding import generate
 from zoo.errors import UsageError, UserError
 from zoo.targets import TARGET
 from zoo.train.callbacks.average import AverageWeights
@@ -25,7 +24,8 @@ from zoo.train.callbacks.memory import FitMemory
 from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
-from zoo.train.callbacks.sample import SampleText, sample
+from zoo.train.callbacks.show import ShowSamples
+from zoo.train.contracts import TakesMemoryPlan, tokenizer_of
 from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
@@ -144,7 +144,7 @@ class Watch(NamedTuple):
     log: LogMetrics
     checkpoints: Checkpoints
     average: AverageWeights | None
-    draw: Callable[[nn.Module], str] | None
+    draw: Callable[[nn.Module, int | None], str | None]
 
 
 def _fit(
@@ -171,9 +171,9 @@ def _fit(
         **training_settings(options, parts.limits.max_steps),
     )
     if not folder.config.is_file():
-        vocabulary = {"vocab_size": model.config.vocab_size}  # type: ignore[union-attr]
+        decided = {field: vars(model.config)[field] for field in parts.kind.fields(parts.data)}
         kept = {"run_dir": str(folder.path), "init_from": None if origin is None else stored_path(origin)}
-        folder.create({**config, "model": {**config["model"], **vocabulary}, **kept})
+        folder.create({**config, "model": {**config["model"], **decided}, **kept})
     if checkpoint is None:
         parameters = sum(p.numel() for p in model.parameters())
         start = "" if origin is None else f", from the weights of {origin}"
@@ -241,10 +241,9 @@ def _watch(
         show = partial(_show_bar, folder, bar)
     log = LogMetrics(options.log_every, table if keeps else None, show)
     callbacks.append(log)
-    writes = task.continues_text and getattr(data, "tokenizer", None) is not None
-    draw = partial(sample, generate, tokenizer=data.tokenizer) if writes else None
-    if draw is not None:
-        callbacks.append(SampleText(options.sample_every, draw, folder.say))
+    draw = partial(_show_sample, task, data, folder)
+    if keeps:
+        callbacks.append(ShowSamples(options.sample_every, draw, folder.say))
     if keeps:
         callbacks.append(checkpoints)
     callbacks.append(ReportOperators(folder.note_operators))
@@ -279,12 +278,12 @@ def _finish(
     model: nn.Module,
     averaged: nn.Module | None,
     data: LightningDataModule,
-    draw: Any,
+    draw: Callable[[nn.Module, int | None], str | None],
     final: Mapping[str, float],
     failed: bool,
 ) -> int:
     """The final model, which makes the run a finished one, and before it its average; the plot, the report."""
-    tokenizer = getattr(data, "tokenizer", None)
+    tokenizer = tokenizer_of(data)
     try:
         if averaged is not None:
             save(averaged, folder.average, tokenizer=tokenizer)
@@ -298,8 +297,8 @@ def _finish(
         folder.say(str(error))
     except OSError as error:
         folder.say(f"warning: {folder.plot} could not be drawn ({error.strerror or error})")
-    if draw is not None:
-        folder.say(f"sample:\n{draw(model)}")
+    if (sample := draw(model, None)) is not None:
+        folder.say(sample)
     if final:
         folder.say(f"final {describe(dict(final))}")
     folder.say(f"run: {folder.path}")
@@ -309,6 +308,16 @@ def _finish(
 def _show_line(folder: RunFolder, limits: Limits, step: int, row: dict[str, float]) -> None:
     of = f"/{limits.max_steps}" if limits.max_steps else ""
     folder.say(f"step {step}{of}  {describe(row)}")
+
+
+def _show_sample(task: Task, data: Any, folder: RunFolder, model: nn.Module, step: int | None) -> str | None:
+    """What the task shows; a picture that cannot be drawn ends no run."""
+    try:
+        return task.show(model, data, folder.path, step)
+    except UserError as error:  # an extra is missing
+        return str(error)
+    except OSError as error:
+        return f"warning: nothing could be shown ({error.strerror or error})"
 
 
 def _show_bar(folder: RunFolder, bar: Bar, step: int, row: dict[str, float]) -> None:
@@ -324,7 +333,7 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
     options: MemoryConfig = instantiate("memory", section or {})
     if not options.changes:
         return []
-    if not hasattr(model, "use_memory"):
+    if not isinstance(model, TakesMemoryPlan):
         raise UserError(
             f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
         )

@@ -24,6 +24,7 @@ from zoo.ops.shard import SequenceShard
 from zoo.ops.shard.exchange import Message
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Planner, Uniform
 from zoo.train.balance.plan import RankStep
+from zoo.train.contracts import model_of
 from zoo.train.data.core.planned import PlanBatch
 from zoo.train.strategies.kinds import kinds, refuse_uncuttable, refuse_undeclared
 from zoo.train.strategies.nominal import nominal
@@ -113,9 +114,7 @@ class Balanced(ManyRanks):
         assert self.lightning_module is not None
         model = self.lightning_module
         found = (
-            replace(self.settings.cost, capacity=capacity)
-            if self.settings.cost
-            else nominal(getattr(model, "model", model), capacity)
+            replace(self.settings.cost, capacity=capacity) if self.settings.cost else nominal(model_of(model), capacity)
         )
         try:
             return replace(found, **self.settings.coefficients)
@@ -130,7 +129,7 @@ class Balanced(ManyRanks):
             raise UserError(
                 "balanced strategies run the backward passes of a batch themselves, so they need automatic optimisation"
             )
-        if not getattr(getattr(module, "model", module), "causal", True):
+        if not getattr(model_of(module), "causal", True):
             raise UserError("balanced plans cut time for causal models, and this one sees both sides; use zeco or ddp")
         refuse_uncuttable(module, "contiguous")
         if self.settings.chunk > 1 and "attention" in kinds(module):

@@ -20,6 +20,7 @@ from zoo.ops import shard
 from zoo.ops.shard import SequenceShard
 from zoo.ops.shard.exchange import Message, all_gather
 from zoo.ops.shard.sequence_shard import OWN_LAYOUT
+from zoo.train.contracts import schema_of
 from zoo.train.data.core.base import BATCH, Part
 from zoo.train.strategies.batch import LocalBatch, cut, refuse_different
 from zoo.train.strategies.kinds import CONTIGUOUS, kinds, refuse_uncuttable
@@ -177,8 +178,8 @@ class ContextParallel(ManyRanks):
             return self.settings.schema
         trainer = None if self.lightning_module is None else self.lightning_module._trainer
         data = None if trainer is None else trainer.datamodule  # type: ignore[attr-defined]
-        found: Mapping[str, Part] | None = getattr(data, "schema", None)
-        return BATCH if found is None else found
+        known = schema_of(data)
+        return BATCH if known is None else known
 
     # -- steps --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.errors import UserError
 from zoo.ops.shard import SequenceShard, local_boundaries, token_indices
 from zoo.ops.shard.exchange import all_gather
-from zoo.train.data.core.base import Part
+from zoo.train.data.core.base import Part, Time
 
 __all__ = ["LocalBatch", "cut", "refuse_different"]
 
@@ -45,8 +45,17 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
             f"context parallelism must know which parts of a batch have time; got {', '.join(map(repr, unknown))}, "
             "give the strategy a schema such as {'tokens': 1, 'weights': 'same'}"
         )
-    timed = {key: int(part) for key, part in schema.items() if key in batch and not isinstance(part, str)}
-    lengths = {batch[key].shape[dim] for key, dim in timed.items()}
+    timed = {
+        key: part if isinstance(part, Time) else Time(part)
+        for key, part in schema.items()
+        if key in batch and not isinstance(part, str)
+    }
+    if not timed:
+        raise UserError(
+            f"context parallelism cuts sequences along time, and a batch of {', '.join(batch)} has none that may be "
+            "cut; use strategy=ddp"
+        )
+    lengths = {_steps(key, batch[key], time) for key, time in timed.items()}
     if len(lengths) != 1:
         found = {key: tuple(batch[key].shape) for key in timed}
         raise UserError(f"all parts of a batch with time must have one length; got {found}")
@@ -68,10 +77,7 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
         part = schema[key]
         if key in timed:
             # one piece of time is a view; a layout of several is copied
-            dim = timed[key]
-            first, last = int(own[0]), int(own[-1]) + 1
-            whole = last - first == len(own)
-            local[key] = value.narrow(dim, first, len(own)) if whole else value.index_select(dim, own.to(value.device))
+            local[key] = _taken(value, timed[key], own)
         elif part == "documents":
             local[key] = _boundaries(value, place, len(own))
         elif part == "once" and place.rank > 0:
@@ -79,6 +85,30 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
         else:
             local[key] = value
     return local
+
+
+def _steps(key: str, value: Tensor, time: Time) -> int:
+    """Steps of time of a part.
+
+    Raises:
+        UserError: its size is no multiple of the unit.
+    """
+    size = value.shape[time.dim]
+    if size % time.unit:
+        raise UserError(
+            f"{key} is cut in units of {time.unit}, which must divide its size {size}; choose data of another size"
+        )
+    return size // time.unit
+
+
+def _taken(value: Tensor, time: Time, own: Tensor) -> Tensor:
+    """The steps `own` of a part, in order."""
+    dim, unit = time
+    first, last = int(own[0]), int(own[-1]) + 1
+    if last - first == len(own):
+        return value.narrow(dim, first * unit, len(own) * unit)
+    places = (own[:, None] * unit + torch.arange(unit)).flatten()
+    return value.index_select(dim, places.to(value.device))
 
 
 def _boundaries(cu_seqlens: Tensor, place: SequenceShard, tokens: int) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -56,7 +57,7 @@ class CutWeights(ModelParallelStrategy):
 
         Lightning's own numbers follow the model instead, and no other strategy could read them.
         """
-        inner = getattr(optimizer, "optimizer", optimizer)
+        inner = _inner(optimizer)
         assert self.model is not None
         state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=_whole())
         if self.global_rank != 0:
@@ -76,7 +77,7 @@ class CutWeights(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
-            inner = getattr(optimizer, "optimizer", optimizer)
+            inner = _inner(optimizer)
             order = [names[parameter] for group in inner.param_groups for parameter in group["params"]]
             named: dict[str, Any] = {
                 "state": {order[i]: value for i, value in state["state"].items()},
@@ -146,6 +147,11 @@ def whole_weights(model: nn.Module) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = get_model_state_dict(model, options=_whole())
     return state if torch.distributed.get_rank() == 0 else {}
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimiser itself, without Lightning's wrapper."""
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
 def _whole() -> StateDictOptions:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from zoo.train.balance.cost import CostModel, Ring, StateHandOff
+from zoo.train.contracts import model_of
 from zoo.train.strategies.kinds import kinds
 
 __all__ = ["nominal"]
@@ -29,7 +30,7 @@ def nominal(model: nn.Module, capacity: int) -> CostModel:
     """
     weights = sum(p.numel() for p in model.parameters())
     weights -= sum(table.weight.numel() for table in model.modules() if isinstance(table, nn.Embedding))
-    layers = len(getattr(getattr(model, "model", model), "blocks", ())) or 1
+    layers = len(getattr(model_of(model), "blocks", ())) or 1
     linear, squared, passed = 6.0 * weights, 0.0, 0.0
     names = kinds(model).get("attention", set())
     for module in model.modules():

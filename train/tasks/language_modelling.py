@@ -1,12 +1,14 @@
 """Next-token prediction."""
 
 import itertools
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from zoo.errors import UserError
-from zoo.layers import SequenceModel
+from zoo.layers import Model, SequenceModel
+from zoo.train.contracts import tokenizer_of
 from zoo.train.metrics import (
     IGNORED,
     Accuracy,
@@ -17,6 +19,7 @@ from zoo.train.metrics import (
     count_right,
 )
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.sample_text import sample_text
 from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
 
 __all__ = ["LanguageModelling"]
@@ -42,8 +45,6 @@ class LanguageModelling(Task):
         UserError: the model sees the token that it has to predict.
     """
 
-    continues_text = True
-
     def __init__(
         self,
         model: nn.Module,
@@ -57,6 +58,13 @@ class LanguageModelling(Task):
             raise UserError(
                 f"task=language_modelling predicts the next token, and {getattr(model, 'name', 'this model')} sees it: "
                 "both sides of every token reach its output; use task=masked_language_modelling"
+            )
+        inputs = model.inputs if isinstance(model, Model) else ()
+        others = [each.name for each in inputs if not each.optional and each.name != "tokens"]
+        if others:
+            raise UserError(
+                f"task=language_modelling has tokens alone, and {getattr(model, 'name', 'this model')} takes "
+                f"{', '.join(others)} as well; choose the task that it is for"
             )
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
         self.metrics = tuple(data.metrics)
@@ -97,6 +105,13 @@ class LanguageModelling(Task):
             hidden = model.encode(tokens, cu_seqlens=cuts)[0]
         nll: Tensor = head_loss(hidden, batch["targets"], ignore_index=IGNORED, reduction="sum")
         return nll, (batch["targets"] != IGNORED).sum()
+
+    def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
+        """A text that begins a document, where the data are text."""
+        tokenizer = tokenizer_of(data)
+        if tokenizer is None:
+            return None
+        return f"sample{'' if step is None else f' at step {step}'}:\n{sample_text(model, tokenizer)}"
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the validation metrics."""

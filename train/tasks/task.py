@@ -3,6 +3,7 @@
 import math
 import time
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class Task(LightningModule):
     not finite changes nothing (the optimiser's state included) and is counted; nothing here waits for the device.
 
     A task says what a batch is made into (`prepared`), its loss (`batch_loss`), how a validation batch is judged
-    (`validation_step`, into `val_loss` and `val_metrics`), and which fields of a model the data decide (`fields`).
+    (`validation_step`, into `val_loss` and `val_metrics`), and which fields of a model the data decide (`fields`). It
+    may say the `unit` of its throughput and how many a batch has (`units`), and `show` something of the model.
 
     Args:
         model: follows the model contract, `model(tokens, cu_seqlens=...) -> (logits, state)`.
@@ -46,7 +48,7 @@ class Task(LightningModule):
             elsewhere whenever metrics are logged.
     """
 
-    continues_text = False  # whether a text can be sampled from the model
+    unit = "token"  # of the throughput
 
     def __init__(self, model: nn.Module, optim: Recipe, limits: Limits, *, max_nonfinite_steps: int = 10) -> None:
         super().__init__()
@@ -62,10 +64,10 @@ class Task(LightningModule):
         self.val_loss = MeanLoss()
         self.val_metrics = nn.ModuleDict()
         # Sums on the device, read only when metrics are logged. They are part of the run's state, not of the model.
-        self._update = torch.zeros(4)  # this update's [nll, scored targets, bytes, tokens] on this rank
+        self._update = torch.zeros(4)  # this update's [nll, scored targets, bytes, units] on this rank
         self._window = torch.zeros(5)  # since the last row: [nll, scored targets, bytes, gradient norm, good steps]
         self._skipped = torch.zeros(2, dtype=torch.int64)  # skipped steps: [in all, in a row until now]
-        self._tokens = torch.zeros((), dtype=torch.int64)  # tokens in since the speed was last read, on all ranks
+        self._units = torch.zeros((), dtype=torch.int64)  # units in since the speed was last read, on all ranks
         self._since = 0.0  # when it was last read
         self._pause = 0.0  # seconds since then that were not training
 
@@ -94,15 +96,36 @@ class Task(LightningModule):
         """The summed loss of a prepared batch and the number of its scored targets."""
         raise NotImplementedError
 
+    def units(self, batch: Batch) -> int:
+        """How many of `unit` a batch holds, fillers included."""
+        return batch["tokens"].numel()
+
+    def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
+        """Make something of the model to look at.
+
+        Args:
+            model: the task's model as it is trained, or the finished one.
+            data: the data module.
+            folder: where files go, the run's.
+            step: updates done; None at the end of the run.
+
+        Returns:
+            what to say, and where the file is if there is one; None where the task shows nothing.
+
+        Raises:
+            UserError: an extra is not installed.
+        """
+        return None
+
     # -- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add the batch's summed loss to this update."""
         batch = self.prepared(batch, batch_idx, training=True)
         nll, scored = self.batch_loss(batch)
-        tokens = scored.new_full((), batch["tokens"].numel())
+        units = scored.new_full((), self.units(batch))
         n_bytes = batch.get("n_bytes", scored.new_zeros(()))
-        self._update += torch.stack([x.float() for x in (nll.detach(), scored, n_bytes, tokens)])
+        self._update += torch.stack([x.float() for x in (nll.detach(), scored, n_bytes, units)])
         # Lightning divides by the number of micro-batches; `configure_gradient_clipping` knows the right divisor.
         return nll * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
 
@@ -117,8 +140,8 @@ class Task(LightningModule):
         totals: Tensor = self._update
         if self.trainer.world_size > 1:
             totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        totals, tokens = totals[:3], totals[3]
-        self._tokens += tokens.long()
+        totals, units = totals[:3], totals[3]
+        self._units += units.long()
         grads = gradients(inner)
         # Data-parallel strategies average over ranks; the mean over tokens wants the sum.
         scale = self.trainer.world_size * LOSS_UNIT / totals[1].clamp(min=1.0)
@@ -207,7 +230,7 @@ class Task(LightningModule):
     @property
     def columns(self) -> list[str]:
         """The names of all numbers that a row can hold, in order."""
-        speed = ["lr", "grad_norm", "tokens_per_second", "elapsed", "skipped_steps"]
+        speed = ["lr", "grad_norm", f"{self.unit}s_per_second", "elapsed", "skipped_steps"]
         train = ["loss", *(m for m in ("bits_per_byte", "perplexity") if m in self.metrics)]
         if self._solvers:
             speed.append("residual")
@@ -225,7 +248,7 @@ class Task(LightningModule):
         row |= {
             "lr": self.lr,
             "grad_norm": norms / steps if steps else math.nan,
-            "tokens_per_second": self._speed(),
+            f"{self.unit}s_per_second": self._speed(),
             "elapsed": self.clock.elapsed(),
             "skipped_steps": int(self._skipped[0]),
         }
@@ -257,12 +280,12 @@ class Task(LightningModule):
         return row | {f"val_{name}": float(metric.compute()) for name, metric in metrics.items()}
 
     def _speed(self) -> float:
-        """Tokens per second of training since the last call, over all ranks, pauses left out."""
+        """Units per second of training since the last call, over all ranks, pauses left out."""
         now = time.monotonic()
         seconds = max(now - self._since - self._pause, 1e-9)
-        speed = int(self._tokens) / seconds
+        speed = int(self._units) / seconds
         self._since, self._pause = now, 0.0
-        self._tokens.zero_()
+        self._units.zero_()
         return speed
 
     def pause(self, seconds: float) -> None:
@@ -275,8 +298,8 @@ class Task(LightningModule):
         """Put the sums on the device and start the clocks; dropout draws by the rank of the data."""
         kwargs = self.trainer.distributed_sampler_kwargs  # ranks that share a sample drop the same numbers
         set_streams(self.model, 0 if kwargs is None else int(kwargs["rank"]))
-        self._update, self._window, self._skipped, self._tokens = (
-            t.to(self.device) for t in (self._update, self._window, self._skipped, torch.zeros_like(self._tokens))
+        self._update, self._window, self._skipped, self._units = (
+            t.to(self.device) for t in (self._update, self._window, self._skipped, torch.zeros_like(self._units))
         )
         self._since, self._pause = time.monotonic(), 0.0
         self.clock.start()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.layers.model import Model, as_model
+from zoo.bench.model_inputs import example, units
 from zoo.ops.core import dispatch
 from zoo.ops.core.spec import Inputs, OperatorSpec
 
@@ -19,15 +19,15 @@ LENGTH = 1024  # tokens of context at which work and state are counted
 
 def forward_flops(model: nn.Module, length: int = LENGTH) -> tuple[float, dict[str, int]]:
     """Operations of one forward pass per token (image, ...), of a model on the meta device; and by operator."""
-    return _forward_flops(as_model(model), length, "meta")
+    return _forward_flops(model, length, "meta")
 
 
-def _forward_flops(model: Model, length: int, device: torch.device | str) -> tuple[float, dict[str, int]]:
-    batch = model.example(1, length, device=device)
+def _forward_flops(model: nn.Module, length: int, device: torch.device | str) -> tuple[float, dict[str, int]]:
+    batch = example(model, 1, length, device)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**batch)
     by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    return counter.get_total_flops() / model.units(batch), by_operator
+    return counter.get_total_flops() / units(model, batch), by_operator
 
 
 def forms(spec: OperatorSpec) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def training_flops(model: nn.Module, length: int) -> float:
     try:
         return 3 * forward_flops(copy.deepcopy(model).to("meta"), length)[0]
     except RuntimeError:  # a model that looks into the data has to be run
-        return 3 * _forward_flops(as_model(model), length, next(model.parameters()).device)[0]
+        return 3 * _forward_flops(model, length, next(model.parameters()).device)[0]
 
 
 def operator_flops(spec: OperatorSpec, inputs: Inputs) -> tuple[int, int, str]:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from zoo.bench.measure import MEMORY_BY, dtype_of, matmul_peak, synchronize
+from zoo.bench.model_inputs import targets
 from zoo.bench.record import (
     BARE,
     INTERRUPTED,
@@ -29,6 +31,7 @@ from zoo.bench.report import newest
 from zoo.bench.steps import DEPTH, WARM_UP, ModelRequest, StepBench
 from zoo.decoding import generate
 from zoo.errors import UserError
+from zoo.layers.model import as_model
 from zoo.ops.core.spec import TOLERANCE
 from zoo.registry import model_info
 from zoo.train import fit
@@ -36,6 +39,7 @@ from zoo.train.tasks.task import LOSS_UNIT
 
 __all__ = ["about_model", "check_request", "measure_decoding", "run_model"]
 
+MEASURED = ("language_modelling", "classification", "image_classification", "sequence_to_sequence")  # tasks
 DECODE = "one token"
 PROMPT, DECODED = 64, 64  # tokens
 
@@ -76,7 +80,7 @@ class InTurns(Callback):
         now = time.perf_counter()
         done = batch_idx + 1 - WARM_UP
         if done <= 0:
-            scored = (batch["targets"] != -100).sum()
+            scored = (targets(batch) != -100).sum()
             self.losses.append(float(outputs["loss"]) * LOSS_UNIT / float(scored))
         if done > 0 and done % self.request.steps == 0:
             self.side.phases[STEP].times.append((now - self._began) / self.request.steps)
@@ -130,7 +134,7 @@ def run_model(request: ModelRequest, say: Callable[[str], None]) -> Record:
         turns.case.sides.insert(1, turns.side)
         if not turns.side.is_red and not stopped:
             say(f"{name}: decoding")
-            cases.append(measure_decoding(turns.bench, request.repeats))
+            cases += [measure_decoding(turns.bench, request.repeats)] if continues_tokens(turns.bench.model) else []
     about |= about_model(request) | {
         "matmul_peak": {request.dtype: max(peak, matmul_peak(dtype_of(request.dtype), request.device))},
         "load_after": load(),
@@ -146,10 +150,19 @@ def check_request(request: ModelRequest) -> None:
     """
     config = request.config
     info = model_info(config["model"]["name"])
-    if info.task != "language_modelling":
-        raise UserError(f"zoo bench model= measures language models so far, and {info.name} is for {info.task}")
+    if info.task not in MEASURED:
+        raise UserError(
+            f"zoo bench model= measures steps on batches as the data give them, and task={info.task} of {info.name} "
+            f"makes its own; take a model for {', '.join(MEASURED)}"
+        )
     if config["trainer"]["accumulate_grad_batches"] != 1 or config["trainer"]["fast_dev_run"]:
         raise UserError("a training step is measured on one batch; leave accumulate_grad_batches and fast_dev_run out")
+
+
+def continues_tokens(model: nn.Module) -> bool:
+    """Whether greedy decoding can go on from a prompt alone."""
+    known = as_model(model)
+    return known.causal and [each.name for each in known.inputs if not each.optional] == ["tokens"]
 
 
 def about_model(request: ModelRequest) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from zoo import ops
+from zoo.bench.model_inputs import arguments, targets
 from zoo.bench.report import align, mebibytes, seconds
 from zoo.bench.steps import ModelRequest, StepBench
 from zoo.errors import UserError
@@ -90,9 +91,9 @@ class _RangedSteps(StepBench):
         with record_function(f"{PHASE}data"):
             batch = self.next_batch() if batch is None else batch
         with record_function(f"{PHASE}forward"), self.autocast():
-            logits = self.model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))[0]
+            logits = self.model(**arguments(self.model, batch))[0]
         with record_function(f"{PHASE}loss"):
-            loss = self.loss_of(logits, batch["targets"])
+            loss = self.loss_of(logits, targets(batch))
             del logits
         with record_function(f"{PHASE}backward"):
             loss.backward()

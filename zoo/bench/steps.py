@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.bench.flops import training_flops
 from zoo.bench.measure import dtype_of, peak_bytes, synchronize
+from zoo.bench.model_inputs import arguments, targets, units
 from zoo.bench.record import BARE, STEP, CaseResult, Phase, SideResult
 from zoo.ops.core.spec import TOLERANCE, relative_error
 from zoo.registry import create_model, resolve
@@ -108,12 +109,12 @@ class StepBench:
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean cross entropy of a batch."""
         with self.autocast():
-            logits = model(batch["tokens"], cu_seqlens=batch.get("cu_seqlens"))[0]
-        return self.loss_of(logits, batch["targets"])
+            logits = model(**arguments(model, batch))[0]
+        return self.loss_of(logits, targets(batch))
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy over the scored targets, in float32 at least."""
-        logits = logits.flatten(0, 1)
+        logits = logits.flatten(0, -2)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
 
@@ -141,8 +142,10 @@ class StepBench:
     def prepare(self) -> CaseResult:
         """Prove the step, warm it up, count and weigh it, and note its products."""
         batch = self.next_batch()
-        B, T = batch["tokens"].shape
-        self.sizes = {"B": B, "T": T}
+        first = next(iter(arguments(self.model, batch).values()))
+        B, T = len(first), first.shape[1] if first.ndim == 2 else 1
+        self.sizes = {"B": B, "T": T} if first.ndim == 2 else {"B": B}
+        count = units(self.model, batch)
         bare = self.sides[BARE]
         bare.errors, by = self._errors(batch)
         limit = DEPTH * TOLERANCE[dtype_of(self.dtype)]
@@ -157,29 +160,34 @@ class StepBench:
         synchronize(self.device)
         bare.first_call = time.perf_counter() - start
         self.losses += [self.step() for _ in range(WARM_UP - 1)]
-        flops = training_flops(self.model, T) * B * T
+        flops = training_flops(self.model, T) * count
         weighed = self.next_batch()
         peak = peak_bytes(lambda: self.step(weighed), self.device)
-        bare.phases[STEP] = Phase(tokens=B * T, flops=flops, peak_bytes=peak)
+        bare.phases[STEP] = Phase(tokens=count, flops=flops, peak_bytes=peak)
         self.products = Products.of(lambda: self.step(weighed))
         for name in (LINEAR, PRODUCTS):
             self.sides[name].computes = f"{self.products.count(linear=name == LINEAR)} of the step's products"
-            self.sides[name].phases[STEP] = Phase(tokens=B * T, flops=self.products.flops(linear=name == LINEAR))
+            self.sides[name].phases[STEP] = Phase(tokens=count, flops=self.products.flops(linear=name == LINEAR))
             self.products.run(linear=name == LINEAR)
         parameters = sum(p.numel() for p in self.model.parameters())
+        unit = "token" if first.ndim == 2 else "image"
         case.notes += [
-            f"{parameters:,} parameters, {flops / B / T:,.0f} FLOPs per token in training",
+            f"{parameters:,} parameters, {flops / count:,.0f} FLOPs per {unit} in training",
             f"parameters and the optimiser's moments stand at {self.standing_bytes() / 2**20:.1f} MiB beside the peak",
         ]
         return case
 
     def _errors(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, float], str]:
         """Loss and gradient of a small part of a batch against the same model in float64."""
-        tokens = batch["tokens"][:1, :256].contiguous()
-        part = {"tokens": tokens, "targets": batch["targets"][:1, :256].contiguous()}
+        kept = {**arguments(self.model, batch), "targets": targets(batch)}
+        kept.pop("cu_seqlens", None)  # the first tokens of a packed row are measured as one document
+        part = {name: x[:1, :256].contiguous() if x.ndim == 2 else x[:1].contiguous() for name, x in kept.items()}
+        if "source_lengths" in part:
+            part["source_lengths"] = part["source_lengths"].clamp(max=256)
         model, exact = copy.deepcopy(self.model), copy.deepcopy(self.model).double()
         ours = self.loss(model, part)
-        want = self.loss_of(exact(part["tokens"])[0], part["targets"])
+        wide = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
+        want = self.loss_of(exact(**arguments(exact, wide))[0], part["targets"])
         flat = [
             torch.cat([torch.zeros(1) if g is None else g.double().cpu().flatten() for g in gradients])
             for gradients in (
@@ -191,7 +199,9 @@ class StepBench:
             "loss": relative_error(ours.detach()[None], want.detach()[None]),
             "gradient": relative_error(flat[0], flat[1]),
         }
-        return errors, f"the same model in float64 on one row of {tokens.shape[1]} tokens"
+        row = next(iter(part.values()))
+        what = f"one row of {row.shape[1]} tokens" if row.ndim == 2 else "one image"
+        return errors, f"the same model in float64 on {what}"
 
     def round(self) -> None:
         """Time a burst of each side."""
@@ -284,8 +294,9 @@ def _build_data(config: Mapping[str, Any]) -> Any:
 
 def _build_model(config: Mapping[str, Any], data: Any) -> nn.Module:
     fields = {key: value for key, value in config["model"].items() if key not in ("name", "size")}
-    if fields.get("vocab_size") is None:
-        fields["vocab_size"] = data.vocab_size
+    for field, value in resolve(config["task"]["_target_"]).fields(data).items():
+        if fields.get(field) is None:
+            fields[field] = value
     return create_model(config["model"]["name"], config["model"]["size"], **fields)
 
 

@@ -94,21 +94,27 @@ def _train(args: argparse.Namespace) -> int:
         return sweep_command(args.settings, args.config_dir, args.metric)
     if args.metric is not None:
         raise UsageError("--metric sorts the table of a sweep; add -m")
-    limit_spinning()
+    spins_long = limit_spinning()
     from zoo.cli.runs import train_command
 
-    return train_command(args.settings, args.config_dir)
+    return train_command(args.settings, args.config_dir, spins_long=spins_long)
 
 
 def _resume_arguments(parser: Parser) -> None:
     parser.add_argument("run", type=Path, help="the folder of an interrupted run")
+    parser.add_argument("settings", nargs="*", help=argparse.SUPPRESS)  # refused, with a reason
 
 
 def _resume(args: argparse.Namespace) -> int:
-    limit_spinning()
+    if args.settings:
+        raise UsageError(
+            f"a run goes on with the settings in its config.yaml, and {' '.join(args.settings)} was given; leave it "
+            f"out, or start a new run from these weights: zoo train init_from={args.run}"
+        )
+    spins_long = limit_spinning()
     from zoo.cli.runs import resume_command
 
-    return resume_command(args.run)
+    return resume_command(args.run, spins_long=spins_long)
 
 
 def _eval_arguments(parser: Parser) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,31 @@ def config_command(settings: list[str], config_dir: Path | None) -> int:
     return 0
 
 
-def train_command(settings: list[str], config_dir: Path | None) -> int:
-    """Train; the exit code is that of the run."""
+def train_command(settings: list[str], config_dir: Path | None, *, spins_long: bool = False) -> int:
+    """Train; the exit code is that of the run. spins_long: what `limit_spinning` has answered."""
     config = compose(settings, config_dir=config_dir)
     config["run_dir"] = config["run_dir"] or str(fresh_folder(config["model"]["name"]))
     from zoo.train.run import fit
 
     _prepare_process()
-    return fit.run(config, Path(config["run_dir"]))
+    with _spinning_less_beside_others(spins_long):
+        return fit.run(config, Path(config["run_dir"]))
 
 
-def resume_command(run: Path) -> int:
-    """Continue the run of a folder from its last checkpoint."""
+def resume_command(run: Path, *, spins_long: bool = False) -> int:
+    """Continue the run of a folder from its last checkpoint. spins_long: what `limit_spinning` has answered."""
     check_run(run)
     from zoo.train.run import fit
 
     _prepare_process()
-    return fit.resume(run)
+    with _spinning_less_beside_others(spins_long):
+        return fit.resume(run)
+
+
+def _spinning_less_beside_others(spins_long: bool) -> AbstractContextManager[object]:
+    from zoo.cli.spins import SpinWatch
+
+    return SpinWatch() if spins_long and SpinWatch.works() else nullcontext()
 
 
 def _prepare_process() -> None:

@@ -26,6 +26,9 @@ class EncoderDecoderConfig(Base):
         "base": {"d_model": 512, "n_layers": 6, "n_heads": 8, "tie_embeddings": True},
     },
     task="sequence_to_sequence",
+    data="reverse",
+    decoder=None,
+    produces="series",
     tags=("attention", "causal", "encoder-decoder"),
     paper="Vaswani et al., Attention Is All You Need, arXiv 1706.03762; the blocks of LLaMA, arXiv 2302.13971",
 )

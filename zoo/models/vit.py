@@ -33,6 +33,9 @@ _DIGITS = {"image_size": 8, "patch_size": 2, "channels": 1}  # scikit-learn's: 1
         "b": {"d_model": 768, "n_heads": 12},
     },
     task="image_classification",
+    data="digits_images",
+    decoder=None,
+    produces="classes",
     tags=("attention", "bidirectional", "vision"),
     paper="Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929; sizes of Touvron et al., 2012.12877",
 )

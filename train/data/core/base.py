@@ -1,7 +1,8 @@
 """What all data modules share: checks of common settings, ranks, and a position that survives a restart."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -11,13 +12,52 @@ from zoo.tokenizers import Tokenizer
 from zoo.train.data.core.loader import Loader, Source
 
 Metric = Literal["bits_per_byte", "perplexity", "accuracy", "last_accuracy"]
-Part = int | str
-# What the parts of a batch hold, for those that cut it across ranks: the number of the dimension of time, "documents"
-# (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for every rank).
+
+
+class Time(NamedTuple):
+    """Where the part of a batch has time.
+
+    dim: the dimension.
+    unit: entries of it that belong together and are one step of time: 1 for tokens, the rows of a patch for pictures
+        that are cut by rows of patches, the length of a frame for samples of sound.
+    """
+
+    dim: int
+    unit: int = 1
+
+
+# What the part of a batch is, for those that cut it across ranks: its time, a number standing for that dimension with
+# unit 1; "documents" (boundaries of packed ones), "once" (a sum over the batch, to be counted on one rank), "same" (for
+# every rank).
+Part = Time | int | str
 BATCH: Mapping[str, Part] = {
-    "tokens": 1, "targets": 1, "mask": 1, "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
+    "tokens": Time(1), "targets": Time(1), "mask": Time(1),
+    "cu_seqlens": "documents", "n_bytes": "once", "val_set": "same",
 }  # fmt: skip
 WHOLE_SEQUENCES: Mapping[str, Part] = {**BATCH, "targets": "same"}  # of data that label whole sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """How batches are dealt out: what every data module is told.
+
+    Args:
+        batch_size: sequences per step and rank.
+        num_workers: processes that prepare batches ahead; 0 prepares each when it is asked for.
+        seed: the run's seed; data are a pure function of the settings, this, and the position.
+
+    Raises:
+        UserError: a number below its least value.
+    """
+
+    batch_size: int
+    num_workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        at_least("num_workers", self.num_workers, 0)
+        at_least("seed", self.seed, 0)
 
 
 class DataModule(LightningDataModule):
@@ -30,9 +70,8 @@ class DataModule(LightningDataModule):
     from, where the data have such: accuracies are given for each by name, too, as `accuracy_at_NAME`.
 
     Args:
-        batch_size: sequences per step and rank.
-        num_workers: processes that prepare batches ahead.
-        seed: the run's seed; data are a pure function of the settings, this, and the position.
+        loading: how batches are dealt out.
+        each: its fields by keyword, in place of it.
     """
 
     tokenizer: Tokenizer | None = None
@@ -41,12 +80,11 @@ class DataModule(LightningDataModule):
     n_classes: int | None = None
     schema: Mapping[str, Part] = BATCH
 
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int):
+    def __init__(self, loading: LoaderSettings | None = None, **each: int):
         super().__init__()
-        at_least("batch_size", batch_size, 1)
-        at_least("num_workers", num_workers, 0)
-        at_least("seed", seed, 0)
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        loading = LoaderSettings(**each) if loading is None else replace(loading, **each)
+        self.loading = loading
+        self.batch_size, self.num_workers, self.seed = loading.batch_size, loading.num_workers, loading.seed
         self._sources: tuple[Source, Source] | None = None
         self._start = {"epoch": 0, "batches": 0}
         self._loader: Loader | None = None
@@ -87,23 +125,34 @@ class DataModule(LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Training batches from the restored position on, else from the beginning."""
         rank, world = self._shard()
+        return self._training_loader(self.sources[0], rank, world)
+
+    def _training_loader(
+        self, source: Source, rank: int, world: int, steps_of: Callable[[int], int] | None = None
+    ) -> Loader:
+        """A loader from the restored position on, which the module's own position follows."""
         self._loader = Loader(
-            self.sources[0],
+            source,
             epoch=self._start["epoch"],
             batches=self._start["batches"],
             rank=rank,
             world=world,
             workers=self.num_workers,
-            limit=self._limit(self.sources[0].steps(world)),
+            limit=self._limit(source.steps(world)),
             restart=getattr(self.trainer, "overfit_batches", 0) > 0,
             in_flight=self._in_flight,
+            steps_of=steps_of,
         )
         return self._loader
 
     def val_dataloader(self) -> Loader:
         """All held-out data, in one order."""
         rank, world = self._shard()
-        return Loader(self.sources[1], rank=rank, world=world, workers=self.num_workers, restart=True)
+        return self._validation_loader(self.sources[1], rank, world)
+
+    def _validation_loader(self, source: Source, rank: int, world: int) -> Loader:
+        """Every pass begins at the start."""
+        return Loader(source, rank=rank, world=world, workers=self.num_workers, restart=True)
 
     def state_dict(self) -> dict[str, int]:
         """(epoch, batches of it that training has had): right after every step, and while one is under way."""

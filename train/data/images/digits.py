@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data.core.base import WHOLE_SEQUENCES, DataModule, Metric
+from zoo.train.data.core.base import WHOLE_SEQUENCES, DataModule, LoaderSettings, Metric
 from zoo.train.data.core.corpus import IGNORE, order
 from zoo.train.data.core.loader import Batch, Source
 
@@ -37,7 +37,7 @@ class Digits(DataModule):
     schema = WHOLE_SEQUENCES
 
     def __init__(self, *, batch_size: int = 32, num_workers: int = 0, seed: int = 0):
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed))
 
     def make_sources(self) -> tuple[Source, Source]:
         """The images, from the file that scikit-learn installs."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from zoo.errors import UserError
-from zoo.train.data.core.base import DataModule, Metric, at_least
+from zoo.train.data.core.base import DataModule, LoaderSettings, Metric, at_least
 from zoo.train.data.core.loader import Batch, Source
 from zoo.train.data.synthetic._philox import Draws, philox
 
@@ -39,18 +39,17 @@ class SyntheticData(DataModule):
 
     def __init__(
         self,
+        loading: LoaderSettings | None = None,
         *,
         vocab_size: int,
         seq_len: int,
-        batch_size: int,
         train_samples: int,
         val_samples: int,
-        num_workers: int,
-        seed: int,
+        **each: int,
     ):
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(loading, **each)
         at_least("seq_len", seq_len, 1)
-        at_least("train_samples", train_samples, batch_size)
+        at_least("train_samples", train_samples, self.batch_size)
         at_least("val_samples", val_samples, 1)
         self.seq_len, self.train_samples, self.val_samples = seq_len, train_samples, val_samples
         self._vocab_size = vocab_size

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from zoo.errors import UserError
+from zoo.train.data.core.base import LoaderSettings
 from zoo.train.data.core.corpus import IGNORE
 from zoo.train.data.synthetic._philox import Draws
 from zoo.train.data.synthetic.base import SyntheticData
@@ -40,13 +41,11 @@ class InductionHeads(SyntheticData):
         seed: int = 0,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             vocab_size=vocab_size,
             seq_len=seq_len,
-            batch_size=batch_size,
             train_samples=train_samples,
             val_samples=val_samples,
-            num_workers=num_workers,
-            seed=seed,
         )
         if vocab_size < 3 or seq_len < 3:
             raise UserError(

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import numpy as np
 
 from zoo.errors import UserError
-from zoo.train.data.core.base import Metric
+from zoo.train.data.core.base import LoaderSettings, Metric
 from zoo.train.data.core.corpus import IGNORE
 from zoo.train.data.core.loader import Source
 from zoo.train.data.synthetic._philox import Draws
@@ -39,26 +39,24 @@ class StateTracking(SyntheticData):
 
     def __init__(
         self,
+        loading: LoaderSettings | None = None,
         *,
         vocab_size: int,
         seq_len: int,
         min_len: int | None,
         labels: Labels,
         val_lengths: tuple[int, ...],
-        batch_size: int,
         train_samples: int,
         val_samples: int,
-        num_workers: int,
-        seed: int,
+        **each: int,
     ):
         super().__init__(
+            loading,
             vocab_size=vocab_size,
             seq_len=seq_len,
-            batch_size=batch_size,
             train_samples=train_samples,
             val_samples=val_samples,
-            num_workers=num_workers,
-            seed=seed,
+            **each,
         )
         self.min_len = seq_len if min_len is None else min_len
         if not 1 <= self.min_len <= seq_len:
@@ -147,9 +145,9 @@ class Parity(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             vocab_size=2, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
-            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
-            seed=seed,
+            train_samples=train_samples, val_samples=val_samples,
         )  # fmt: skip
 
     def sequences(self, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
@@ -222,9 +220,9 @@ class WordProblem(StateTracking):
         if group not in GROUPS:
             raise UserError(f"data.group must be one of {', '.join(GROUPS)}; got {group!r}: choose one of them")
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             vocab_size=GROUPS[group], seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
-            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
-            seed=seed,
+            train_samples=train_samples, val_samples=val_samples,
         )  # fmt: skip
         self.group, self.table = group, cayley(group)
 
@@ -262,9 +260,9 @@ class KHop(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
-            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
-            seed=seed,
+            train_samples=train_samples, val_samples=val_samples,
         )  # fmt: skip
         if hops < 1 or vocab_size < 2:
             raise UserError(
@@ -312,9 +310,9 @@ class KeepNth(StateTracking):
         seed: int = 0,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             vocab_size=vocab_size, seq_len=seq_len, min_len=min_len, labels=labels, val_lengths=val_lengths,
-            batch_size=batch_size, train_samples=train_samples, val_samples=val_samples, num_workers=num_workers,
-            seed=seed,
+            train_samples=train_samples, val_samples=val_samples,
         )  # fmt: skip
         shortest = min(self.min_len, *self.val_lengths) if self.val_lengths else self.min_len
         if not 1 <= n <= shortest:

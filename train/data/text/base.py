@@ -12,7 +12,7 @@ import numpy as np
 from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.files import cache_folder, keep_in_cache
-from zoo.train.data.core.base import DataModule, Metric, at_least
+from zoo.train.data.core.base import DataModule, LoaderSettings, Metric, at_least
 from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
 from zoo.train.data.core.loader import Source
 
@@ -34,16 +34,14 @@ class TextSettings(DataModule):
 
     def __init__(
         self,
+        loading: LoaderSettings,
         *,
         seq_len: int,
-        batch_size: int,
         tokenizer: str,
         vocab_size: int | None,
         packing: Packing,
-        num_workers: int,
-        seed: int,
     ):
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(loading)
         at_least("seq_len", seq_len, 1)
         if packing not in ("cut", "packed"):
             raise UserError(f"data.packing must be cut or packed; got {packing!r}: choose one of the two")
@@ -94,13 +92,11 @@ class TextData(TextSettings):
         val_fraction: float = VAL_FRACTION,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=num_workers, seed=seed),
             seq_len=seq_len,
-            batch_size=batch_size,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
             packing=packing,
-            num_workers=num_workers,
-            seed=seed,
         )
         if not 0 < val_fraction < 1:
             raise UserError(

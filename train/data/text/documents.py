@@ -9,6 +9,7 @@ from zoo import tokenizers
 from zoo.errors import UserError
 from zoo.train.balance.sampler import BalancedBatchSampler, Planner
 from zoo.train.balance.whole_documents import Dealt
+from zoo.train.contracts import CutsTime, MakesPlans
 from zoo.train.data.core.base import DataModule, Metric, at_least
 from zoo.train.data.core.loader import Loader, Source
 from zoo.train.data.core.planned import AtMost, Documents, FromCorpus, InMemory, Plans, Rows
@@ -68,24 +69,12 @@ class PlannedDocuments(DataModule):
     def train_dataloader(self) -> Loader:
         """Training batches from the restored position on, else from the beginning."""
         source, rank, world = self._placed(self.documents[0])
-        self._loader = Loader(
-            source,
-            epoch=self._start["epoch"],
-            batches=self._start["batches"],
-            rank=rank,
-            world=world,
-            workers=self.num_workers,
-            limit=self._limit(source.steps(world)),
-            restart=getattr(self.trainer, "overfit_batches", 0) > 0,
-            in_flight=self._in_flight,
-            steps_of=source.sampler.batches,
-        )
-        return self._loader
+        return self._training_loader(source, rank, world, source.sampler.batches)
 
     def val_dataloader(self) -> Loader:
         """All held-out documents, in one order."""
         source, rank, world = self._placed(self.documents[1])
-        return Loader(source, rank=rank, world=world, workers=self.num_workers, restart=True)
+        return self._validation_loader(source, rank, world)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and a hash of what the order of documents depends on."""
@@ -110,11 +99,10 @@ class PlannedDocuments(DataModule):
     def _placed(self, documents: Documents) -> tuple[Plans | Rows, int, int]:
         """The source of these documents under the trainer's strategy, and this process's (rank, world) in it."""
         strategy: Any = None if self.trainer is None else self.trainer.strategy
-        planner_of = getattr(strategy, "planner_of", None)
-        if planner_of is not None:
-            planner = planner_of(int(documents.lengths.max()), self.global_tokens)
+        if isinstance(strategy, MakesPlans):
+            planner = strategy.planner_of(int(documents.lengths.max()), self.global_tokens)
             return Plans(documents, self._sampler(documents, planner)), strategy.global_rank, strategy.world_size
-        layout = getattr(strategy, "layout", "contiguous")
+        layout = strategy.layout if isinstance(strategy, CutsTime) else "contiguous"
         if layout != "contiguous":
             raise UserError(
                 f"whole documents make rows of any length, and a {layout} layout cuts only some; use "

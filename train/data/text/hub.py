@@ -9,7 +9,7 @@ import numpy as np
 
 from zoo import tokenizers
 from zoo.errors import UserError, did_you_mean
-from zoo.train.data.core.base import at_least
+from zoo.train.data.core.base import LoaderSettings, at_least
 from zoo.train.data.core.corpus import Corpus, CutSource, PackedSource, Packing, validation_source
 from zoo.train.data.core.loader import Batch, Source
 from zoo.train.data.text.base import BATCH_SIZE, SEQ_LEN, TextSettings
@@ -56,13 +56,11 @@ class Hub(TextSettings):
         seed: int = 0,
     ):
         super().__init__(
+            LoaderSettings(batch_size=batch_size, num_workers=0, seed=seed),
             seq_len=seq_len,
-            batch_size=batch_size,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
             packing=packing,
-            num_workers=0,
-            seed=seed,
         )
         if not name:
             raise UserError("data.name must name a data set; it is empty: set data.name=owner/name")
