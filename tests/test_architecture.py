@@ -39,7 +39,8 @@ FLOORS = {
         "zoo.models", "zoo.layers", "zoo.ops", "zoo.errors", "zoo.files", "zoo.ranges", "zoo._discover", "zoo.codecs",
     },
     "zoo.train": {
-        "zoo.decoding", "zoo.codecs", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.config",
+        "zoo.decoding", "zoo.codecs", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry",
+        "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
         "zoo.targets", "zoo",
     },

@@ -23,6 +23,7 @@ from zoo.layers.state import Prefixes, State, flatten, reserve, select, state_by
 __all__ = ["Session"]
 
 FORMAT, VERSION = "zoo-state", 1
+AHEAD = 32  # tokens of room beyond the next: half of what the slots of a cache are counted in
 
 
 class _Proposal(NamedTuple):
@@ -55,7 +56,9 @@ class Session:
         self.tokens: list[list[int]] = []
         self.newest: list[int | None] = []
         self.forwards = 0
+        self._device = next(model.parameters()).device
         self._state: State = None
+        self._room = 0  # tokens a row that caches have slots for
         self._open: _Proposal | None = None
         self._advance: Step = CompiledStep() if compile else step
 
@@ -219,10 +222,6 @@ class Session:
         session._state = unflatten(like, tensors)
         return session
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def _check_file(self, path: Path, metadata: dict[str, str]) -> None:
         if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
             raise UserError(f"{path} holds no state of a session; give a file of --save-state")
@@ -240,7 +239,11 @@ class Session:
         return self.model.encode(tokens, state, mask=mask)
 
     def _reserve(self, more: int) -> None:
-        self._state = reserve(self.model, self._state, max(map(len, self.tokens)) + more)
+        """Room for `more` tokens in the longest row; layers are asked once in AHEAD tokens, for asking takes time."""
+        need = max(map(len, self.tokens)) + more
+        if need > self._room:
+            self._room = need + AHEAD
+            self._state = reserve(self.model, self._state, self._room)
 
     def _one_token(self, windows: list[list[int]]) -> Tensor | None:
         """One token a row, none in some: those run with any token, and keep their state. None where states grow."""
