@@ -49,7 +49,7 @@ lint: install
 
 # mypy reads the package as a user gets it: built as a wheel and installed, folders mapped to zoo.ops, zoo.layers, ...
 types: install
-	rm -rf build/types && mkdir -p build/types
+	rm -rf build/lib build/bdist.* build/types && mkdir -p build/types  # what an earlier build left there would be packed again
 	$(BIN)/python -m build --wheel --outdir build/types . > build/types/build.log 2>&1 || (cat build/types/build.log; exit 1)
 	$(BIN)/python -m pip install --quiet --no-deps --target build/types/site build/types/*.whl
 	cd build/types && MYPYPATH=site ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p zoo

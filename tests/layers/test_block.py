@@ -154,3 +154,8 @@ def test_embeddings_and_heads_are_objects() -> None:
     assert outputs.shape == (2, 6, 2)
     with pytest.raises(ValueError, match=r"tie_embeddings shares the matrix .* got Frames and Linear"):
         SequenceModel(SequenceConfig(d_model=D, n_layers=1, tie_embeddings=True), lambda i: Mamba(D), embed=Frames())
+
+
+def test_a_block_adds_its_input_as_it_is_unless_told_otherwise() -> None:
+    assert Block(D, GRU(D), None).residual_scale is None
+    assert Block(D, GRU(D), None, residual_scale=True).residual_scale is not None

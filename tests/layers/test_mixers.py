@@ -178,3 +178,11 @@ def test_every_parameter_of_a_bidirectional_mixer_gets_a_gradient(name: str) -> 
     mixer = make_mixer(name)
     mixer(random(2, 20, D))[0].square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mixer.parameters())
+
+
+def test_a_window_of_one_sees_the_own_position_alone() -> None:
+    torch.manual_seed(0)
+    layer = Attention(8, n_heads=2, window=1)
+    x = torch.randn(1, 5, 8)
+    y, _ = layer(x)
+    assert torch.allclose(y, layer.o_proj(layer.v_proj(x)), atol=1e-6)

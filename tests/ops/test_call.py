@@ -196,3 +196,12 @@ def test_a_token_with_gradients_goes_the_long_way() -> None:
             causal_conv1d(u, w)
     causal_conv1d(u, w)[0].sum().backward()
     assert w.grad is not None
+
+
+@pytest.mark.parametrize(
+    "resets", [torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 5), torch.zeros(5, dtype=torch.bool)]
+)
+def test_resets_of_another_shape_or_dtype_are_refused(resets: Tensor) -> None:
+    a = torch.rand(2, 5, 3)
+    with pytest.raises(ValueError, match=r"affine_scan: resets must be a bool tensor \(B, T\) = \(2, 5\)"):
+        zoo.ops.affine_scan(a, a, resets=resets)

@@ -252,3 +252,15 @@ def test_the_real_package_agrees_with_the_definition_and_our_kernels(W: int, dty
     del packed["state"]
     cu = torch.tensor([0, 1, 100, 100, 300])
     assert not red(parity(SPEC, packed, backend="auto", dtype=dtype, device="cuda", cu_seqlens=cu), dtype)
+
+
+def test_a_package_that_lacks_another_package_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(name: str) -> types.ModuleType:
+        raise ModuleNotFoundError("No module named 'einops'", name="einops")
+
+    monkeypatch.setattr(external.importlib, "import_module", lacking)
+    external.found.cache_clear()
+    try:
+        assert "cannot be used (ModuleNotFoundError: No module named 'einops')" in external.status()
+    finally:
+        external.found.cache_clear()

@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from zoo.ops import fft_convolution
+from zoo.ops import fft_convolution, shard
 from zoo.ops.convolutions.fft_convolution.fourier import fast_length
 from zoo.ops.core import documents
 from zoo.ops.core.spec import relative_error
@@ -62,3 +64,13 @@ def test_nothing_to_convolve(shape: tuple[int, ...]) -> None:
 def test_a_triton_form_is_refused_and_not_replaced() -> None:
     with pytest.raises(ValueError, match=r"(no Triton form|needs CUDA tensors|needs the triton package)"):
         fft_convolution(randn(1, 4, 3), randn(3, 4), backend="triton")
+
+
+def test_a_sequence_that_is_cut_across_ranks_is_refused() -> None:
+    """Its outputs look at all inputs before them, and nothing sums those up."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with shard.use(shard.SequenceShard()), pytest.raises(ValueError, match="fft_convolution, which has no state"):
+            fft_convolution(randn(1, 4, 3), randn(3, 4), None)
+    finally:
+        dist.destroy_process_group()

@@ -17,7 +17,7 @@ from zoo.train.data.synthetic.base import TRAINING, VALIDATION, SyntheticData
 from zoo.train.data.synthetic.copying import Copying
 from zoo.train.data.synthetic.induction_heads import InductionHeads
 from zoo.train.data.synthetic.mqar import MQAR
-from zoo.train.data.synthetic.state_tracking import KeepNth, KHop, Parity, StateTracking, WordProblem, cayley
+from zoo.train.data.synthetic.state_tracking import GROUPS, KeepNth, KHop, Parity, StateTracking, WordProblem, cayley
 
 FAST = settings(deadline=None, max_examples=40)
 
@@ -404,3 +404,10 @@ def test_parity_is_balanced_and_its_streams_never_meet() -> None:
 def test_state_tracking_refuses_what_makes_no_task(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=re.escape(words)):
         make()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_has_as_many_tokens_as_elements(group: str) -> None:
+    table = cayley(group)
+    assert table.shape == (GROUPS[group],) * 2
+    assert set(table[0].tolist()) == set(range(GROUPS[group]))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import zoo
@@ -164,6 +164,7 @@ def test_kernels_keep_less_than_the_torch_forms() -> None:
 SIZES = st.floats(0.0, 100.0)
 
 
+@example(1.0, 1.0, 100.0, 10.0, 100.0, 3, 10.0)  # three blocks are the fewest that send one
 @given(*[SIZES] * 4, st.floats(0.01, 100.0), st.integers(1, 80), st.floats(0.01, 10.0))
 def test_the_fraction_is_the_best_of_a_fine_grid(
     inputs: float, mixer: float, others: float, host: float, bandwidth: float, n: int, seconds: float
