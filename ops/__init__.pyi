@@ -1,5 +1,6 @@
 # Written by `python -m zoo.registry`.
 from zoo.ops.attention.attention import attention as attention
+from zoo.ops.attention.attention.visible import Visible as Visible
 from zoo.ops.convolutions.causal_conv1d import causal_conv1d as causal_conv1d
 from zoo.ops.convolutions.causal_conv1d import causal_conv1d_summary as causal_conv1d_summary
 from zoo.ops.convolutions.depthwise_conv1d import depthwise_conv1d as depthwise_conv1d

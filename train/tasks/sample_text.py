@@ -1,10 +1,11 @@
 """A text from a language model."""
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from zoo.decoding import generate
+from zoo.layers import SequenceModel
 
 __all__ = ["sample_text"]
 
@@ -29,7 +30,7 @@ def sample_text(
         seed: of the sampler.
     """
     stream = generate(
-        model,
+        cast(SequenceModel, model),
         [tokenizer.eos_id],
         max_tokens=max_tokens,
         temperature=temperature,

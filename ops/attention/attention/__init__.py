@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
@@ -11,11 +12,13 @@ from zoo.ops.attention.attention.blockwise import attention_blockwise
 from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference, right_aligned
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask, past_mask_is_large
+from zoo.ops.attention.attention.visible import Visible
+from zoo.ops.attention.attention.visible_blocks import attention_visible
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.call import Choice, Limit, Operator
 from zoo.ops.shard.scope import scope
 
-__all__ = ["attention"]
+__all__ = ["Visible", "attention"]
 
 if dispatch.HAS_TRITON:
     from zoo.ops.attention.attention import kernels
@@ -44,6 +47,7 @@ def attention(
     past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    visible: Visible | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -60,6 +64,7 @@ def attention(
     past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    visible: Visible | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -76,6 +81,7 @@ def attention(
     past: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    visible: Visible | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -96,6 +102,9 @@ def attention(
             past[b] + i in them (a left-aligned cache). Slots behind a row's last query may hold anything finite.
         cu_seqlens: boundaries (n + 1,) of packed queries, B = 1; documents do not see each other.
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
+        visible: which keys each query sees, in place of causal, window, past, and of lengths and boundaries, for bands,
+            trees, two streams and whatever else intervals can say; T and S may be any. It runs in plain torch, by
+            blocks, in O(T + S) memory; kernels do not take it yet.
         return_lse: also return the log-sum-exp, with which `zoo.ops.core.algebra.LogSumExp` merges partial results over
             disjoint keys.
         backend: "auto", "torch", "triton" or "reference". "torch" is torch's SDPA, or our blocks in plain torch where
@@ -147,6 +156,15 @@ def attention(
         raise ValueError(f"{name}: scale must be a finite number or None for K**-0.5; got {scale!r}")
     scale = K**-0.5 if scale is None else float(scale)
     place = scope()
+    if visible is not None:
+        others = {
+            "window": window, "key_lengths": key_lengths, "past": past, "cu_seqlens": cu_seqlens,
+            "cu_seqlens_k": cu_seqlens_k,
+        }  # fmt: skip
+        _check_visible(name, sizes, visible, others, q.device, place is not None and place.shard.size > 1)
+        chosen = OPERATOR.decide(backend, q, sizes, problem="kernels take no visible").backend
+        o, lse = (_by_definition if chosen == "reference" else attention_visible)(q, k, v, visible, scale)
+        return (o, lse) if return_lse else o
     if place is not None and place.shard.size > 1:
         _across_ranks(name, sizes, cu_seqlens, cu_seqlens_k, key_lengths, past, place.shard.documents, backend)
         OPERATOR.decide(backend, q, sizes, problem="blocks across ranks run in plain torch")
@@ -186,6 +204,35 @@ def attention(
         outputs.append(o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return (o, sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)) if return_lse else o
+
+
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float) -> tuple[Tensor, Tensor]:
+    return attention_reference(q, k, v, False, None, scale, None, seen=visible.dense()[:, None])
+
+
+def _check_visible(
+    name: str, sizes: dict[str, int], visible: Visible, others: Mapping[str, object], device: torch.device, cut: bool
+) -> None:
+    """Refuse a Visible of other queries or keys, or beside another mask.
+
+    Raises:
+        ValueError: as said.
+    """
+    given = [argument for argument, value in others.items() if value is not None]
+    if given:
+        raise ValueError(f"{name}: visible says all that is seen; leave out {', '.join(given)}")
+    if cut:
+        raise ValueError(
+            f"{name}: across ranks masks are causal, windows or documents, and visible is none of them; run it outside "
+            "zoo.ops.shard.use(...)"
+        )
+    B, T, S = sizes["B"], sizes["T"], sizes["S"]
+    rows, queries, keys = *visible.label.shape, visible.first.shape[1]
+    if rows not in (1, B) or (queries, keys) != (T, S) or visible.label.device != device:
+        raise ValueError(
+            f"{name}: visible must be of B = {B} rows or one, T = {T} queries and S = {S} keys on {device}; got {rows} "
+            f"rows, {queries} queries and {keys} keys on {visible.label.device}"
+        )
 
 
 def _across_ranks(

@@ -17,16 +17,18 @@ def visible(T: int, S: int, causal: bool, window: int | None, device: torch.devi
 
 def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float, key_lengths: Tensor | None,
-    past: Tensor | None = None,
+    past: Tensor | None = None, seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o_i = sum_j softmax_j(s_ij) v_j and L_i = log sum_j exp(s_ij), s_ij = scale q_i . k_j, over the visible keys j.
 
-    A query that sees none gives zeros and -inf.
+    A query that sees none gives zeros and -inf. `seen`, (B or 1, 1, T, S) bool, stands for all other masks.
     """
     T, S, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)  # (B, S, H, K)
     scores = scale * torch.einsum("bthk,bshk->bhts", q, k)
-    if past is None:
+    if seen is not None:
+        mask = seen.expand(q.shape[0], 1, T, S)
+    elif past is None:
         mask = visible(T, S, causal, window, q.device).expand(q.shape[0], 1, T, S)
     else:
         mask = visible_slots(past, T, S, window)

@@ -10,6 +10,8 @@ from zoo.train.data.core.base import WHOLE_SEQUENCES, DataModule, LoaderSettings
 from zoo.train.data.core.corpus import IGNORE, order
 from zoo.train.data.core.loader import Batch, Source
 
+__all__ = ["CLASSES", "HELD_OUT", "LEVELS", "Digits", "Labelled", "load_digits"]
+
 try:
     from sklearn.datasets import load_digits
 except ImportError:

@@ -1,0 +1,176 @@
+"""Which query sees which key, as an interval of labels for each key: every mask of attention in O(T + S) memory."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Visible"]
+
+ALL = 2**31 - 1  # an end behind all labels
+
+
+@dataclass(frozen=True, eq=False)
+class Visible:
+    """Key j is seen by query i of the same row when first[j] <= label[i] < end[j].
+
+    A second interval for each key is optional: then a query sees the keys of either. Masks of T x S are never made of
+    it, and blocks without a visible pair are skipped.
+
+    Args:
+        label: of the queries, (B, T) int32 or int64. B may be 1 for all rows of a batch alike.
+        first, end: of the keys, (B, S), of the same dtype; a key with first >= end is seen by nobody.
+        first2, end2: the second interval, or None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or half of the second interval is missing.
+    """
+
+    label: Tensor
+    first: Tensor
+    end: Tensor
+    first2: Tensor | None = None
+    end2: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.first2 is None) != (self.end2 is None):
+            raise ValueError("Visible: the second interval needs both first2 and end2; got one of them")
+        keys = [x for x in (self.first, self.end, self.first2, self.end2) if x is not None]
+        for x in (self.label, *keys):
+            if x.ndim != 2 or x.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"Visible: all parts are (B, T or S) int32 or int64; got {tuple(x.shape)} {x.dtype}")
+            if (x.shape[0], x.dtype, x.device) != (self.label.shape[0], self.label.dtype, self.label.device):
+                raise ValueError(
+                    f"Visible: all parts share rows, dtype and device; got {tuple(x.shape)} {x.dtype} on {x.device} "
+                    f"beside a label {tuple(self.label.shape)} {self.label.dtype} on {self.label.device}"
+                )
+        if any(x.shape != self.first.shape for x in keys):
+            raise ValueError(f"Visible: all intervals are of the same keys; got {[tuple(x.shape) for x in keys]}")
+
+    # -- masks that people name -------------------------------------------------------------------------------------
+
+    @classmethod
+    def band(
+        cls, T: int, left: int | None, right: int | None, *, S: int | None = None, device: torch.device | None = None
+    ) -> "Visible":
+        """Query i stands at position p = S - T + i and sees the keys p - left ... p + right.
+
+        Args:
+            T, S: queries and keys; S is T when omitted.
+            left, right: how far it sees before and behind itself; None for all.
+        """
+        S = T if S is None else S
+        key = torch.arange(S, device=device)
+        first = torch.zeros_like(key) if right is None else key - right
+        end = torch.full_like(key, ALL) if left is None else key + left + 1
+        return cls((torch.arange(T, device=device) + S - T)[None], first[None], end[None])
+
+    @classmethod
+    def causal(
+        cls, T: int, *, S: int | None = None, window: int | None = None, device: torch.device | None = None
+    ) -> "Visible":
+        """Keys at or before the query's position; of these the last `window`, the own included."""
+        return cls.band(T, None if window is None else window - 1, 0, S=S, device=device)
+
+    @classmethod
+    def documents(
+        cls, cu_seqlens: Sequence[int], *, causal: bool = True, window: int | None = None,
+        device: torch.device | None = None,
+    ) -> "Visible":  # fmt: skip
+        """Packed documents with these boundaries (n + 1,), which do not see each other.
+
+        Args:
+            cu_seqlens: 0, the ends of all documents but the last, and T.
+            causal: see only keys at or before the query; both sides otherwise.
+            window: of these only keys less than `window` away.
+        """
+        T = cu_seqlens[-1]
+        sizes = torch.tensor([right - left for left, right in itertools.pairwise(cu_seqlens)], device=device)
+        bounds = torch.tensor(cu_seqlens, device=device)
+        start, stop = (bounds[i : len(sizes) + i].repeat_interleave(sizes, output_size=T) for i in (0, 1))
+        key = torch.arange(T, device=device)
+        first, end = (key if causal else start), stop
+        if window is not None:
+            first, end = torch.maximum(first, key - window + 1), torch.minimum(end, key + window)
+        return cls(key[None], first[None], end[None])
+
+    @classmethod
+    def chunks(cls, T: int, size: int, *, device: torch.device | None = None) -> "Visible":
+        """Causal inside chunks of `size` tokens, which do not see each other."""
+        key = torch.arange(T, device=device)
+        return cls(key[None], key[None], ((key // size + 1) * size)[None])
+
+    @classmethod
+    def block_diffusion(cls, T: int, block: int, *, device: torch.device | None = None) -> "Visible":
+        """The two streams of training by block diffusion, [noisy | clean]: T tokens each, 2 T queries and keys.
+
+        A noisy token sees the noisy ones of its own block and the clean ones of all blocks before. A clean token sees
+        the clean ones of its own block and of those before. These are T (T + block) pairs where block divides T.
+
+        Source: arXiv 2503.09573.
+        """
+        at = torch.arange(T, device=device) // block
+        label = torch.cat([2 * at, 2 * at + 1])
+        first = torch.cat([2 * at, 2 * at + 1])
+        end = torch.cat([2 * at + 1, torch.full_like(at, ALL)])
+        return cls(label[None], first[None], end[None])
+
+    @classmethod
+    def tree(cls, parents: Sequence[int], *, past: int = 0, device: torch.device | None = None) -> "Visible":
+        """Nodes of trees of tokens behind a text: each sees the text, its ancestors and itself.
+
+        Args:
+            parents: of every node, an earlier node's index, or -1 for one that follows the text.
+            past: tokens of the text, whose keys come first.
+
+        Raises:
+            ValueError: a parent is no earlier node.
+        """
+        n = len(parents)
+        sizes, places = [1] * n, [0] * n
+        for node in reversed(range(n)):
+            if not -1 <= parents[node] < node:
+                raise ValueError(
+                    f"Visible.tree: a parent must be an earlier node or -1; node {node} has {parents[node]}"
+                )
+            if parents[node] >= 0:
+                sizes[parents[node]] += sizes[node]
+        free = {-1: 0}  # the first place in preorder that no child of a node has taken
+        for node in range(n):
+            places[node] = free[parents[node]]
+            free[parents[node]] += sizes[node]
+            free[node] = places[node] + 1
+        label = torch.tensor(places, device=device, dtype=torch.int64)
+        first = torch.cat([label.new_zeros(past), label])
+        end = torch.cat([label.new_full((past,), ALL), label + label.new_tensor(sizes)])
+        return cls(label[None], first[None], end[None])
+
+    # -- what is known of it ----------------------------------------------------------------------------------------
+
+    @property
+    def intervals(self) -> list[tuple[Tensor, Tensor]]:
+        """(first, end) of every interval, (B, S) each."""
+        second = [] if self.first2 is None or self.end2 is None else [(self.first2, self.end2)]
+        return [(self.first, self.end), *second]
+
+    def pairs(self) -> int:
+        """How many queries see a key, over all rows; O((T + S) log T), reads the device once."""
+        labels = self.label.sort(dim=1).values
+
+        def count(first: Tensor, end: Tensor) -> Tensor:
+            below = (torch.searchsorted(labels, x.contiguous()) for x in (first, torch.maximum(first, end)))
+            start, stop = below
+            return (stop - start).sum()
+
+        total = sum((count(*each) for each in self.intervals), start=labels.new_zeros(()))
+        if self.first2 is not None and self.end2 is not None:  # what both intervals have counts once
+            total = total - count(torch.maximum(self.first, self.first2), torch.minimum(self.end, self.end2))
+        return int(total)
+
+    def dense(self) -> Tensor:
+        """(B, T, S) bool, for a look at it, for tests, and for the definition of attention: T x S numbers."""
+        label = self.label[:, :, None]
+        seen = [(first[:, None] <= label) & (label < end[:, None]) for first, end in self.intervals]
+        return seen[0] if len(seen) == 1 else seen[0] | seen[1]

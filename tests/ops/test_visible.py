@@ -1,0 +1,170 @@
+"""Visible: the masks that it can say, and attention by blocks under it against the definition with a dense mask."""
+
+import resource
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from zoo.ops import Visible, attention
+from zoo.ops.core.spec import relative_error
+
+MASKS: dict[str, Callable[[], Visible]] = {
+    "causal": lambda: Visible.causal(300),
+    "causal behind a past": lambda: Visible.causal(70, S=301),
+    "window": lambda: Visible.causal(300, window=70),
+    "band": lambda: Visible.band(300, 5, 90),
+    "open to the right": lambda: Visible.band(200, 10, None),
+    "documents": lambda: Visible.documents([0, 1, 130, 130, 300]),
+    "documents both ways": lambda: Visible.documents([0, 1, 130, 300], causal=False),
+    "documents, window": lambda: Visible.documents([0, 100, 300], window=9),
+    "documents both ways, window": lambda: Visible.documents([0, 100, 300], causal=False, window=9),
+    "chunks": lambda: Visible.chunks(300, 64),
+    "block diffusion": lambda: Visible.block_diffusion(144, 16),
+    "tree": lambda: Visible.tree([-1, 0, 0, 1, -1, 4, 3, 2], past=150),
+    "two intervals": lambda: two_intervals(150, 190),
+    "rows of their own": lambda: Visible(*random_intervals(2, 150, 190)),
+    "nothing": lambda: Visible(*(torch.zeros(1, n, dtype=torch.int32) for n in (5, 7, 7))),
+}
+
+
+def random_intervals(B: int, T: int, S: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels in any order, and intervals of which some are empty and some queries are in none."""
+    generator = torch.Generator().manual_seed(seed)
+    label = torch.randint(-9, 40, (B, T), generator=generator)
+    first = torch.randint(-5, 40, (B, S), generator=generator)
+    return label, first, first + torch.randint(-2, 12, (B, S), generator=generator)
+
+
+def two_intervals(T: int, S: int) -> Visible:
+    label, first, end = random_intervals(1, T, S)
+    _, first2, end2 = random_intervals(1, T, S, seed=1)
+    return Visible(label, first, end, first2, end2)
+
+
+def inputs(B: int, T: int, S: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(T + S)
+    shapes = (B, T, 4, 8), (B, S, 2, 8), (B, S, 2, 5)
+    return [torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
+
+
+def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax over visible keys, pair by pair in one dense product; rows that see none give zeros and -inf."""
+    k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
+    weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5).exp() * mask[:, None]
+    total = weights.sum(-1, keepdim=True)
+    o = (weights / total.where(total > 0, 1.0)) @ v.transpose(1, 2)
+    lse = total.where(total > 0, 1.0).log().where(total > 0, float("-inf")).squeeze(-1)
+    return o.transpose(1, 2), lse.transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_equals_a_dense_mask(name: str, backend: str) -> None:
+    visible = MASKS[name]()
+    T, S = visible.label.shape[1], visible.first.shape[1]
+    q, k, v = inputs(2, T, S)
+    o, lse = attention(q, k, v, visible=visible, return_lse=True, backend=backend)
+    want, want_lse = naive(q, k, v, visible.dense())
+    blind = torch.isinf(want_lse)
+    assert torch.equal(torch.isinf(lse), blind)
+    assert relative_error(o, want) < 1e-12
+    assert relative_error(lse.where(~blind, 0.0), want_lse.where(~blind, 0.0)) < 1e-12
+    do, dlse = torch.randn_like(o), torch.randn_like(lse)
+    got = torch.autograd.grad([o, lse.where(~blind, 0.0)], [q, k, v], [do, dlse])
+    exact = torch.autograd.grad([want, want_lse.where(~blind, 0.0)], [q, k, v], [do, dlse])
+    for a, b in zip(got, exact, strict=True):
+        assert torch.isfinite(a).all()
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_pairs_are_those_of_the_dense_mask(name: str) -> None:
+    visible = MASKS[name]()
+    assert visible.pairs() == int(visible.dense().sum())
+
+
+@pytest.mark.parametrize(("T", "block"), [(8, 1), (8, 4), (12, 12), (96, 16)])
+def test_two_streams_have_as_many_pairs_as_the_paper_says(T: int, block: int) -> None:
+    visible = Visible.block_diffusion(T, block)
+    assert visible.pairs() == T * (T + block)
+    seen = visible.dense()[0]
+    for i in range(2 * T):
+        for j in range(2 * T):
+            noisy_query, noisy_key, b, c = i < T, j < T, i % T // block, j % T // block
+            want = (b == c and noisy_query) if noisy_key else (c < b if noisy_query else c <= b)
+            assert bool(seen[i, j]) == want
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.integers(0, 3))
+def test_a_node_of_a_tree_sees_the_text_its_ancestors_and_itself(numbers: list[int], past: int) -> None:
+    parents = [number % (node + 1) - 1 for node, number in enumerate(numbers)]
+    seen = Visible.tree(parents, past=past).dense()[0]
+    for node in range(len(parents)):
+        line, at = set(), node
+        while at >= 0:
+            line.add(at)
+            at = parents[at]
+        assert seen[node, :past].all()
+        assert {j for j in range(len(parents)) if seen[node, past + j]} == line
+
+
+@pytest.mark.parametrize("masks", [{}, {"window": 100}, {"causal": False}, {"causal": False, "window": 30}])
+def test_says_the_masks_that_attention_has_by_name(masks: dict[str, int]) -> None:
+    q, k, v = inputs(1, 260, 260)
+    window = masks.get("window")
+    far = None if window is None else window - 1
+    visible = Visible.band(260, far, 0 if masks.get("causal", True) else far)
+    got, want = attention(q, k, v, visible=visible), attention(q, k, v, **masks)  # type: ignore[call-overload]
+    assert relative_error(got, want) < 1e-13
+
+
+def test_gradcheck() -> None:
+    visible = two_intervals(5, 6)
+    q, k, v = inputs(1, 5, 6)
+    assert torch.autograd.gradcheck(lambda *x: attention(*x, visible=visible), (q, k, v))
+
+
+def test_half_precision_and_no_queries() -> None:
+    q, k, v = (x.detach() for x in inputs(1, 40, 40, torch.bfloat16))
+    o = attention(q, k, v, visible=Visible.causal(40))
+    assert o.dtype == torch.bfloat16
+    assert relative_error(o.float(), attention(q.float(), k.float(), v.float())) < 1e-2
+    empty = Visible.band(0, None, None, S=5)
+    assert attention(q[:, :0], k[:, :5], v[:, :5], visible=empty).shape == (1, 0, 4, 5)
+
+
+def test_refusals() -> None:
+    q, k, v = inputs(2, 4, 4)
+    whole = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="needs both first2 and end2"):
+        Visible(whole, whole, whole, whole)
+    with pytest.raises(ValueError, match="int32 or int64; got"):
+        Visible(whole.float(), whole, whole)
+    with pytest.raises(ValueError, match="share rows, dtype and device"):
+        Visible(whole, whole.int(), whole.int())
+    with pytest.raises(ValueError, match="of the same keys"):
+        Visible(whole, whole, whole[:, :3])
+    with pytest.raises(ValueError, match="a parent must be an earlier node or -1; node 1 has 1"):
+        Visible.tree([-1, 1])
+    with pytest.raises(ValueError, match="leave out window, past"):
+        attention(q, k, v, window=2, past=torch.zeros(2, dtype=torch.int64), visible=Visible.causal(4))
+    with pytest.raises(ValueError, match="T = 4 queries and S = 4 keys on cpu; got 1 rows, 5 queries and 5 keys"):
+        attention(q, k, v, visible=Visible.causal(5))
+    with pytest.raises(ValueError, match="kernels take no visible"):
+        attention(q.float(), k.float(), v.float(), visible=Visible.causal(4), backend="triton")
+
+
+@pytest.mark.everything
+def test_memory_grows_with_length_and_not_with_its_square() -> None:
+    """At 32,768 tokens a mask of bools alone would be 1 GiB."""
+    T = 32768
+    q, k, v = (torch.randn(1, T, 1, 16, requires_grad=True) for _ in range(3))
+    visible = Visible.documents([0, 5000, T], window=512)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attention(q, k, v, visible=visible).sum().backward()
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200, "MiB"
