@@ -1,7 +1,8 @@
 """What mixers and feed-forwards declare of themselves, so that models, optimisers and strategies need not guess."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType, MethodType
+from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
@@ -167,5 +168,5 @@ def as_mixer(module: nn.Module) -> Mixer:
             setattr(module, name, value)
     for name in ("init_state", "state_bytes"):
         if name not in own:
-            setattr(module, name, MethodType(vars(Mixer)[name], module))
+            setattr(module, name, partial(vars(Mixer)[name], module))  # a bound method would not be pickled
     return cast(Mixer, module)

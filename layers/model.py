@@ -1,7 +1,7 @@
 """The contract of a model: what goes in, an example of it, `forward(**batch) -> (outputs, state)`."""
 
 from collections.abc import Callable, Mapping
-from types import MethodType
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
@@ -154,5 +154,5 @@ def as_model(module: nn.Module) -> Model:
             setattr(module, name, vars(Model)[name])
     for name in ("sizes", "example", "arguments", "units", "block_shape", "init_state", "state_bytes"):
         if name not in own:
-            setattr(module, name, MethodType(vars(Model)[name], module))
+            setattr(module, name, partial(vars(Model)[name], module))  # a bound method would not be pickled
     return cast(Model, module)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import zoo
+from zoo.layers.mixer import as_mixer
 from zoo.layers.mixers.delta_net import FEATURES, NORMS, DeltaNet
 from zoo.layers.model import as_model
 from zoo.layers.pattern import MIXERS
@@ -90,3 +92,38 @@ def test_models_reach_a_spawned_process(tmp_path: Path) -> None:
     assert got.keys() == want.keys()
     for name, numbers in got.items():
         torch.testing.assert_close(numbers, want[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+class Plain(nn.Module):
+    """A model of another package: it says its vocabulary by its config and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=5)
+        self.embedding = nn.Embedding(5, 4)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, None]:
+        return self.embedding(tokens), None
+
+
+class PlainMixer(nn.Module):
+    """A mixer that does not inherit from Mixer."""
+
+    def forward(
+        self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return x, self.init_state(1)
+
+    def init_state(self, batch: int) -> Tensor:
+        return torch.zeros(batch, 3)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_plain_modules_are_copied_after_they_were_completed(how: str) -> None:
+    model, mixer = Plain(), PlainMixer()
+    want = as_model(model).example(2, 3)
+    again = as_model(COPIES[how](model))
+    assert torch.equal(again.example(2, 3)["tokens"], want["tokens"])
+    assert again.example.args[0] is again, "it is completed by itself, not by the model it was copied from"
+    as_mixer(mixer)
+    assert as_mixer(COPIES[how](mixer)).state_bytes(2) == 24

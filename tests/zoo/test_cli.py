@@ -279,6 +279,8 @@ def test_bash_completes(capsys, tmp_path):
         "zoo train model=delt",
         "zoo train seed=1 model.d_mo",
         "zoo show de",
+        "zoo show deltanet d_mo",
+        "zoo bench op=delta_r",
         "zoo resume ru",
     ]
     (tmp_path / "runs").mkdir()
@@ -288,7 +290,16 @@ def test_bash_completes(capsys, tmp_path):
     )
     assert done.stderr == ""
     # bash itself cuts words at "=", so only what follows is replaced
-    assert done.stdout.splitlines() == ["train", "--json", "deltanet", "model.d_model=", "deltanet", "runs"]
+    assert done.stdout.splitlines() == [
+        "train",
+        "--json",
+        "deltanet",
+        "model.d_model=",
+        "deltanet",
+        "d_model=",
+        "delta_rule",
+        "runs",
+    ]
 
 
 def test_other_shells_name_every_verb_and_model(capsys):

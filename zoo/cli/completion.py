@@ -52,7 +52,7 @@ def bench_words() -> list[str]:
     """op=OPERATOR, by the folders that hold one, and the benchmark's own settings."""
     package = find_spec("zoo.ops")
     places = [Path(place) for place in (package.submodule_search_locations or [] if package else [])]
-    operators = sorted(path.parent.name for place in places for path in place.glob("*/reference.py"))
+    operators = sorted(path.parent.name for place in places for path in place.glob("*/*/reference.py"))
     words = [f"op={name}" for name in ["all", *operators]] + [f"shapes={name}" for name in SETS]
     words += [f"dtype={name}" for name in DTYPES]
     return [*words, *(f"{key}=" for key in ("backends", "device", "repeats", "steps", "out", "report", "T", "B"))]
@@ -87,7 +87,7 @@ def words(verb: str) -> list[str]:
 
 def bash() -> str:
     """Completes the word after the last blank, since bash itself cuts words at "="."""
-    cases = "\n".join(f'    {verb}) words="{" ".join(words(verb))}" ;;' for verb in VERBS)
+    cases = "\n".join(f'    {verb}) words="{" ".join(words(verb))}" ;;' for verb in VERBS if verb != "show")
     return f"""\
 # zoo completion for bash; to use it: source <(zoo completion bash)
 _zoo() {{
@@ -97,6 +97,8 @@ _zoo() {{
   if [[ "$COMP_CWORD" -le 1 ]]; then verb=""; fi
   case "$verb" in
     "") words="{" ".join([*VERBS, "--help", "--version"])}" ;;
+    show) words="{" ".join(list_models())}"
+      if [[ "$COMP_CWORD" -gt 2 ]]; then words="{" ".join(words("show"))}"; fi ;;
 {cases}
   esac
   COMPREPLY=()
