@@ -18,6 +18,7 @@ class ChannelDropout(Dropout):
     """
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (B, T, D) with whole channels of a row dropped in training, the same over all of its time."""
         if not self.training or self.p == 0:
             return x
         if cu_seqlens is None:

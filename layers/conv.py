@@ -48,6 +48,7 @@ class ShortConvolution(_Taps):
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) and the last taps - 1 inputs before it -> y (B, T, D) and those after it."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if weight.dtype != x.dtype:
@@ -63,6 +64,7 @@ class ShortConvolution(_Taps):
         return y, TailPrefixes(state, x, cu_seqlens)
 
     def init_state(self, batch: int) -> Tensor:
+        """The inputs before the first token: zeros (batch, taps - 1, D)."""
         D, W = self.weight.shape
         return self.weight.new_zeros(batch, W - 1, D)
 
@@ -79,6 +81,7 @@ class TailPrefixes(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
+        """(B,) int64, tokens that each row was given."""
         return self.cu_seqlens.diff().long()
 
     def at(self, n: Tensor) -> Tensor:
@@ -91,6 +94,7 @@ class TailPrefixes(NamedTuple):
         return torch.where((place < halo)[..., None], self.state[row, place.clamp(max=halo - 1)], new)
 
     def nbytes(self) -> int:
+        """Bytes held beside a state: the inputs of the call."""
         return self.x.numel() * self.x.element_size()
 
 
@@ -100,6 +104,7 @@ class DepthwiseConvolution(_Taps):
     operators = (depthwise_conv1d,)
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> y (B, T, D), every output from inputs on both sides of it."""
         return depthwise_conv1d(
             x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype),
             activation=self.activation, cu_seqlens=cu_seqlens, backend=self.backend,

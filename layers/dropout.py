@@ -77,6 +77,7 @@ class Dropout(nn.Module):
         return draw.apply(x)
 
     def extra_repr(self) -> str:
+        """The share that is dropped, for print(model)."""
         return f"p={self.p}"
 
 

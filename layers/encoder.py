@@ -75,6 +75,7 @@ class Embeddings(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_types: Tensor | None) -> Tensor:
+        """Tokens (B, T), and their types, -> normalised vectors (B, T, D)."""
         types = self.token_type.weight[0] if token_types is None else self.token_type(token_types)
         embedded: Tensor = self.dropout(self.norm(self.word(tokens) + types))
         return embedded
@@ -101,7 +102,7 @@ class EncoderLayer(Block):
 
     @property
     def mixer_norm(self) -> nn.Module:  # type: ignore[override]
-        """The only norm."""
+        """The layer's only norm, before or behind the mixer."""
         return self.norm
 
 
@@ -122,6 +123,7 @@ class MaskedTokenHead(nn.Module):
         return transformed
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> logits (B, T, vocab_size)."""
         logits: Tensor = self.decoder(self.transform(x))
         return logits
 

@@ -26,6 +26,7 @@ class SwiGLU(FeedForward):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D), every vector by itself."""
         y: Tensor = self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
         return y
 
@@ -47,5 +48,6 @@ class MLP(FeedForward):
         self.down_proj = nn.Linear(hidden_size, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D), every vector by itself."""
         y: Tensor = self.down_proj(F.gelu(self.up_proj(x)))
         return y

@@ -140,7 +140,7 @@ class Initialises(Protocol):
     """A module with a start of its own, a Layer or not."""
 
     def initialise(self, n_layers: int) -> None:
-        """As of Layer."""
+        """Start as the module's source says, in a model of so many layers."""
 
 
 @runtime_checkable
@@ -149,7 +149,7 @@ class LimitsRates(Protocol):
 
     @property
     def max_learning_rates(self) -> Mapping[str, float]:
-        """As of Layer."""
+        """{name of a parameter: the learning rate that it must not exceed}."""
 
 
 def as_mixer(module: nn.Module) -> Mixer:

@@ -48,7 +48,7 @@ class SaysInputs(Protocol):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """As of Model."""
+        """What `forward` takes besides a state."""
 
 
 class Model(nn.Module):

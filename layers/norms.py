@@ -19,9 +19,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D), in the dtype of x."""
         return rms_norm(x, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
+        """Width and eps, for print(model)."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
@@ -45,6 +47,7 @@ class GatedRMSNorm(RMSNorm):
         self.groups = groups
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """x and gate (..., D) -> (..., D), in the dtype of x."""
         gate, weight = gate.to(x.dtype), self.weight.to(x.dtype)
         if self.groups == 1:
             return gated_rms_norm(x, gate, weight, self.eps, order=self.order)
@@ -52,6 +55,7 @@ class GatedRMSNorm(RMSNorm):
         return gated_rms_norm(x, gate, None, self.eps, order=self.order).flatten(-2) * weight
 
     def extra_repr(self) -> str:
+        """Width, eps, order and groups, for print(model)."""
         return f"{super().extra_repr()}, order={self.order}, groups={self.groups}"
 
 
@@ -64,9 +68,11 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(n_heads, head_dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., H, K) -> the same shape, every head by itself."""
         return nn.functional.layer_norm(x, x.shape[-1:], eps=self.eps) * self.weight.to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Heads, their width and eps, for print(model)."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 

@@ -39,7 +39,7 @@ class Layout:
         self.size, self.stride, self.dtype, self.device = x.shape, x.stride(), x.dtype, x.device
 
     def compact(self, x: Tensor) -> Tensor:
-        """Without the repetitions."""
+        """The layout of the same numbers without what is stored more than once."""
         for dim, (size, stride) in enumerate(zip(self.size, self.stride, strict=True)):
             if stride == 0 and size > 1:
                 x = x.narrow(dim, 0, 1)

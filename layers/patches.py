@@ -23,6 +23,7 @@ class PatchEmbedding(Layer):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) -> (B, D, rows, columns) of patches."""
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"images must have {self.proj.in_channels} channels; got {images.shape[1]}")
         embedded: Tensor = self.proj(images)
@@ -45,7 +46,7 @@ class Positions(Layer):
         self.initialise()
 
     def initialise(self, n_layers: int = 1) -> None:
-        """Normal."""
+        """Start normal with the model's standard deviation."""
         nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -135,6 +135,7 @@ class Replay:
         return state
 
     def nbytes(self) -> int:
+        """Bytes held beside a state: the input of the call and the state before it."""
         return self.x.numel() * self.x.element_size() + state_bytes(self.state)
 
 
@@ -167,6 +168,7 @@ class LayersPrefixes(NamedTuple):
         return tuple(layer.at(n) for layer in self.layers)
 
     def nbytes(self) -> int:
+        """Bytes held beside a state, over all layers."""
         return sum(layer.nbytes() for layer in self.layers)
 
 

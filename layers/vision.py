@@ -181,7 +181,7 @@ class VisionModel(Model):
         return {"B": batch, "C": self.config.channels, "H": side, "W": side}
 
     def units(self, batch: Any) -> int:
-        """Pictures."""
+        """Pictures of a batch, which the throughput counts."""
         return int(batch["images"].shape[0])
 
     def block_shape(self, batch: Any) -> tuple[int, int]:

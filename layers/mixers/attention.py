@@ -80,6 +80,7 @@ class Attention(Mixer):
     def forward(
         self, x: Tensor, state: Cache | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Cache]:
+        """x (B, T, D) and the keys before it -> y (B, T, D) and all keys that later tokens see."""
         y, written = self._attend(x, state, cu_seqlens)
         return y, written.last()
 
@@ -155,7 +156,7 @@ class Attention(Mixer):
         return None if self.window is None else self.window - 1
 
     def init_state(self, batch: int) -> AttentionState:
-        """An empty cache."""
+        """A cache of `batch` rows without keys."""
         k = self.k_proj.weight.new_zeros(batch, 0, self.n_kv_heads, self.head_dim)
         return AttentionState(k, k.clone(), torch.zeros(batch, dtype=torch.long, device=k.device))
 
@@ -166,6 +167,7 @@ class Attention(Mixer):
         return batch * (2 * row * slots + 8)
 
     def extra_repr(self) -> str:
+        """Heads, window and rotary base, for print(model)."""
         heads = f"n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}, head_dim={self.head_dim}"
         return f"{heads}, window={self.window}, rope_base={self.rope_base}"
 

@@ -82,6 +82,7 @@ class BidirectionalAttention(Mixer):
         return self.o_proj(o.flatten(2)), None
 
     def extra_repr(self) -> str:
+        """Heads and rotary base, for print(model)."""
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}, window={self.window}, rope_base={self.rope_base}"
 
 

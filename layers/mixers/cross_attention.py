@@ -118,4 +118,5 @@ class CrossAttention(Mixer):
         return batch * (2 * self.n_heads * self.head_dim * self.k_proj.weight.element_size() * length + 8)
 
     def extra_repr(self) -> str:
+        """Heads and their width, for print(model)."""
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}"

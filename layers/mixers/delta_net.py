@@ -176,6 +176,7 @@ class DeltaNet(_DeltaMixer):
     def forward(
         self, x: Tensor, state: DeltaNetState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, DeltaNetState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         q, k, v, memory, tails = self._streams(x, state, cu_seqlens)
         q, k = self.qk_norm(q), self.qk_norm(k)
         beta = torch.ones_like(v[..., 0]) if self.b_proj is None else self.beta_range * self.b_proj(x).sigmoid()
@@ -246,6 +247,7 @@ class GatedDeltaNet(_DeltaMixer):
     def forward(
         self, x: Tensor, state: DeltaNetState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, DeltaNetState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         q, k, v, memory, tails = self._streams(x, state, cu_seqlens)
         q, k = l2_norm(q), l2_norm(k)
         if self.n_v_heads != self.n_heads:

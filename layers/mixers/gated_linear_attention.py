@@ -94,6 +94,7 @@ class GatedLinearAttention(Mixer):
     def forward(
         self, x: Tensor, state: GatedLinearAttentionState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, GatedLinearAttentionState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         B, T, _ = x.shape
         streams = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         memory, tails = (None, ()) if state is None else state
@@ -113,6 +114,7 @@ class GatedLinearAttention(Mixer):
         return self.o_proj(o.flatten(2)), GatedLinearAttentionState(memory, tails)
 
     def init_state(self, batch: int) -> GatedLinearAttentionState:
+        """The state before the first token: zeros for memory and convolutions."""
         weight = self.o_proj.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         memory = torch.zeros(batch, self.n_heads, self.head_k, self.head_v, dtype=dtype, device=weight.device)

@@ -96,4 +96,5 @@ class Hydra(Mixer):
         return self.out_proj(self.norm(y.flatten(2), z)), None
 
     def extra_repr(self) -> str:
+        """Widths, heads and groups, for print(model)."""
         return f"d_inner={self.d_inner}, d_state={self.d_state}, head_dim={self.head_dim}, n_groups={self.n_groups}"

@@ -124,6 +124,7 @@ class Mamba(Mixer):
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         if cu_seqlens is not None or x.shape[1] == 1:
             return self._mix(x, state, cu_seqlens)
         return in_segments(self._mix, x, state, width=2 * self.d_inner)
@@ -159,6 +160,7 @@ class Mamba(Mixer):
         return MambaState(h, self.conv1d.init_state(batch))
 
     def extra_repr(self) -> str:
+        """Widths and options, for print(model)."""
         return f"d_inner={self.d_inner}, d_state={self.d_state}, dt_rank={self.dt_rank}, selective={self.selective}"
 
 
@@ -222,6 +224,7 @@ class Mamba2(Mixer):
     def forward(
         self, x: Tensor, state: MambaState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MambaState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         S, tail = (None, None) if state is None else state
         E, GN, H = self.d_inner, self.n_groups * self.d_state, self.n_heads
         z, mixed, dt = self.in_proj(x).split((E, E + 2 * GN, H), dim=-1)
@@ -243,4 +246,5 @@ class Mamba2(Mixer):
         return MambaState(S, self.conv1d.init_state(batch))
 
     def extra_repr(self) -> str:
+        """Widths, heads and groups, for print(model)."""
         return f"d_inner={self.d_inner}, d_state={self.d_state}, head_dim={self.head_dim}, n_groups={self.n_groups}"

@@ -118,6 +118,8 @@ class _ParaRNN(Solver):
 
 @register_mixer("para_gru")
 class ParaGRU(_ParaRNN):
+    """A GRU with diagonal recurrent matrices, solved for all times at once by Newton's method."""
+
     __doc__ = f"""A GRU with a diagonal recurrent matrix, trained in parallel over time by Newton's method.
 
     {_ParaRNN.__doc__}
@@ -132,6 +134,8 @@ class ParaGRU(_ParaRNN):
 
 @register_mixer("para_lstm")
 class ParaLSTM(_ParaRNN):
+    """An LSTM with diagonal recurrent matrices, solved for all times at once by Newton's method."""
+
     __doc__ = f"""An LSTM with diagonal recurrent matrices, one gate to forget and to write, and peepholes, in parallel.
 
     {_ParaRNN.__doc__}

@@ -194,6 +194,7 @@ class SLSTM(Mixer):
     def forward(
         self, x: Tensor, state: SLSTMState | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, SLSTMState]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         cell, tail = (None, None) if state is None else state
         convolved, tail = self._convolved(x, tail, cu_seqlens)
         heads = (self.n_heads, self.head_dim)
@@ -219,4 +220,5 @@ class SLSTM(Mixer):
         return SLSTMState(_initial_cell(4, batch, self.b), empty if self.conv is None else self.conv.init_state(batch))
 
     def extra_repr(self) -> str:
+        """Heads and their width, for print(model)."""
         return f"n_heads={self.n_heads}, head_dim={self.head_dim}"

@@ -99,7 +99,7 @@ class S4(Mixer):
         self.initialise()
 
     def initialise(self, n_layers: int = 1) -> None:
-        """The published start."""
+        """Start as published: the mode's A, B and C, and steps log-uniform in their range."""
         self.out_proj.reset_parameters()
         A, B = hippo.diagonal(self.init, self.d_state)
         with torch.no_grad():
@@ -120,6 +120,7 @@ class S4(Mixer):
     def forward(
         self, x: Tensor, state: S4State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, S4State | None]:
+        """x (B, T, D) and the state before it -> y (B, T, D) and the state after it."""
         y, after = self.system(x, state, cu_seqlens=cu_seqlens)
         y = self.out_proj(self.dropout(F.gelu(y), cu_seqlens))
         return F.glu(y, dim=-1), after
@@ -181,6 +182,7 @@ class S4(Mixer):
         return S4State(torch.zeros(batch, *self.C.shape[1:], dtype=dtype, device=self.C.device))
 
     def extra_repr(self) -> str:
+        """Mode, start and width of the state, for print(model)."""
         both = "" if self.causal else ", bidirectional=True"
         return f"d_state={self.d_state}, mode={self.mode}, init={self.init}, rule={self.rule}, n_ssm={self.n_ssm}{both}"
 

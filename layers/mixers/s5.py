@@ -142,4 +142,5 @@ class S5(Mixer):
         return S5State(torch.zeros(batch, *self.A.shape, dtype=dtype, device=self.A.device))
 
     def extra_repr(self) -> str:
+        """Width of the state, blocks, gate and clip, for print(model)."""
         return f"d_state={self.d_state}, blocks={self.blocks}, gate={self.gate}, clip={self.clip}"

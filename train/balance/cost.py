@@ -42,7 +42,7 @@ class Ring:
         return milliseconds
 
     def fixed(self, degree: int) -> float:
-        """Nothing."""
+        """Seconds of a micro-step whatever its length: none."""
         return 0.0
 
 
@@ -53,11 +53,11 @@ class StateHandOff:
     ms: float = 0.0
 
     def per_sequence(self, tokens: np.ndarray, degree: np.ndarray) -> np.ndarray:
-        """Nothing."""
+        """Seconds for each sequence: none."""
         return np.zeros(np.broadcast_shapes(np.shape(tokens), np.shape(degree)))
 
     def fixed(self, degree: int) -> float:
-        """One hand-off."""
+        """Seconds of a micro-step whatever its length: one hand-off."""
         return self.ms if degree > 1 else 0.0
 
 

@@ -76,7 +76,7 @@ class Uniform:
         return self.search(as_lengths(lengths))[1]
 
     def search(self, s: np.ndarray) -> tuple[float, Plan]:
-        """Milliseconds and plan."""
+        """The least time in milliseconds, and the plan that takes it."""
         cost = self.cost.in_chunks(self.chunk)
         degrees = powers_of_two(self.ranks) if self.degree is None else (self.degree,)
         refuse_too_long(s, cost.capacity, degrees[-1])

@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Tokens of all sequences of the plan."""
         return sum(self.lengths)
 
     @property

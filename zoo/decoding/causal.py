@@ -13,9 +13,13 @@ __all__ = ["Continues", "refuse_unless_causal", "refuse_unless_stepwise"]
 class Continues(Protocol):
     """A model that reads tokens and goes on from a state; `zoo.layers.SequenceModel` is one."""
 
-    def encode(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+    def encode(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Tokens (B, T) and the state before them -> hidden vectors (B, T, D) and the state after them."""
+        ...
 
-    def head(self, x: Tensor) -> Tensor: ...
+    def head(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> logits (B, T, vocab_size)."""
+        ...
 
 
 def refuse_unless_stepwise(model: nn.Module) -> None:

@@ -12,6 +12,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig(Base):
+    """Fields of zoo.layers.EncoderDecoderConfig, heads, rotary base and the mixers of both stacks."""
+
     n_heads: Annotated[int, Range(1)] = 2
     rope_base: Annotated[float, Range(above=0)] = 10000.0
     pattern: str = ""  # mixers of the decoder by layer; empty for attention everywhere

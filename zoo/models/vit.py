@@ -11,6 +11,8 @@ from zoo.registry import register
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(VisionConfig):
+    """Fields of zoo.layers.VisionConfig, the heads, and mixers in place of attention."""
+
     n_heads: Annotated[int, Range(1)] = 3
     pattern: str = ""  # mixers by layer, for one stage; empty for attention everywhere
 

@@ -58,6 +58,7 @@ class Blocks:
         return y
 
     def queries(self) -> Iterator[tuple[int, int]]:
+        """Blocks of queries, (first, one behind the last), in order."""
         for left in range(0, self.T, BLOCK_QUERIES):
             yield left, min(left + BLOCK_QUERIES, self.T)
 

@@ -393,6 +393,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, K: int, V: int, dtype: torch.dtype) -> "Launch":
+        """Blocks of heads, precision of products and tiles for heads of K and V in this dtype."""
         block_k, block_v = (max(16, triton.next_power_of_2(size)) for size in (K, V))
         # half precision has one way only
         wide = dtype == torch.float32

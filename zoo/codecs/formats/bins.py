@@ -35,10 +35,12 @@ class BinsCodec(StoredCodec):
 
     @property
     def vocab_size(self) -> int:
+        """Number of different tokens: the bins of a channel."""
         return self.bins
 
     @property
     def streams(self) -> int:
+        """Channels of a series, one token each in every step."""
         return self._fitted().shape[1]
 
     def fit(self, samples: Iterable[Tensor]) -> Self:
@@ -76,12 +78,15 @@ class BinsCodec(StoredCodec):
         return {"rmse": float((given - back).square().mean().sqrt()), "outside": float(outside.double().mean())}
 
     def settings(self) -> dict[str, Any]:
+        """What is written to JSON: plain values."""
         return {"bins": self.bins, "cut": self.cut}
 
     def tensors(self) -> dict[str, Tensor]:
+        """What is written to safetensors: the ends of every channel's range."""
         return {} if self._ends is None else {"ends": self._ends}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave."""
         self._ends = tensors["ends"]
 
     def _fitted(self) -> Tensor:

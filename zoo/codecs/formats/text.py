@@ -40,6 +40,7 @@ class TextCodec:
 
     @property
     def vocab_size(self) -> int:
+        """Number of different tokens of the tokenizer."""
         return self.tokenizer.vocab_size
 
     def fit(self, samples: Iterable[str]) -> Self:

@@ -26,6 +26,7 @@ class Sampling(Decoder):
     def run(
         self, model: SequenceModel, prompt: Prompt, codec: Codec | None, generator: torch.Generator
     ) -> Iterator[Piece]:
+        """Pieces of text, one forward a token."""
         session, logits = prompt.read(model, compile=self.compile)
         running = [True] * len(session.tokens)
         for n in range(self.max_tokens):

@@ -24,7 +24,9 @@ __all__ = ["Speculative", "speculative"]
 class TakesBack(Protocol):
     """A model with the way back to the state after any prefix of a window."""
 
-    def look_ahead(self, tokens: Tensor, mask: Tensor, state: State) -> tuple[Tensor, Prefixes]: ...
+    def look_ahead(self, tokens: Tensor, mask: Tensor, state: State) -> tuple[Tensor, Prefixes]:
+        """Run a ragged window, and keep the states after every prefix of each row."""
+        ...
 
 
 @register_decoder("speculative")
@@ -52,6 +54,7 @@ class Speculative(Decoder):
             raise UsageError(f"decoder.shortest must be at most longest = {self.longest}, got {self.shortest}")
 
     def refuse(self, model: nn.Module) -> None:
+        """Refuse a model that cannot be asked one token after the other, or has no way back to a prefix."""
         super().refuse(model)
         if not isinstance(model, TakesBack):
             raise UserError(
@@ -62,6 +65,7 @@ class Speculative(Decoder):
     def run(
         self, model: SequenceModel, prompt: Prompt, codec: Codec | None, generator: torch.Generator
     ) -> Iterator[Piece]:
+        """Pieces of text, each what one forward has confirmed of a draft, and one token more."""
         session, logits = prompt.read(model)
         rows = len(session.tokens)
         drafters = [NGram(self.longest, self.shortest) for _ in range(rows)]

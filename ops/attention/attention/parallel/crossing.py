@@ -56,7 +56,7 @@ def rows(block: Block, *tensors: Tensor, start: int = 0) -> list[Tensor]:
 
 
 def columns(block: Block, *tensors: Tensor) -> list[Tensor]:
-    """The block's columns."""
+    """The block's keys of each tensor (B, S, Hk, X)."""
     return [x[:, slice(*block.columns)] for x in tensors]
 
 

@@ -18,13 +18,17 @@ from zoo.ops.shard import exchange
 
 
 class Gathered(Crossing):
+    """All keys and values on every rank: one gather forward, one sum of their gradients backward."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o (B, T, H, V) and the log-sum-exp (B, T, H) of this rank's queries."""
         total = Sum(q, v)
         k, v = self._fetch(k), self._fetch(v)
         add_part(total, self._block(), q, k, v, self.scale)
         return total.o, total.lse
 
     def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v; those of gathered keys are summed where the keys came from."""
         q, k, v = inputs
         k, v = self._fetch(k), self._fetch(v)
         (dq,) = sums_like(q)

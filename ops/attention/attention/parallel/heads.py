@@ -46,6 +46,7 @@ class Heads(Crossing):
         self._own_keys = None if whole else torch.arange(left, right) // each - first  # the key head of each query head
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o and the log-sum-exp of this rank's queries, made where each rank had all tokens of some heads."""
         qh, kh, vh = self._to_heads((q, k, v), (self._queries, self._keys, self._keys))
         kh, vh = self._for_queries(kh), self._for_queries(vh)
         oh, lse_h = self._ring.forward(qh, kh, vh)
@@ -54,6 +55,7 @@ class Heads(Crossing):
         return torch.cat(o, dim=2), torch.cat(lse, dim=2)
 
     def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v, by the same exchanges from the other side."""
         queries, keys = self._queries, self._keys
         if len(inputs) == 4:
             qh, kh, vh, mh = inputs

@@ -17,12 +17,16 @@ from zoo.ops.shard import exchange
 
 
 class LightSeq(Crossing):
+    """Early ranks, which have few keys before them, work on the queries of late ones."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o (B, T, H, V) and the log-sum-exp (B, T, H) of this rank's queries."""
         visits = ForwardVisits(q, k, v, self.scale)
         self._run(visits)
         return visits.total.o, visits.total.lse
 
     def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v, with the same helpers."""
         q, k, v = inputs
         visits = BackwardVisits(q, k, v, do, D, m, self.scale)
         self._run(visits)

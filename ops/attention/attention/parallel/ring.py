@@ -15,7 +15,10 @@ from zoo.ops.shard import exchange
 
 
 class Ring(Crossing):
+    """Keys and values go round the ranks; each rank adds what its queries see of them."""
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """o (B, T, H, V) and the log-sum-exp (B, T, H) of this rank's queries."""
         total = Sum(q, v)
         n = len(self.ranks)
         for step in range(n):
@@ -27,6 +30,7 @@ class Ring(Crossing):
         return total.o, total.lse
 
     def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of this rank's q, k and v; those of keys travel with the keys and end at home."""
         q, k, v = inputs
         (dq,) = sums_like(q)
         home = sums_like(k, v)

@@ -56,6 +56,7 @@ class View:
         self._blocks: dict[tuple[int, int | None], Block | None] = {}
 
     def tokens(self, seat: int) -> int:
+        """How many tokens a seat of the group holds."""
         return len(self.seats[seat])
 
     def block(self, queries: int, keys: int | None) -> Block | None:
