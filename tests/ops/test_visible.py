@@ -123,6 +123,18 @@ def test_says_the_masks_that_attention_has_by_name(masks: dict[str, int]) -> Non
     assert relative_error(got, want) < 1e-13
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ends_at_the_limits_of_integers(dtype: torch.dtype) -> None:
+    """A key that is seen from the beginning, or to the end, may say so by the least or the largest integer."""
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    label = torch.arange(4)[None].to(dtype)
+    first, end = (torch.tensor([row], dtype=dtype) for row in ([least, 3, 3, 3], [9, 9, most, 9]))
+    visible = Visible(label, first, end)
+    q, k, v = inputs(1, 4, 4)
+    assert visible.pairs() == int(visible.dense().sum()) == 7
+    assert relative_error(attention(q, k, v, visible=visible), naive(q, k, v, visible.dense())[0]) < 1e-13
+
+
 def test_gradcheck() -> None:
     visible = two_intervals(5, 6)
     q, k, v = inputs(1, 5, 6)

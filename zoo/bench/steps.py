@@ -284,8 +284,17 @@ def wall(call: Callable[[], Any], n: int, device: torch.device) -> float:
 # Data and model are built here as a run does, since another commit may do it in other words and other modules.
 
 
+def _class_of(target: str) -> Any:
+    """The class of that name; in a tree from before its module was sorted into a folder, from one folder above."""
+    try:
+        return resolve(target)
+    except ModuleNotFoundError:
+        folder, module, name = target.rsplit(".", 2)
+        return resolve(f"{folder.rpartition('.')[0]}.{module}.{name}")
+
+
 def _build_data(config: Mapping[str, Any]) -> Any:
-    owner = resolve(config["data"]["_target_"])
+    owner = _class_of(config["data"]["_target_"])
     settings = _settings(config["data"])
     if "seed" in inspect.signature(owner).parameters:
         settings.setdefault("seed", config["seed"])
@@ -294,7 +303,7 @@ def _build_data(config: Mapping[str, Any]) -> Any:
 
 def _build_model(config: Mapping[str, Any], data: Any) -> nn.Module:
     fields = {key: value for key, value in config["model"].items() if key not in ("name", "size")}
-    for field, value in resolve(config["task"]["_target_"]).fields(data).items():
+    for field, value in _class_of(config["task"]["_target_"]).fields(data).items():
         if fields.get(field) is None:
             fields[field] = value
     return create_model(config["model"]["name"], config["model"]["size"], **fields)

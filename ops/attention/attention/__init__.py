@@ -104,7 +104,7 @@ def attention(
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
         visible: which keys each query sees, in place of causal, window, past, and of lengths and boundaries, for bands,
             trees, two streams and whatever else intervals can say; T and S may be any. It runs in plain torch, by
-            blocks, in O(T + S) memory; kernels do not take it yet.
+            blocks, in O(T + S) memory; kernels do not take it yet. Keys that nobody sees must be finite, too.
         return_lse: also return the log-sum-exp, with which `zoo.ops.core.algebra.LogSumExp` merges partial results over
             disjoint keys.
         backend: "auto", "torch", "triton" or "reference". "torch" is torch's SDPA, or our blocks in plain torch where

@@ -58,15 +58,15 @@ def _tables(visible: Visible) -> tuple[Tensor, Tensor]:
 
     The first is right where it is False, the second where it is True: both look at bounds alone.
     """
-    low, high = _least(visible.label, BLOCK_QUERIES), -_least(-visible.label, BLOCK_QUERIES)  # (B, blocks)
+    low, high = _least(visible.label, BLOCK_QUERIES), _largest(visible.label, BLOCK_QUERIES)  # (B, blocks)
     some = every = None
     for first, end in visible.intervals:
         nobody = first >= end
         first_seen = first.masked_fill(nobody, torch.iinfo(first.dtype).max)
-        end_seen = end.masked_fill(nobody, torch.iinfo(end.dtype).min + 1)
+        end_seen = end.masked_fill(nobody, torch.iinfo(end.dtype).min)
         near = _least(first_seen, TILE)[:, None] <= high[..., None]
-        near &= low[..., None] < -_least(-end_seen, TILE)[:, None]
-        full = -_least(-first, TILE)[:, None] <= low[..., None]
+        near &= low[..., None] < _largest(end_seen, TILE)[:, None]
+        full = _largest(first, TILE)[:, None] <= low[..., None]
         full &= high[..., None] < _least(end, TILE)[:, None]
         some = near if some is None else some | near
         every = full if every is None else every | full
@@ -77,10 +77,20 @@ def _tables(visible: Visible) -> tuple[Tensor, Tensor]:
 
 def _least(x: Tensor, size: int) -> Tensor:
     """(B, n) -> (B, ceil(n / size)): the least of every stretch of `size`."""
+    return _stretches(x, size).amin(2)
+
+
+def _largest(x: Tensor, size: int) -> Tensor:
+    """As `_least`, the largest; not by a change of sign, since the least integer has none."""
+    return _stretches(x, size).amax(2)
+
+
+def _stretches(x: Tensor, size: int) -> Tensor:
+    """(B, n) -> (B, ceil(n / size), size), the last entry repeated."""
     rest = -x.shape[1] % size
     if rest and x.shape[1]:
         x = torch.cat([x, x[:, -1:].expand(-1, rest)], dim=1)
-    return x.unflatten(1, (x.shape[1] // size, size)).amin(2)
+    return x.unflatten(1, (x.shape[1] // size, size))
 
 
 def _runs(row: list[bool], S: int) -> list[tuple[int, int]]:
