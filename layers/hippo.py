@@ -1,15 +1,16 @@
 """Where structured state spaces start: HiPPO-LegS as a diagonal plus a low rank, and its simpler kin."""
 
-import functools
 import math
 
 import torch
 from torch import Tensor
 
+from zoo.ops.core.cached import cached_tensors
+
 INITS = ("legs", "lin", "inv", "real")
 
 
-@functools.cache
+@cached_tensors(maxsize=None)
 def legs(N: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """HiPPO-LegS of N states (even) as V (diag(A) - P P^*) V^*, one of each conjugate pair, in complex128 on the CPU.
 

@@ -5,12 +5,13 @@ the order in which a scan over chunks visits them, padded with zeros to full chu
 ranges in the flattened (B * T) stream, nothing is moved. A batch is simply B documents of equal length.
 """
 
-import functools
 import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from zoo.ops.core.cached import cached_tensors
 
 
 class ChunkedTime:
@@ -164,7 +165,7 @@ class ChunkTable(NamedTuple):
         return self.offsets.shape[0] - 1
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def chunk_table(batch: int, length: int, size: int, cuts: tuple[int, ...] | None, device: torch.device) -> ChunkTable:
     """Cut B documents of T tokens, or the documents between `cuts`, into chunks of at most `size` tokens."""
     bounds = range(0, (batch + 1) * length, length) if cuts is None and length else cuts or (0,) * (batch + 1)

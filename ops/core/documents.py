@@ -1,12 +1,13 @@
 """Packed documents as rows of a batch, in few groups of like length: for operators that see a document at once."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from zoo.ops.core.cached import cached_tensors
 
 
 class Group(NamedTuple):
@@ -21,7 +22,7 @@ class Group(NamedTuple):
     places: Tensor
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def groups(cuts: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
     """The documents between `cuts`, empty ones left out: at most log2(T) groups, together less than 2 T places."""
     by_size: dict[int, list[int]] = {}

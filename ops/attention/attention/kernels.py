@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from zoo.ops.core import dispatch
+from zoo.ops.core.cached import cached_tensors
 from zoo.ops.core.chunks import chunk_table
 from zoo.ops.core.differentiation import first_order
 from zoo.ops.core.kernel_case import KernelCase
@@ -447,7 +448,7 @@ def attention_kernels(
     return attention_fwd(q, k, v, *queries, *columns, bounds, causal, window or 0, scale, pairs)[:2]
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def _bounds(cuts: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> Tensor:
     """(n, 4) int64: first and last + 1 rows of queries and of keys."""
     return torch.tensor([(*q, *k) for q, k in _documents(cuts, keys)], dtype=torch.int64, device=device)

@@ -4,13 +4,14 @@ Rows that have ended are left out, so packed documents of any lengths cost no pa
 and the rows of a step are the first ones of the step before.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from zoo.ops.core.cached import cached_tensors
 
 
 class Documents(NamedTuple):
@@ -31,7 +32,7 @@ def documents(B: int, T: int, cuts: tuple[int, ...] | None, device: torch.device
     return _documents(tuple(range(0, B * T + 1, T)) if cuts is None else cuts, device)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def _documents(cuts: tuple[int, ...], device: torch.device) -> Documents:
     found = [(right - left, left, i) for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
     found.sort(key=lambda document: -document[0])
@@ -122,7 +123,7 @@ class Slabs:
         return found
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def _places(cuts: tuple[int, ...], H: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where (token, head) lies, (N, H); where the last steps lie, (H, n); for each row the row before it in
     [first (H * n), rows], (N * H,)."""

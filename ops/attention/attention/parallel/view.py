@@ -5,12 +5,12 @@ holds its tokens in increasing order, so that the interval is one of the seat's 
 for each query. Who sees nobody follows, and how much work a block is, without a mask being built.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from zoo.ops.core.cached import cached_tensors
 from zoo.ops.shard import token_indices
 
 
@@ -85,7 +85,7 @@ class View:
         return Block((top, bottom), (left, right), begin, end, pairs)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_tensors()
 def view(
     length: int, size: int, layout: str, documents: tuple[int, ...] | None, causal: bool, window: int | None, inner: int
 ) -> View:
