@@ -16,6 +16,7 @@ PROMISED = {
     "context_parallel_without_lightning": r"relative difference of the weights after 8 updates \d\.\de-1\d",
     "context_parallel": r"relative difference of the gradients \d\.\de-1\d",
     "load_checkpoint": r"transformer: logits differ from transformers' by at most \d\.\de-0\d",
+    "own_vision_model": r"3\d\d of 360 digits by other writers are right\nmaps of two stages: \[\(16, 12, 20\), ",
     "speculative_decoding": r"[1-9]\d* forwards saved, [1-9]\d* of \d+ drafted tokens accepted\na session took back",
 }
 

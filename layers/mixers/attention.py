@@ -11,7 +11,7 @@ from zoo.layers.mixer import Mixer
 from zoo.layers.mixer_registry import register_mixer
 from zoo.layers.norms import RMSNorm
 from zoo.layers.rotary import rotary_tables
-from zoo.ops import attention, rotary, shard
+from zoo.ops import Visible, attention, rotary, shard
 from zoo.ops.core import check
 
 __all__ = ["Attention"]
@@ -38,6 +38,7 @@ class Attention(Mixer):
     """
 
     operators = (attention, rotary)
+    takes = ("cu_seqlens", "positions", "visible")
 
     def __init__(
         self,
@@ -78,10 +79,32 @@ class Attention(Mixer):
         self.k_norm = RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
     def forward(
-        self, x: Tensor, state: Cache | None = None, *, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Cache | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        visible: Visible | None = None,
     ) -> tuple[Tensor, Cache]:
-        """x (B, T, D) and the keys before it -> y (B, T, D) and all keys that later tokens see."""
-        y, written = self._attend(x, state, cu_seqlens)
+        """x (B, T, D) and the keys before it -> y (B, T, D) and all keys that later tokens see.
+
+        Args:
+            x: (B, T, D).
+            state: of an earlier call, or None.
+            cu_seqlens: boundaries of packed documents.
+            positions: (B or 1, T), where the tokens stand, for the rotation; else one behind the other.
+            visible: which tokens of the call see which, in place of the causal mask, for a call without a state.
+
+        Raises:
+            ValueError: `visible` beside a state, documents or a window.
+        """
+        if visible is not None:
+            given = {"a state": state, "cu_seqlens": cu_seqlens, "a window": self.window}
+            beside = [name for name, value in given.items() if value is not None]
+            if beside:
+                raise ValueError(f"Attention: visible says all that is seen; leave out {', '.join(beside)}")
+        y, written = self._attend(x, state, cu_seqlens, positions, visible)
         return y, written.last()
 
     def look_ahead(self, x: Tensor, state: Cache, *, cu_seqlens: Tensor) -> tuple[Tensor, KeyValues]:
@@ -95,7 +118,14 @@ class Attention(Mixer):
         """
         return reserve(state, slots) if self.window is None else reserve_window(state, self.window)
 
-    def _attend(self, x: Tensor, state: Cache | None, cu_seqlens: Tensor | None) -> tuple[Tensor, KeyValues]:
+    def _attend(
+        self,
+        x: Tensor,
+        state: Cache | None,
+        cu_seqlens: Tensor | None,
+        positions: Tensor | None = None,
+        visible: Visible | None = None,
+    ) -> tuple[Tensor, KeyValues]:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim)
@@ -109,14 +139,15 @@ class Attention(Mixer):
                 "got a state, leave it out or run outside zoo.ops.shard.use(...)"
             )
         if self.rope_base is not None:
-            if place is None or (place.documents is None and cu_seqlens is not None):
+            if positions is None and (place is None or (place.documents is None and cu_seqlens is not None)):
                 positions = _positions(T, None if state is None else state.length, cu_seqlens, x.device)
-            else:
+            elif positions is None and place is not None:
                 positions = shard.positions(place, T, x.device)[None]
+            assert positions is not None
             cos, sin = rotary_tables(positions, self.head_dim, self.rope_base)
             q, k = rotary(q, cos, sin), rotary(k, cos, sin)
         if state is None or not state.k.shape[1] or not T:
-            o, written = self._first(q, k, v, state, cu_seqlens)
+            o, written = self._first(q, k, v, state, cu_seqlens, visible)
         elif cu_seqlens is None:
             o, written = self._next(q, k, v, state, None)
         else:
@@ -126,10 +157,10 @@ class Attention(Mixer):
         return self.o_proj(o.flatten(2)), written
 
     def _first(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None, cu_seqlens: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, state: Cache | None, cu_seqlens: Tensor | None, visible: Visible | None
     ) -> tuple[Tensor, KeyValues]:
         """No keys come before those of the call, or no tokens come with it."""
-        o = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, backend=self.backend)
+        o = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, visible=visible, backend=self.backend)
         keep, past = self._keep, None if state is None else state.length
         if cu_seqlens is not None:
             lengths = cu_seqlens.diff().long()

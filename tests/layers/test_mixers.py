@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from zoo.layers import LSTM, SLSTM, Attention, DeltaNet, GatedDeltaNet, GatedLinearAttention, Mamba
 from zoo.layers.mixer_registry import MIXERS
 from zoo.layers.state import map_state, state_bytes
+from zoo.ops import Visible
 
 CAUSAL, BIDIRECTIONAL = mixers(bidirectional=False), mixers(bidirectional=True)
 EVERY = parametrize("name", CAUSAL)
@@ -186,3 +187,23 @@ def test_a_window_of_one_sees_the_own_position_alone() -> None:
     x = torch.randn(1, 5, 8)
     y, _ = layer(x)
     assert torch.allclose(y, layer.o_proj(layer.v_proj(x)), atol=1e-6)
+
+
+def test_attention_runs_two_streams_of_block_diffusion() -> None:
+    """A clean stream beside a noisy one is what it is alone; a noisy block sees the clean ones before it."""
+    torch.manual_seed(0)
+    layer, T, block = Attention(16, n_heads=2), 12, 4
+    noisy, clean = torch.randn(2, 1, T, 16)
+    positions = torch.arange(T).repeat(2)[None]
+    both, _ = layer(torch.cat([noisy, clean], 1), positions=positions, visible=Visible.block_diffusion(T, block))
+    at = torch.arange(T) // block
+    alone = Visible(at[None], at[None], torch.full((1, T), T))  # causal by blocks
+    torch.testing.assert_close(both[:, T:], layer(clean, visible=alone)[0])
+    for b in range(T // block):  # one block after the other, behind the clean tokens before it
+        stretch = slice(b * block, (b + 1) * block)
+        x = torch.cat([clean[:, : b * block], noisy[:, stretch]], 1)
+        label = torch.cat([at[: b * block], at[stretch]])[None]
+        seen = layer(x, visible=Visible(label, label, torch.full_like(label, T)))[0][:, b * block :]
+        torch.testing.assert_close(both[:, stretch], seen)
+    with pytest.raises(ValueError, match="visible says all that is seen; leave out a window"):
+        Attention(16, window=3)(clean, visible=alone)
