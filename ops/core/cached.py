@@ -1,14 +1,15 @@
 """Tables of integers that calls share: made once, for training and decoding alike."""
 
 import functools
-from collections.abc import Callable, Hashable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 
 __all__ = ["cached_tensors"]
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def cached_tensors(maxsize: int | None = 64) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -21,15 +22,11 @@ def cached_tensors(maxsize: int | None = 64) -> Callable[[Callable[P, T]], Calla
     """
 
     def decorate(make: Callable[P, T]) -> Callable[P, T]:
-        @functools.lru_cache(maxsize=maxsize)
-        def kept(arguments: tuple[Hashable, ...], named: tuple[tuple[str, Hashable], ...]) -> T:
-            with torch.inference_mode(False):
-                return make(*arguments, **dict(named))  # type: ignore[call-arg,arg-type]
-
         @functools.wraps(make)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            return kept(args, tuple(sorted(kwargs.items())))
+        def made(*args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False):
+                return make(*args, **kwargs)
 
-        return call
+        return cast(Callable[P, T], functools.lru_cache(maxsize=maxsize)(made))
 
     return decorate

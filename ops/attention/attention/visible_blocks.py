@@ -90,7 +90,8 @@ def _stretches(x: Tensor, size: int) -> Tensor:
     rest = -x.shape[1] % size
     if rest and x.shape[1]:
         x = torch.cat([x, x[:, -1:].expand(-1, rest)], dim=1)
-    return x.unflatten(1, (x.shape[1] // size, size))
+    cut: Tensor = x.unflatten(1, (x.shape[1] // size, size))
+    return cut
 
 
 def _runs(row: list[bool], S: int) -> list[tuple[int, int]]:

@@ -96,7 +96,7 @@ def causal_conv1d(
         return causal_conv1d_step(x, weight, bias, state, activation)
     if call.backend == "torch":
         return causal_conv1d_shifted(x, weight, bias, state, activation, call.cuts)
-    table = chunk_table(*x.shape[:2], kernels.BLOCK_T, call.cuts, x.device)
+    table = chunk_table(x.shape[0], x.shape[1], kernels.BLOCK_T, call.cuts, x.device)
     y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu")
     return y, _tail(x, state, call.cuts)
 

@@ -84,7 +84,7 @@ def gated_linear_attention(
     if call.one_token:
         return gated_linear_attention_step(q, k, v, g, state, scale)
     if call.backend == "triton":
-        begin, end, _, offsets = chunk_table(*q.shape[:2], kernels.CHUNK, call.cuts, q.device)
+        begin, end, _, offsets = chunk_table(q.shape[0], q.shape[1], kernels.CHUNK, call.cuts, q.device)
         result: tuple[Tensor, Tensor] = kernels.gla_fwd(q, k, v, g, state, begin, end, offsets, scale)
         return result
     return gated_linear_attention_chunked(q, k, v, g, state, scale, call.cuts)

@@ -84,7 +84,7 @@ def selective_scan(
         if call.one_token:
             return selective_scan_step(u, delta, A, B, C, D, state)
         if call.backend == "triton":
-            table = chunk_table(*u.shape[:2], kernels.CHUNK, call.cuts, u.device)
+            table = chunk_table(u.shape[0], u.shape[1], kernels.CHUNK, call.cuts, u.device)
             y, last, _, _ = kernels.selective_fwd(u, delta, A, B, C, D, state, *table)
             return y, last
         return selective_scan_chunked(u, delta, A, B, C, D, state, call.cuts)

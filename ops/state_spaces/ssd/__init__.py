@@ -81,7 +81,7 @@ def ssd(
     if call.one_token:
         return ssd_step(x, dt, A, B, C, D, state)
     if call.backend == "triton":
-        begin, end, _, offsets = chunk_table(*x.shape[:2], kernels.CHUNK, call.cuts, x.device)
+        begin, end, _, offsets = chunk_table(x.shape[0], x.shape[1], kernels.CHUNK, call.cuts, x.device)
         result: tuple[Tensor, Tensor] = kernels.ssd_fwd(x, dt, A, B, C, D, state, begin, end, offsets)
         return result
     return ssd_chunked(x, dt, A, B, C, D, state, call.cuts)
