@@ -1,9 +1,11 @@
 """docs/adding_an_operator.md, followed to the letter: its blocks become new files, and every proof must hold."""
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
-from followed_page import House, new_files
+from followed_page import ROOT, House, new_files
 
 FILES = new_files("adding_an_operator.md")
 DOUBLING = "ops/scans/leaky_scan/doubling.py"
@@ -40,6 +42,16 @@ def test_the_pages_mistake_is_seen(tmp_path: Path) -> None:
     house.add(FILES | {DOUBLING: wrong})
     with pytest.raises(AssertionError, match="failed"):
         house.passes(*PROOFS, "-x")
+
+
+def test_the_excerpts_are_of_the_operator_that_the_tests_prove() -> None:
+    """Blocks without a path show parts of tests/ops/running_average.py; each must still stand there."""
+    page = (ROOT / "docs" / "adding_an_operator.md").read_text(encoding="utf-8")
+    source = (ROOT / "tests" / "ops" / "running_average.py").read_text(encoding="utf-8")
+    excerpts = re.findall(r"^```python\n(?!# ops/)(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(excerpts) == 2
+    for excerpt in excerpts:
+        assert textwrap.indent(excerpt, "    ") in source
 
 
 def test_the_page_makes_one_folder() -> None:

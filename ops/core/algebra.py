@@ -9,7 +9,7 @@ in n parts along `axis` of the state, each of which acts on its part alone, so t
 
 import functools
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Element(Protocol):
 
 
 E = TypeVar("E", bound=Element)
+S = TypeVar("S")
 
 
 def compose(first: E, second: E) -> E:
@@ -278,6 +279,23 @@ class LogSumExp(NamedTuple):
         seen = self.u > 0
         u = self.u.where(seen, torch.ones_like(self.u))
         return self.w / u.unsqueeze(-1), (self.m + u.log()).masked_fill(~seen, float("-inf"))
+
+
+class Closed(NamedTuple, Generic[S]):
+    """A stretch in which another document begins: whatever arrives ends inside, and `value` leaves.
+
+    For states that join by a rule of their own, as `LogSumExp`. The affine kinds say it by `reset_to`.
+    """
+
+    value: S
+
+    def then(self, second: "Closed[S]", /) -> "Closed[S]":
+        """Of two such stretches the later one alone decides."""
+        return second
+
+    def apply(self, state: S) -> S:
+        """The state of the last document, whatever came before."""
+        return self.value
 
 
 class Tail(NamedTuple):

@@ -107,14 +107,14 @@ class OperatorSpec:
     """
 
     name: str
-    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    function: Callable[..., State]  # an output, or a tuple of it, the state and what else there is
     make: Callable[[int, int, Sizes, torch.Generator], Inputs]
     state: Callable[[int, Sizes, torch.Generator], State] | None
     sizes: tuple[Sizes, ...]
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
     cp_kind: str
-    empty: Callable[[State], State] = zeros
+    empty: Callable[..., State] = zeros
     summary: Callable[[Inputs, Tensor | None], Affine | Tail | Element] | None = None
     both_sides: bool = False
     iterated: bool = False

@@ -1,21 +1,21 @@
 """A small operator that the harness proves beside the registered ones: its state is a tree with an integer leaf.
 
 y_t = sum_{i <= t} exp(s_i) v_i / sum_{i <= t} exp(s_i): softmax attention with one query, as Aaren has it. It crosses
-ranks by `shard.incoming_fold`, for which there is no registered operator yet.
+ranks by `shard.incoming_fold`, for which there is no registered operator yet. docs/adding_an_operator.md shows parts.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from zoo.ops import shard
-from zoo.ops.core import check, dispatch
-from zoo.ops.core.algebra import LogSumExp
-from zoo.ops.core.packing import last_document
+from zoo.ops.core.algebra import Closed, LogSumExp
+from zoo.ops.core.call import Call, Operator
+from zoo.ops.core.packing import each_document, last_document
 from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, randn
+
+OPERATOR = Operator("running_average", cp_kind="reduce", forms=("torch",), no_kernels="it is an operator of the tests")
 
 
 class Average(NamedTuple):
@@ -38,43 +38,31 @@ class Average(NamedTuple):
         return state.then(self)
 
 
-class Closed(NamedTuple):
-    """The element of a stretch in which another document begins: whatever arrives ends there."""
-
-    value: Average
-
-    def apply(self, state: Average) -> Average:
-        return self.value
-
-
+@OPERATOR.public()
 def running_average(
     s: Tensor, v: Tensor, state: Average | None = None, *, cu_seqlens: Tensor | None = None, backend: str = "auto"
 ) -> tuple[Tensor, Average]:
     """s (B, T, H) and v (B, T, H, V) -> y (B, T, H, V), and the state after the last step."""
-    name = "running_average"
-    sizes = check.shapes(name, {"s": (s, "B T H"), "v": (v, "B T H V")})
-    check.same_dtype(name, s=s, v=v)
-    B, T, H, V = (sizes[dim] for dim in "BTHV")
-    cuts = None if cu_seqlens is None else check.boundaries(name, cu_seqlens, B, T)
-    chosen, dtype = dispatch.resolve(name, backend, s), dispatch.state_dtype(s)
-    wide_s, wide_v = s.to(dtype), v.to(dtype)
-    n = B if cuts is None else len(cuts) - 1
+    args = {"s": (s, "B T H"), "v": (v, "B T H V")}
+    call = OPERATOR.begin(args, alike=("s", "v"), cu_seqlens=cu_seqlens, backend=backend)
+    state = before(call, state)
+    wide = s.to(call.dtype), v.to(call.dtype)
+    if shard.current() is not None:
+        own = element(*call.last_document(*wide))
+        state = shard.incoming_fold(Average.then, own, state, call.several, inputs=(s, v))
+    if not call.length:
+        return shard.tied(v, s, *state.total), state  # every argument, and what arrived: other ranks wait for both
+    y, last = each_document(loop if call.backend == "reference" else pairs, call.cuts, wide, state)
+    return y.to(v.dtype), last
+
+
+def before(call: Call, state: Average | None) -> Average:
+    """The state before the first token: what was given, checked, or what saw nothing."""
     if state is None:
-        w = torch.zeros(n, H, V, dtype=dtype, device=s.device)
-        state = Average(LogSumExp.identity(w), torch.zeros(n, dtype=torch.int64, device=s.device))
-    several = cuts is not None and len(cuts) > 2
-    state = shard.incoming_fold(
-        Average.then, element(*last_document(cuts, wide_s, wide_v)), state, several, inputs=(s, v)
-    )
-    outputs, states = [], []
-    for i, (left, right) in enumerate(itertools.pairwise(cuts or (0, T))):
-        own = state if cuts is None else tree_map(lambda x, i=i: x[i : i + 1], state)
-        form = loop if chosen == "reference" else pairs
-        y, after = form(wide_s[:, left:right], wide_v[:, left:right], own)
-        outputs.append(shard.tied(y, *own.total) if left == right else y)
-        states.append(after)
-    joined = tree_map(lambda *rows: torch.cat(rows), *states)
-    return torch.cat(outputs, dim=1).to(v.dtype), joined
+        w = call.state(None, "H V")
+        return Average(LogSumExp.identity(w), torch.zeros(call.documents, dtype=torch.int64, device=w.device))
+    (m, u, w), seen = state
+    return Average(LogSumExp(call.state(m, "H"), call.state(u, "H"), call.state(w, "H V")), seen)
 
 
 def element(s: Tensor, v: Tensor) -> Average:
@@ -88,7 +76,7 @@ def element(s: Tensor, v: Tensor) -> Average:
     return Average(LogSumExp(m, e.sum(1), torch.einsum("bth,bthv->bhv", e, v)), seen)
 
 
-def summary(i: Inputs, cu: Tensor | None) -> Average | Closed:
+def summary(i: Inputs, cu: Tensor | None) -> Average | Closed[Average]:
     cuts = None if cu is None else tuple(cu.tolist())
     last = element(*last_document(cuts, i["s"], i["v"]))
     return last if cuts is None or len(cuts) == 2 else Closed(last)
@@ -96,7 +84,7 @@ def summary(i: Inputs, cu: Tensor | None) -> Average | Closed:
 
 def loop(s: Tensor, v: Tensor, state: Average) -> tuple[Tensor, Average]:
     """The definition, one step at a time."""
-    outputs = [v[:, :0]]
+    outputs = []
     for s_t, v_t in zip(s.unbind(1), v.unbind(1), strict=True):
         state = state.then(Average(LogSumExp(s_t, torch.ones_like(s_t), v_t), torch.ones_like(state.seen)))
         outputs.append((state.total.w / state.total.u.unsqueeze(-1)).unsqueeze(1))
@@ -106,8 +94,6 @@ def loop(s: Tensor, v: Tensor, state: Average) -> tuple[Tensor, Average]:
 def pairs(s: Tensor, v: Tensor, state: Average) -> tuple[Tensor, Average]:
     """All pairs of steps at once, and the state beside them."""
     T = s.shape[1]
-    if not T:
-        return v, state.then(element(s, v))
     scores = s.transpose(1, 2).unsqueeze(2).expand(-1, -1, T, -1)  # (B, H, T, T)
     scores = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool, device=s.device).tril(), float("-inf"))
     m = torch.maximum(scores.amax(-1), state.total.m.unsqueeze(-1))
@@ -131,7 +117,7 @@ SPEC = OperatorSpec(
     function=running_average,
     make=make,
     state=random_state,
-    empty=Average.empty,  # type: ignore[arg-type]  # one kind of state, as it made it
+    empty=Average.empty,
     sizes=({"H": 2, "V": 3},),
     time=("s", "v"),
     extremes={
