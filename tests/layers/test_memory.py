@@ -1,5 +1,6 @@
 """Memory plans: no gradient changes, hooks fire once, and the bytes kept are those that the plan says."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -355,3 +356,11 @@ def test_on_a_gpu(plan: MemoryPlan) -> None:
     pinned = offload(tokens.device).host.bytes
     step(model, tokens)
     assert offload(tokens.device).host.bytes == pinned  # buffers are used again
+
+
+def test_a_plan_is_a_value() -> None:
+    """Models and runs share plans, so that none may change under another; its three knobs are words and need names."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MemoryPlan().recompute = "block"  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        MemoryPlan("block")  # type: ignore[misc]

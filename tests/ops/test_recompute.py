@@ -86,6 +86,16 @@ def test_the_backward_may_be_repeated(inputs: tuple[Sum, Tensor, Tensor]) -> Non
     assert module.calls == 1
 
 
+def test_an_input_that_an_output_does_not_depend_on(inputs: tuple[Sum, Tensor, Tensor]) -> None:
+    """The last state does not hang on q: a loss of it alone has no gradient there, and the other ones are right."""
+    module, x, state = inputs
+    wanted = [x, state, module.into.weight]
+    exact = torch.autograd.grad(module(x, state)[1].sin().sum(), wanted)
+    _, after = checkpoint(module, x, state, use_reentrant=False, context_fn=contexts())
+    for got, want in zip(torch.autograd.grad(after.sin().sum(), wanted), exact, strict=True):
+        assert torch.equal(got, want)
+
+
 def test_a_block_inside_a_block_runs_its_operator_once(inputs: tuple[Sum, Tensor, Tensor]) -> None:
     """The inner block's first pass is run again by the outer one, and reads what the first of all made."""
     module, x, state = inputs

@@ -1,5 +1,6 @@
 """The selective scan against an implementation that is not ours; chunks, memory, decoding."""
 
+import importlib
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.ops import selective_scan
+from zoo.ops import selective_scan, selective_scan_summary
+from zoo.ops.core.call import Choice
 from zoo.ops.core.spec import outputs_and_gradients, relative_error
 from zoo.ops.core.table import OPERATORS
 from zoo.ops.state_spaces.selective_scan.chunked import selective_scan_chunked
@@ -195,3 +197,14 @@ def test_steps_and_rates_may_be_wider_than_the_rest() -> None:
 def test_kernels_refuse_float64() -> None:
     with pytest.raises(ValueError, match="kernels take float32 or narrower; got float64"):
         selective_scan(**inputs(4), backend="triton")
+
+
+def test_no_kernel_is_launched_over_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank without a token on a device with kernels: its element changes no state."""
+    package = importlib.import_module("zoo.ops.state_spaces.selective_scan")
+    kernels = pytest.importorskip("zoo.ops.state_spaces.selective_scan.kernels", reason="Triton is not installed")
+    monkeypatch.setattr(package.OPERATOR, "choose", lambda *args, **kwargs: Choice("triton", "the test says so"))
+    monkeypatch.setattr(kernels, "selective_fwd", lambda *args: pytest.fail("a kernel over no token"))
+    given = inputs(0)
+    element = selective_scan_summary(given["u"], given["delta"], given["A"], given["B"])
+    assert torch.equal(element.apply(given["state"]), given["state"])

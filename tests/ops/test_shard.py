@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
 
 from zoo.ops import shard
@@ -112,6 +114,24 @@ def test_local_boundaries_name_every_token_once(size: int, cuts: list[int], leng
             assert (len(bounds) > 2 and bounds[1] == 0) == (left > 0 and not local.continues)
     assert edge == length
     assert seen == owner
+
+
+def test_positions_begin_anew_with_each_document() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        batch = shard.SequenceShard(length=10)
+        packed = shard.SequenceShard(length=10, documents=(0, 3, 7, 10))
+        assert shard.positions(batch, 5).tolist() == [5, 6, 7, 8, 9]
+        assert shard.positions(packed, 5).tolist() == [2, 3, 0, 1, 2]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_states_that_are_handed_on_need_no_shard() -> None:
+    x, state = torch.randn(3, 5), torch.randn(3)
+    y, after = shard.serial(lambda x, state: (x + state[:, None], state + x.sum(1)), [x], state)
+    assert torch.equal(y, x + state[:, None])
+    assert torch.equal(after, state + x.sum(1))
 
 
 def test_boundaries_must_span_the_stream() -> None:

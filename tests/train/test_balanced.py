@@ -24,7 +24,7 @@ from zoo.ops import shard
 from zoo.registry import create_model
 from zoo.train.balance import CostModel, Flexible, Hybrid, PackedStream, Uniform
 from zoo.train.balance.plan import edge
-from zoo.train.data.core.planned import PlanBatch
+from zoo.train.data.core.planned import FILLER, InMemory, PlanBatch, Rows
 from zoo.train.data.text.documents import TextDocuments, TokenDocuments
 from zoo.train.strategies import BalancedFSDPStrategy, BalancedStrategy
 
@@ -312,3 +312,28 @@ def test_the_names_are_presets_and_settings() -> None:
         assert composed["strategy"]["capacity"] == 512
     trainer = Trainer(accelerator="cpu", devices=2, strategy="balanced", logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, BalancedStrategy)
+
+
+def test_a_rank_without_a_document_has_a_row_of_filler() -> None:
+    """As long as a row that four ranks may share, and nothing in it is scored."""
+    held = InMemory([torch.arange(6)])
+    sampler: Any = SimpleNamespace(documents=lambda epoch, step: np.array([0]), lengths=held.lengths)
+    rows = [Rows(held, sampler).batch(0, 0, rank, 2) for rank in range(2)]
+    full, filler = sorted(rows, key=lambda row: bool((row["targets"] == -100).all()))
+    assert full["tokens"].tolist() == [[0, 1, 2, 3, 4]]
+    assert full["targets"].tolist() == [[1, 2, 3, 4, 5]]
+    assert filler["tokens"].tolist() == [[0] * FILLER]
+    assert filler["targets"].tolist() == [[-100] * FILLER]
+    assert filler["cu_seqlens"].tolist() == [0, FILLER]
+
+
+def test_all_ranks_begin_with_the_weights_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broadcast(flat: torch.Tensor, src: int) -> None:
+        flat.fill_(10.0 + src)  # what every number of that rank is
+
+    monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
+    strategy = BalancedStrategy()
+    strategy.model = torch.nn.BatchNorm1d(3)
+    strategy.configure_ddp()
+    for x in (*strategy.model.parameters(), *strategy.model.buffers()):
+        assert (x == 10).all()

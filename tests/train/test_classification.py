@@ -66,6 +66,20 @@ def test_a_small_encoder_learns_to_read(tmp_path: Path) -> None:
     assert alone == pytest.approx(found)
 
 
+def test_accuracy_counts_the_labelled_sequences_alone() -> None:
+    """Of ten sequences six have a label and four of these are told right; more batches add to it."""
+    torch.manual_seed(0)
+    model = zoo.create_model("hydra", d_model=16, n_layers=1, head_dim=8, vocab_size=17, n_classes=10).eval()
+    task = Classification(model, AdamW(), Limits(), Digits())
+    tokens = torch.randint(17, (10, 12))
+    said = task({"tokens": tokens}).argmax(-1)
+    targets = torch.where(torch.arange(10) < 4, said, (said + 1) % 10).masked_fill(torch.arange(10) >= 6, -100)
+    task.validation_step({"tokens": tokens, "targets": targets}, 0)
+    assert float(task.val_metrics["accuracy"].compute()) == pytest.approx(4 / 6)
+    task.validation_step({"tokens": tokens, "targets": said}, 1)
+    assert float(task.val_metrics["accuracy"].compute()) == pytest.approx(14 / 16)
+
+
 def test_refusals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = zoo.create_model("hydra", d_model=16, n_layers=1, head_dim=8, vocab_size=17)
     with pytest.raises(UserError, match="needs a model that tells classes apart, and hydra predicts tokens"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -325,3 +326,19 @@ def test_layers_that_solve_for_their_states_say_how_well(tmp_path: Path) -> None
     found = [float(row["residual"]) for row in rows(tmp_path / "run") if row["loss"]]
     assert len(found) == 3  # steps 1, 2 and 4
     assert all(0 < x < 1 for x in found)
+
+
+@pytest.mark.parametrize(("steps", "kept"), [(0, False), (1, True), (7, True)])
+def test_a_run_that_is_refused_before_its_first_update_leaves_no_folder(steps: int, kept: bool) -> None:
+    """After one update there is something to keep."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise UserError("no")
+
+    there = [True]
+    trainer: Any = SimpleNamespace(fit=refuse, global_step=steps)
+    folder: Any = SimpleNamespace(discard=there.clear, path="run")
+    data: Any = SimpleNamespace()
+    with pytest.raises(UserError, match="no"):
+        fit._run(trainer, None, data, None, folder)  # type: ignore[arg-type]
+    assert bool(there) == kept
