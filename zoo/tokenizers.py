@@ -296,13 +296,13 @@ class HuggingFaceTokenizer:
             id for id, added in self._tokenizer.get_added_tokens_decoder().items() if added.special
         }  # these are not text
         names = [*_declared_end_symbols(folder), *self.END_SYMBOLS]
-        found = next((name for name in names if name in vocabulary), None)
-        if found is None:
+        token = next((name for name in names if name in vocabulary), None)
+        if token is None:
             raise UserError(
                 f"a tokenizer needs an end symbol; {str(folder)!r} names none: "
                 'add tokenizer_config.json with {"eos_token": "..."} beside tokenizer.json'
             )
-        self.eos_token, self.eos_id = found, vocabulary[found]
+        self.eos_token, self.eos_id = token, vocabulary[token]
         self.mask_id = next((vocabulary[name] for name in self.MASK_SYMBOLS if name in vocabulary), None)
         self._special.add(self.eos_id)
         # Models of zoo saw eos_id before every document; a foreign one saw what its template puts there.

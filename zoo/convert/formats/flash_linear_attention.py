@@ -301,8 +301,8 @@ def scales(model: nn.Module) -> dict[str, float]:
     if s == 1.0:
         return {}
     into_stream = re.compile(r"blocks\.\d+\.(mixer\.o_proj|feed_forward\.down_proj)\.weight|embedding\.weight")
-    found = {name: s for name in model.state_dict() if into_stream.fullmatch(name)}
-    return found | {"lm_head.weight": s, "norm.weight": 1 / s} if c.tie_embeddings else found
+    scales = {name: s for name in model.state_dict() if into_stream.fullmatch(name)}
+    return scales | {"lm_head.weight": s, "norm.weight": 1 / s} if c.tie_embeddings else scales
 
 
 # -- the formats -------------------------------------------------------------------------------------------------
