@@ -228,10 +228,12 @@ def _attention_layers(model: SequenceModel, mixer: str) -> list[dict[str, Any]] 
     c: Any = model.config
     if c.pattern == "":
         return None
-    items = parse_pattern(c.pattern)
+    layers = parse_pattern(c.pattern)
     entries: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(model.blocks):
-        item, attention = items[i % len(items)], block.mixer
+        (item, *others), attention = layers[i % len(layers)], block.mixer
+        if others:
+            raise UserError(f"flash-linear-attention has no mixers side by side as in {c.pattern!r}")
         if item.name == mixer and not item.options:
             continue
         if not isinstance(attention, Attention):
