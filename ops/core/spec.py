@@ -96,7 +96,7 @@ class OperatorSpec:
         both_sides: outputs need both ends of a sequence, and there is no state; across ranks something comes from both.
         iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
         packed: the function takes `cu_seqlens`.
-        any_rank: it looks along the last dimension alone, and takes (..., D).
+        any_rank: it looks along the last dimensions alone, and takes any number of dimensions in front of them.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
         bounded_by_the_loop: at every extreme, float32 errors are held to those of the float32 loop. False for Fourier
             transforms, whose errors grow with the largest number in the sequence.

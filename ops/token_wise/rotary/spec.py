@@ -25,6 +25,7 @@ SPECS = (
             time=("x", "cos", "sin"),
             extremes={"no angle": lambda i: i | {"cos": i["cos"] * 0 + 1, "sin": i["sin"] * 0}},
             packed=False,
+            any_rank=True,
         )
         for layout in LAYOUTS
     ),
