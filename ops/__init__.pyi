@@ -12,6 +12,8 @@ from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule
 from zoo.ops.linear_attention.delta_rule import delta_rule_summary as delta_rule_summary
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention as gated_linear_attention
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention_summary as gated_linear_attention_summary
+from zoo.ops.linear_attention.plstm import plstm as plstm
+from zoo.ops.linear_attention.plstm import plstm_summary as plstm_summary
 from zoo.ops.recurrent.elman import elman as elman
 from zoo.ops.recurrent.gru import gru as gru
 from zoo.ops.recurrent.lstm import lstm as lstm
