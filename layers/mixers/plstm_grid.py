@@ -187,5 +187,5 @@ class PLSTMGrid(Mixer):
         return self.o_proj(normed.flatten(3).flatten(1, 2)), None
 
     def extra_repr(self) -> str:
-        """Heads, for print(model)."""
+        """The number of heads, for print(model)."""
         return f"n_heads={self.n_heads}"

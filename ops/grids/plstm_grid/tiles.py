@@ -32,7 +32,7 @@ def plstm_grid_alone(
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The outputs alone, where nothing enters and nobody asks for what leaves: of a small picture without any state."""
-    tiles = Tiles(q, k, v, source, transition, mark, direct, dtype, whole=WHOLE)
+    tiles = Tiles(q, k, v, source, transition, mark, direct, dtype, alone=True)
     if tiles.several:
         above = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[-1], dtype=dtype)
         return tiles.outputs(*tiles.through(above, None, scale))[0]
@@ -47,11 +47,11 @@ class Tiles:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, source: Tensor, transition: Tensor, mark: Tensor, direct: Tensor,
-        dtype: torch.dtype, *, whole: int = TILE * TILE,
+        dtype: torch.dtype, *, alone: bool = False,
     ):  # fmt: skip
         self.B, self.I, self.J, self.H = q.shape[:4]
-        cells = self.I * self.J
-        self.r, self.c = (self.I, self.J) if cells <= whole else (min(TILE, self.I), min(TILE, self.J))
+        cells, most = self.I * self.J, WHOLE if alone else TILE * TILE
+        self.r, self.c = (self.I, self.J) if cells <= most else (min(TILE, self.I), min(TILE, self.J))
         self.P, self.Q = -(-self.I // self.r), -(-self.J // self.c)
         self.several = self.P * self.Q > 1
         A = torch.cat([transition.to(dtype), mark.to(dtype).unsqueeze(-2)], dim=-2)  # (B, I, J, H, 3, 2)
@@ -59,7 +59,8 @@ class Tiles:
         A = self.cut(A, torch.eye(3, 2, dtype=dtype, device=q.device))
         self.q, self.k, self.v, S = (self.cut(x.to(dtype)) for x in (q, k, v, S))  # (P, Q, N, n, ...)
         cells = (self.r, self.c)
-        G = tile_weights(A.flatten(0, 2).unflatten(1, cells), S.flatten(0, 2).unflatten(1, cells))
+        edges = self.several or not alone
+        G = tile_weights(A.flatten(0, 2).unflatten(1, cells), S.flatten(0, 2).unflatten(1, cells), edges=edges)
         self.G = G.unflatten(0, (self.P, self.Q, self.B * self.H))
 
     def cut(self, x: Tensor, filling: Tensor | None = None) -> Tensor:
@@ -80,7 +81,7 @@ class Tiles:
     def inside(self, scale: float) -> Tensor:
         """What cells read of their own tile, (P, Q, N, n, V)."""
         n = self.r * self.c
-        return ((self.q @ self.k.mT) * (scale * self.G[..., :n, :n])) @ self.v
+        return ((self.q * scale @ self.k.mT) * self.G[..., :n, :n]) @ self.v
 
     def through(self, above: Tensor, left: Tensor | None, scale: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Outputs by tile, the edges (N, c, K, V) below each column of tiles, those (N, r, K, V) beside each row."""

@@ -14,6 +14,7 @@ Cells lie in one line with a border above and to the left, row after row of c + 
 with the step c, and so are its neighbours above and to the left: nothing is gathered.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,17 +24,18 @@ from torch import Tensor
 from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
-# CPU time of forward + backward, float32, N=1024 tiles of 8 x 8, one core: 2**18 ... 2**23 take 396, 286, 257, 260, ...,
-# 567 ms; below, calls dominate, and above, what does not fit into a cache.
+# CPU time of forward + backward, float32, N=1024 tiles of 8 x 8, one core of a busy machine: 2**18 / 2**20 / 2**23 take
+# 396 / 257 / 567 ms. Below, calls dominate, and above, what does not fit into a cache.
 SEGMENT = 2**20  # numbers that are worked on at a time
 
 
-def tile_weights(A: Tensor, S: Tensor) -> Tensor:
+def tile_weights(A: Tensor, S: Tensor, *, edges: bool = True) -> Tensor:
     """All paths through tiles.
 
     Args:
         A: (N, r, c, 3, 2), what down, right and the read take of the edges from above and from the left.
         S: (N, r, c, 3), what they take of the cell itself.
+        edges: False for the first r c rows and columns alone, of a tile that nothing enters or leaves.
 
     Returns:
         (N, r c + c + r, r c + c + r). Rows: what cells read, edges below, edges to the right. Columns: cells, edges
@@ -41,37 +43,41 @@ def tile_weights(A: Tensor, S: Tensor) -> Tensor:
 
     Cost: 6 multiplications for every cell and source, in r + c - 1 steps; done once more in the backward.
     """
-    made: Tensor = apply(_Weights, A, S)
+    made: Tensor = apply(_Weights, A, S, edges)
     return made
 
 
 class _Weights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, A: Tensor, S: Tensor) -> Tensor:
+    def forward(ctx: Any, A: Tensor, S: Tensor, edges: bool) -> Tensor:
         ctx.save_for_backward(A, S)
+        ctx.edges = edges
         r, c = A.shape[1:3]
-        sources = r * c + c + r
+        sources = r * c + (c + r if edges else 0)
         G = A.new_empty(len(A), sources, sources)
+        room = A.new_empty(0)
         for part in _parts(A):
-            grid = _run(A[part], S[part]).view(r + 1, c + 1, 3, -1, sources)
-            for rows, values in zip(_sinks(G[part], r, c), _ends(grid), strict=True):
+            room, U = _zeros(room, A[part], sources)
+            _run(A[part], S[part], U)
+            for rows, values in zip(_sinks(G[part], r, c), _ends(U, r, c), strict=False):
                 rows.copy_(values)
         return G
 
     @staticmethod
     @first_order("plstm_grid")
-    def backward(ctx: Any, dG: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dG: Tensor) -> tuple[Tensor, Tensor, None]:
         A, S = ctx.saved_tensors
         r, c = A.shape[1:3]
         dA, dS = torch.empty_like(A), torch.empty_like(S)
+        room, droom = A.new_empty(0), A.new_empty(0)
         for part in _parts(A):
-            U = _run(A[part], S[part])
-            dU = torch.zeros_like(U)
-            ends = _ends(dU.view(r + 1, c + 1, 3, -1, U.shape[-1]))
-            for values, rows in zip(ends, _sinks(dG[part], r, c), strict=True):
+            room, U = _zeros(room, A[part], dG.shape[-1])
+            _run(A[part], S[part], U)
+            droom, dU = _zeros(droom, A[part], dG.shape[-1])
+            for rows, values in zip(_sinks(dG[part], r, c), _ends(dU, r, c), strict=False):
                 values.copy_(rows)
             dA[part], dS[part] = _back(A[part], U, dU)
-        return dA, dS
+        return dA, dS, None
 
 
 def _parts(A: Tensor) -> Iterator[slice]:
@@ -81,15 +87,26 @@ def _parts(A: Tensor) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, len(A), size))
 
 
-def _ends(grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _zeros(room: Tensor, A: Tensor, sources: int) -> tuple[Tensor, Tensor]:
+    """The same memory for every part, and zeros ((r + 1)(c + 1), 3, N, s) in it."""
+    N, r, c = A.shape[:3]
+    shape = (r + 1) * (c + 1), 3, N, sources
+    numbers = math.prod(shape)
+    room = room if room.numel() >= numbers else A.new_empty(numbers)
+    return room, room[:numbers].zero_().view(shape)
+
+
+def _ends(U: Tensor, r: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
     """What cells read (r, c, N, s), the edges below (c, N, s) and those to the right (r, N, s): views."""
+    grid = U.unflatten(0, (r + 1, c + 1))
     return grid[1:, 1:, 2], grid[-1, 1:, 0], grid[1:, -1, 1]
 
 
-def _sinks(G: Tensor, r: int, c: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same as views of weights (N, sinks, s)."""
-    read, below, right = G.transpose(0, 1).split([r * c, c, r])
-    return read.unflatten(0, (r, c)), below, right
+def _sinks(G: Tensor, r: int, c: int) -> tuple[Tensor, ...]:
+    """The same as views of weights (N, sinks, s); the first alone where there are no edges."""
+    rows, n = G.transpose(0, 1), r * c
+    read = rows[:n].unflatten(0, (r, c))
+    return (read, *rows[n:].split([c, r])) if len(rows) > n else (read,)
 
 
 def _diagonals(r: int, c: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -114,20 +131,19 @@ def _bordered(A: Tensor) -> Tensor:
     return line.flatten(0, 1).unsqueeze(-1)
 
 
-def _run(A: Tensor, S: Tensor) -> Tensor:
-    """The recurrence for all sources, ((r + 1)(c + 1), 3, N, s)."""
-    N, r, c = A.shape[:3]
+def _run(A: Tensor, S: Tensor, U: Tensor) -> None:
+    """The recurrence for all sources, from zeros in U ((r + 1)(c + 1), 3, N, s)."""
+    r, c = A.shape[1:3]
     n, line = r * c, _bordered(A)
-    U = A.new_zeros((r + 1) * (c + 1), 3, N, n + c + r)
-    grid, cells = U.view(r + 1, c + 1, 3, N, n + c + r), torch.arange(n, device=A.device)
+    grid, cells = U.unflatten(0, (r + 1, c + 1)), torch.arange(n, device=A.device)
     U[_places(r, c, A.device), :, :, cells] = S.flatten(1, 2).permute(1, 2, 0)
-    grid[0, 1:, 0, :, n : n + c].diagonal(dim1=0, dim2=2).fill_(1)
-    grid[1:, 0, 1, :, n + c :].diagonal(dim1=0, dim2=2).fill_(1)
+    if U.shape[-1] > n:
+        grid[0, 1:, 0, :, n : n + c].diagonal(dim1=0, dim2=2).fill_(1)
+        grid[1:, 0, 1, :, n + c :].diagonal(dim1=0, dim2=2).fill_(1)
     for here, above, left in _diagonals(r, c):
         out = U[here]
         out.addcmul_(line[here, :, 0], U[above, :1])
         out.addcmul_(line[here, :, 1], U[left, 1:2])
-    return U
 
 
 def _back(A: Tensor, U: Tensor, dU: Tensor) -> tuple[Tensor, Tensor]:
