@@ -76,9 +76,6 @@ _DIGITS = {"image_size": 8, "patch_size": 2, "channels": 1}  # scikit-learn's: 1
     config=PLSTMVisionConfig,
     sizes={
         "tiny": {"d_model": 64, "n_layers": 4, "n_heads": 4, "n_classes": 10, **_DIGITS},
-        "arrow_tiny": {
-            "d_model": 64, "n_layers": 4, "n_heads": 4, "n_classes": 2, "image_size": 64, "patch_size": 8,
-        },
         "arrow": {"n_heads": 6, "n_classes": 2, "image_size": 192},
         "t": {},
         "s": {"d_model": 384, "n_heads": 6},
