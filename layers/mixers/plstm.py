@@ -52,7 +52,8 @@ class HeadwiseGate(Layer):
         if self.weight is None:
             return bias.expand(*x.shape[:-1], -1)
         slices = x.unflatten(-1, self.weight.shape).to(wide)
-        return (slices * self.weight.to(wide)).sum(-1) + bias
+        logits: Tensor = (slices * self.weight.to(wide)).sum(-1) + bias
+        return logits
 
     def extra_repr(self) -> str:
         """The number of gates, and what each sees, for print(model)."""

@@ -44,7 +44,8 @@ class PLSTMVision(VisionModel):
             head = nn.Linear(4 * config.width(len(config.stages) - 1), config.n_classes)
         super().__init__(config, mixer, head=head)
         if self.norm is not None:
-            self.norm = RMSNorm(config.width(len(config.stages) - 1), eps=config.norm_eps)
+            norm: Any = RMSNorm(config.width(len(config.stages) - 1), eps=config.norm_eps)
+            self.norm = norm
 
     def _block(self, i: int, mixer: nn.Module, norm: Callable[[int], nn.Module]) -> Block:
         eps = self.config.norm_eps

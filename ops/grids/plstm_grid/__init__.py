@@ -97,12 +97,12 @@ def _each_picture(
     """The loop on every picture by itself."""
     v = inputs[2]
     if cuts is None:
-        return plstm_grid_reference(*inputs, state, scale) if v.numel() else (torch.zeros_like(v), state)
+        return plstm_grid_reference(*(*inputs, state), scale=scale) if v.numel() else (torch.zeros_like(v), state)
     outputs, lasts = [v[:, :0].to(state.dtype)], []
     for i, (top, bottom) in enumerate(itertools.pairwise(cuts)):
         last = state[i : i + 1]
         if top < bottom:
-            y, last = plstm_grid_reference(*(x[:, top:bottom] for x in inputs), last, scale)
+            y, last = plstm_grid_reference(*(*(x[:, top:bottom] for x in inputs), last), scale=scale)
             outputs.append(y)
         lasts.append(last)
     return torch.cat(outputs, dim=1), torch.cat(lasts)
@@ -122,7 +122,7 @@ class _Strip:
         assert above is not None
         if q.shape[1] and q.shape[2]:
             tensors = [x for x in inputs if x is not None]
-            return plstm_grid_tiles(*tensors, above, left, self.scale)  # type: ignore[call-arg]
+            return plstm_grid_tiles(*(*tensors, above), left=left, scale=self.scale)
         y = shard.tied(v.to(above.dtype), *inputs, above)
         right = above.new_zeros(*q.shape[:2], *above.shape[2:]) if left is None else left
         return y, above, right

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def plstm_grid_reference(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, transition: Tensor, mark: Tensor, direct: Tensor, state: Tensor,
-    scale: float,
+    *, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Cell after cell, in the dtype of state; the outputs and the edges below the last row.
 

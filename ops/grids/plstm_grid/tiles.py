@@ -20,7 +20,7 @@ TILE = 8  # rows and columns of a tile of a larger one
 
 def plstm_grid_tiles(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, transition: Tensor, mark: Tensor, direct: Tensor, above: Tensor,
-    left: Tensor | None, scale: float,
+    *, left: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `plstm_grid_reference`, with edges (B, I, H, K, V) that enter from the left, and those that leave there."""
     tiles = Tiles(q, k, v, source, transition, mark, direct, above.dtype)
@@ -58,9 +58,9 @@ class Tiles:
         S = torch.cat([source.to(dtype), direct.to(dtype).unsqueeze(-1)], dim=-1)
         A = self.cut(A, torch.eye(3, 2, dtype=dtype, device=q.device))
         self.q, self.k, self.v, S = (self.cut(x.to(dtype)) for x in (q, k, v, S))  # (P, Q, N, n, ...)
-        cells = (self.r, self.c)
+        tile = (self.r, self.c)
         edges = self.several or not alone
-        G = tile_weights(A.flatten(0, 2).unflatten(1, cells), S.flatten(0, 2).unflatten(1, cells), edges=edges)
+        G = tile_weights(A.flatten(0, 2).unflatten(1, tile), S.flatten(0, 2).unflatten(1, tile), edges=edges)
         self.G = G.unflatten(0, (self.P, self.Q, self.B * self.H))
 
     def cut(self, x: Tensor, filling: Tensor | None = None) -> Tensor:
@@ -76,12 +76,14 @@ class Tiles:
     def picture(self, o: Tensor) -> Tensor:
         """(P, Q, N, n, V) -> (B, I, J, H, V)."""
         o = o.unflatten(3, (self.r, self.c)).unflatten(2, (self.B, self.H))  # (P, Q, B, H, r, c, V)
-        return o.permute(2, 0, 4, 1, 5, 3, 6).flatten(3, 4).flatten(1, 2)[:, : self.I, : self.J]
+        picture: Tensor = o.permute(2, 0, 4, 1, 5, 3, 6).flatten(3, 4).flatten(1, 2)
+        return picture[:, : self.I, : self.J]
 
     def inside(self, scale: float) -> Tensor:
         """What cells read of their own tile, (P, Q, N, n, V)."""
         n = self.r * self.c
-        return ((self.q * scale @ self.k.mT) * self.G[..., :n, :n]) @ self.v
+        o: Tensor = ((self.q * scale @ self.k.mT) * self.G[..., :n, :n]) @ self.v
+        return o
 
     def through(self, above: Tensor, left: Tensor | None, scale: float) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Outputs by tile, the edges (N, c, K, V) below each column of tiles, those (N, r, K, V) beside each row."""
@@ -117,7 +119,7 @@ class Tiles:
         """The picture, the edges below it (B, J, H, K, V) and those to the right of it (B, I, H, K, V)."""
 
         def joined(parts: list[Tensor], size: int) -> Tensor:
-            edges = torch.cat(parts, dim=1).unflatten(0, (self.B, self.H))
+            edges: Tensor = torch.cat(parts, dim=1).unflatten(0, (self.B, self.H))
             return edges.transpose(1, 2)[:, :size]
 
         return self.picture(o), joined(down, self.J), joined(ends, self.I)

@@ -76,7 +76,7 @@ def plstm(
         element = _element(*call.last_document(k, v, source, transition))
         state = shard.incoming_state(element, state, call.several, inputs=inputs)
     if call.backend == "reference":
-        return each_document(lambda *each: plstm_reference(*each, scale), call.cuts, inputs, state)
+        return each_document(lambda *each: plstm_reference(*each, scale=scale), call.cuts, inputs, state)
     if call.one_token:
         return plstm_step(*inputs, state, scale)
     if not call.length:  # an empty stretch still hangs on what arrived from other ranks

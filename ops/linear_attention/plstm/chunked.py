@@ -81,7 +81,7 @@ class _Factors(NamedTuple):
     total: Tensor  # (N, 1, 1) factor of the entering state for the leaving one
 
 
-def _factors(q: Tensor, k: Tensor, S: Tensor, T: Tensor, M: Tensor, D: Tensor, scale: float) -> _Factors:
+def _factors(q: Tensor, k: Tensor, S: Tensor, T: Tensor, M: Tensor, D: Tensor, *, scale: float) -> _Factors:
     W = between(T)
     gates = (W[:, 1:-1, 1:-1] * M.unsqueeze(-1)).mul_(S.unsqueeze(-2))
     gates.diagonal(dim1=1, dim2=2).copy_(D)
@@ -104,7 +104,7 @@ class _Chunked(torch.autograd.Function):
         for positions in segments:
             starts.append(C.clone())
             q_, k_, v_, gates = _parts(time, positions, (q, k, v), (S, T, M, D), state.dtype)
-            f = _factors(q_, k_, *gates, scale)
+            f = _factors(q_, k_, *gates, scale=scale)
             write = (k_ * f.leave.unsqueeze(-1)).mT @ v_
             before = _scan(time.rows(positions, heads), f.total, write, C)
             o = ((f.gates * f.scores) @ v_).baddbmm_(q_ * f.enter.unsqueeze(-1), before)
@@ -123,7 +123,7 @@ class _Chunked(torch.autograd.Function):
         for positions, C in zip(reversed(ctx.segments), reversed(starts), strict=True):
             q_, k_, v_, gates = _parts(time, positions, (q, k, v), (S, T, M, D), dC.dtype)
             do_ = time.part(do, positions, dC.dtype)
-            f = _factors(q_, k_, *gates, ctx.scale)
+            f = _factors(q_, k_, *gates, scale=ctx.scale)
             read, write = q_ * f.enter.unsqueeze(-1), k_ * f.leave.unsqueeze(-1)
             rows = time.rows(positions, heads)
             before = _scan(rows, f.total, write.mT @ v_, C.clone())

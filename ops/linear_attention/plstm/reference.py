@@ -6,7 +6,7 @@ from torch import Tensor
 
 def plstm_reference(
     q: Tensor, k: Tensor, v: Tensor, source: Tensor, transition: Tensor, mark: Tensor, direct: Tensor, state: Tensor,
-    scale: float,
+    *, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """C_t = T_t C_{t-1} + S_t k_t v_t^T, o_t = scale q_t^T (M_t C_{t-1} + D_t k_t v_t^T), in the dtype of state.
 
