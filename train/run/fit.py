@@ -254,7 +254,7 @@ def _watch(
 def _run(trainer: Trainer, task: Task, data: Any, checkpoint: Path | None, folder: RunFolder) -> None:
     """Train; a run that is refused before its first update leaves no folder."""
     try:
-        trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
+        trainer.fit(task, datamodule=EndlessData(data, task), ckpt_path=checkpoint)
     except OSError as error:
         raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
     except UserError:

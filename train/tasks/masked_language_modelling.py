@@ -10,7 +10,9 @@ from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import Limits, Recipe
-from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.refusals import refuse_classes
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["MaskedLanguageModelling"]
 

@@ -10,7 +10,8 @@ from zoo.errors import UserError
 from zoo.layers import EncoderDecoder
 from zoo.train.metrics import IGNORED, Accuracy, SequenceAccuracy, count_right
 from zoo.train.optim import Limits, Recipe
-from zoo.train.tasks.task import Batch, Task, summed_loss
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["SequenceToSequence", "decode_greedily"]
 
