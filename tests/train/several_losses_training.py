@@ -4,6 +4,7 @@ Writes FOLDER/found.json: {world: {case: [weights and rows of each rank]}}.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from zoo.ops import shard
 from zoo.registry import create_model
+from zoo.train.metrics import Ratio
 from zoo.train.optim import AdamW, Limits
 from zoo.train.run.endless_epoch import EndlessData
 from zoo.train.run.interrupt import Interrupts
@@ -81,13 +83,28 @@ class Data(LightningDataModule):
         return DataLoader(held_out, batch_size=None)
 
 
+class Certainty(Ratio):
+    """The mean logarithm of the largest probability, in tenths of it."""
+
+    name = "certainty"
+    label = "how sure"
+    unit = "dB"
+    better = "higher"
+    digits = 1
+
+    def update(self, logits: Tensor, batch: dict[str, Tensor]) -> None:  # type: ignore[override]
+        largest = logits.log_softmax(-1).amax(-1)[batch["targets"] != -100]
+        super().update((10 / math.log(10)) * largest.sum().float(), torch.tensor(largest.numel()))
+
+
 class TwoLosses(Task):
     """Cross entropy, and the square of log Z where the data say so."""
 
     loss_names = ("text", "bound")
+    metric_classes = (Certainty,)
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Loss]:
-        logits = self.model(batch["tokens"])[0].double()
+    def losses_of(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Loss]:
+        logits = logits.double()
         nll = F.cross_entropy(logits.transpose(1, 2), batch["targets"], ignore_index=-100, reduction="none")
         return {
             "text": sequence_means(nll, batch["targets"] != -100),
@@ -98,9 +115,6 @@ class TwoLosses(Task):
         scored = {"text": batch["targets"] != -100, "bound": batch["bounded"]}
         return {name: there.any(1).sum() for name, there in scored.items()}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.add_losses(self.losses(batch))
-
 
 class TinyTwo(TwoLosses):
     """Two losses on tiny's letters: all targets, and the last one."""
@@ -109,8 +123,8 @@ class TinyTwo(TwoLosses):
     def fields(cls, data: Any) -> dict[str, Any]:
         return {"vocab_size": data.vocab_size}
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Loss]:
-        nll = F.cross_entropy(self.model(batch["tokens"])[0].transpose(1, 2), batch["targets"], reduction="none")
+    def losses_of(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Loss]:
+        nll = F.cross_entropy(logits.transpose(1, 2), batch["targets"], reduction="none")
         return {"text": sequence_means(nll), "bound": sequence_means(nll[:, -1:], weight=0.5)}
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,14 +122,19 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         refuse_uneven_steps(BalancedStrategy(), "TwoLosses")
 
 
-def test_a_run_logs_each_loss_and_goes_on_to_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_logs_each_loss_and_goes_on_to_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     zoo.allow_package(training.__name__)
     made = config(
         task={"_target_": f"{training.__name__}.TinyTwo"}, trainer__accumulate_grad_batches=2, trainer__log_every=3,
         trainer__max_steps=6, trainer__checkpoint_every=5,
     )  # fmt: skip
     assert fit.run(made, tmp_path / "whole") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"validation  loss 3.6552  text loss \S+  bound loss \S+  how sure -\d+\.\d dB", said), said
     rows = read_csv(tmp_path / "whole" / "metrics.csv")
+    assert all("val_certainty" in row for row in rows if "val_loss" in row)
     for row in rows:
         for way in ("", "val_"):
             if f"{way}loss" in row:

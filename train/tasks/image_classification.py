@@ -38,6 +38,7 @@ class ImageClassification(Task):
     """
 
     unit = "image"
+    metric_classes = (Accuracy,)
 
     def __init__(
         self,
@@ -52,7 +53,6 @@ class ImageClassification(Task):
         refuse_unless_vision(model, data)
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
         self.label_smoothing = label_smoothing
-        self.val_metrics["accuracy"] = Accuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:
@@ -63,10 +63,6 @@ class ImageClassification(Task):
                 "data=digits_images"
             )
         return {"n_classes": data.n_classes}
-
-    def units(self, batch: Batch) -> int:
-        """Pictures of a batch."""
-        return len(batch["images"])
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, n_classes) of a batch."""

@@ -43,6 +43,8 @@ class MaskedLanguageModelling(Task):
         UserError: the model is causal, or predicts no tokens, or a rate is not in (0, 1].
     """
 
+    metric_classes = (Accuracy,)
+
     def __init__(
         self,
         model: nn.Module,
@@ -75,7 +77,6 @@ class MaskedLanguageModelling(Task):
         self.n_tokens = data.vocab_size  # what a token may be replaced by
         self.mask_id = mask_symbol(data)
         self.never = {self.mask_id, data.tokenizer.eos_id}
-        self.val_metrics["accuracy"] = Accuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class SequenceToSequence(Task):
         UserError: the model reads no source.
     """
 
+    metric_classes = (Accuracy, SequenceAccuracy)
+
     def __init__(
         self, model: nn.Module, optim: Recipe, limits: Limits, data: Any, *, max_nonfinite_steps: int = 10
     ) -> None:
@@ -45,8 +47,6 @@ class SequenceToSequence(Task):
                 f"{getattr(model, 'name', 'this model')} is none; use model=encoder_decoder"
             )
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
-        self.val_metrics["accuracy"] = Accuracy()
-        self.val_metrics["sequence_accuracy"] = SequenceAccuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:

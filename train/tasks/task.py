@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from zoo.checkpoint import IN_TRAINER, describe
@@ -16,34 +15,28 @@ from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
 from zoo.layers.mixer import Solver
 from zoo.train.clock import Clock
-from zoo.train.metrics import MeanLoss
 from zoo.train.optim import Limits, Recipe, gradients, set_lr
+from zoo.train.tasks.contract import Batch, TaskContract
 from zoo.train.tasks.finite import all_finite, whole
-from zoo.train.tasks.losses import Loss, LossSums, weighted_row
-from zoo.train.tasks.refusals import no_counts, refuse_other_model, refuse_uneven_steps, refuse_unknown_counts
+from zoo.train.tasks.losses import weighted_row
+from zoo.train.tasks.refusals import refuse_other_model, refuse_uneven_steps, refuse_unknown_counts
 
 __all__ = ["LOSS_UNIT", "Batch", "Task"]
-
-Batch = dict[str, Tensor]
 
 # Gradients are those of (sum of the losses) / LOSS_UNIT until the true count of scored targets is known, just before
 # the update. Any constant would do; a power of two is exact, and about a batch's worth of tokens keeps them near 1.
 LOSS_UNIT = 4096.0
 
 
-class Task(LightningModule):
+class Task(TaskContract):
     """The mean loss over the scored targets of a whole update, whatever its micro-batches, ranks and padding.
 
     Every rank and micro-batch adds the gradient of its summed loss; the sum is divided once by the number of scored
     targets of all of them. So the update does not depend on how its tokens were cut. A step whose loss or gradient is
     not finite changes nothing (the optimiser's state included) and is counted; nothing here waits for the device.
 
-    A task says what a batch is made into (`prepared`), its loss (`batch_loss`), how a validation batch is judged
-    (`validation_step`, into `val_loss` and `val_metrics`), and which fields of a model the data decide (`fields`). It
-    may say the `unit` of its throughput and how many a batch has (`units`), and `show` something of the model.
-
-    A task of several losses names them in `loss_names` and gives `losses` in place of `batch_loss`. Their weighted sum
-    is trained. Each is a mean over a count of its own, that of the whole update on all ranks. The counts are exchanged
+    What a task says of itself stands in `TaskContract`: its losses, its metrics, the unit of its throughput. Several
+    losses are each a mean over a count of their own, that of the whole update on all ranks. The counts are exchanged
     before the backward pass; where several batches make an update, the task says them ahead (`counts`).
 
     Args:
@@ -55,9 +48,6 @@ class Task(LightningModule):
             elsewhere whenever metrics are logged.
     """
 
-    unit = "token"  # of the throughput
-    loss_names: tuple[str, ...] = ()  # of a task of several losses: those that `losses` returns, in order
-
     def __init__(
         self,
         model: nn.Module,
@@ -67,20 +57,15 @@ class Task(LightningModule):
         *,
         max_nonfinite_steps: int = 10,
     ) -> None:
-        super().__init__()
+        super().__init__(model)
         if max_nonfinite_steps < 1:
             raise UserError(f"task.max_nonfinite_steps must be at least 1, got {max_nonfinite_steps}")
-        self.model = model
         self.optim = optim
         self.limits = limits
         self.max_nonfinite_steps = max_nonfinite_steps
         self.metrics: tuple[str, ...] = ()  # of "bits_per_byte", "perplexity": what rows say of training, too
         self.clock = Clock()
         self.lr = 0.0
-        self.val_loss = MeanLoss()
-        self.val_losses = nn.ModuleDict({name: MeanLoss() for name in self.loss_names})
-        self.val_metrics = nn.ModuleDict()
-        self._losses = LossSums(self.loss_names)
         # Sums on the device, read only when metrics are logged. They are part of the run's state, not of the model.
         self._update = torch.zeros(4)  # this update's [nll, scored targets, bytes, units] on this rank
         self._window = torch.zeros(5)  # since the last row: [nll, scored targets, bytes, gradient norm, good steps]
@@ -94,64 +79,6 @@ class Task(LightningModule):
         shard_weights = getattr(self.trainer.strategy, "shard_weights", None)
         if shard_weights is not None:
             shard_weights(self.model)
-
-    # -- what a task says ---------------------------------------------------------------------------------------
-
-    @classmethod
-    def fields(cls, data: Any) -> dict[str, Any]:
-        """Fields of the model's config that the data decide, unless the user has: {field: its least value}.
-
-        Raises:
-            UserError: the data are not for this task.
-        """
-        raise NotImplementedError
-
-    def prepared(self, batch: Batch, index: int, *, training: bool) -> Batch:
-        """The batch that the model sees; `index` counts the batches of this rank since the run (or pass) began."""
-        return batch
-
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of a prepared batch and the number of its scored targets."""
-        raise NotImplementedError
-
-    def losses(self, batch: Batch) -> dict[str, Loss]:
-        """The losses of a prepared batch, by name; of a task of one loss, `batch_loss`.
-
-        Raises:
-            UserError: the names are not those of `loss_names`.
-        """
-        return {"loss": Loss(*self.batch_loss(batch))}
-
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """The counts of `losses` of a batch as the data give it, before it is prepared, cut or moved.
-
-        Only tasks of several losses are asked, where several batches make an update.
-
-        Raises:
-            UserError: the task does not say.
-        """
-        raise no_counts(type(self).__name__)
-
-    def units(self, batch: Batch) -> int:
-        """How many of `unit` a batch holds, fillers included."""
-        return batch["tokens"].numel()
-
-    def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
-        """Make something of the model to look at.
-
-        Args:
-            model: the task's model as it is trained, or the finished one.
-            data: the data module.
-            folder: where files go, the run's.
-            step: updates done; None at the end of the run.
-
-        Returns:
-            what to say, and where the file is if there is one; None where the task shows nothing.
-
-        Raises:
-            UserError: an extra is not installed.
-        """
-        return None
 
     # -- training -----------------------------------------------------------------------------------------------
 
@@ -267,17 +194,6 @@ class Task(LightningModule):
         return self.optim.build(self.model)
 
     # -- validation ---------------------------------------------------------------------------------------------
-
-    def add_losses(self, losses: Mapping[str, Loss]) -> None:
-        """Add a validation batch's losses to their means."""
-        if not self.loss_names:
-            (loss,) = losses.values()
-            self.val_loss.update(loss.total.detach().float(), loss.count)
-            return
-        means: dict[str, Any] = dict(self.val_losses.items())
-        self._losses.weights = tuple(loss.weight for loss in losses.values())
-        for name, loss in losses.items():
-            means[name].update(loss.total.detach().float(), loss.count)
 
     def on_validation_epoch_end(self) -> None:
         """Publish the metrics to Lightning (for callbacks that monitor one) and start afresh."""
