@@ -67,7 +67,7 @@ class Ratio(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, count: Tensor) -> None:
-        """Add one batch."""
+        """Add the sum and the count of one batch."""
         self.total += total
         self.count += count
 
