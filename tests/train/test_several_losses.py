@@ -83,11 +83,11 @@ def test_means_of_sequences_leave_out_what_is_not_there() -> None:
     values = torch.tensor([[1.0, 2.0, torch.nan], [5.0, torch.nan, torch.nan], [torch.nan] * 3], requires_grad=True)
     loss = sequence_means(values, ~values.isnan(), weight=2.0)
     assert loss.total.item() == 1.5 + 5
-    assert (loss.count.item(), loss.weight) == (2, 2.0)
+    assert (loss.number.item(), loss.weight) == (2, 2.0)
     (gradient,) = torch.autograd.grad(loss.total, values)
     assert gradient.tolist() == [[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]]
     whole = sequence_means(values.detach()[:1, :2])
-    assert (whole.total.item(), whole.count.item()) == (1.5, 1)
+    assert (whole.total.item(), whole.number.item()) == (1.5, 1)
 
 
 class Wrong(TwoLosses):

@@ -69,8 +69,8 @@ def describe(row: dict[str, float]) -> str:
     parts = []
     for base in dict.fromkeys(map(base_name, row)):
         shown = shown_as(base)
-        for name, value in row.items() if shown is not None else ():
-            if base_name(name) == base:  # of all validation data, then of each set
+        for name, value in row.items():
+            if shown is not None and base_name(name) == base:  # of all validation data, then of each set
                 parts.append(f"{shown.label}{name.removeprefix(base).replace('_at_', '@')} {shown.text(value)}")
     if row.get("skipped_steps"):
         parts.append(f"skipped steps {int(row['skipped_steps'])}")

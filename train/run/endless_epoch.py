@@ -40,6 +40,7 @@ class Endless:
         batches = self._batches()
         if self.look_ahead is None:
             yield from batches
+            return
         while True:
             ahead = list(itertools.islice(batches, self.together))
             self.look_ahead(ahead)

@@ -78,7 +78,7 @@ class TaskContract(LightningModule):
     def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of a task of one loss: its sum over a prepared batch, and the number of what it is summed over."""
         (loss,) = self.losses_of(self(batch), batch).values()
-        return loss.total, loss.count
+        return loss.total, loss.number
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The counts of `losses` of a batch as the data give it, before it is prepared, cut or moved.
@@ -107,12 +107,12 @@ class TaskContract(LightningModule):
         """Add a validation batch's losses to their means."""
         if not self.loss_names:
             (loss,) = losses.values()
-            self.val_loss.update(loss.total.detach().float(), loss.count)
+            self.val_loss.update(loss.total.detach().float(), loss.number)
             return
         means: dict[str, Any] = dict(self.val_losses.items())
         self._losses.weights = tuple(loss.weight for loss in losses.values())
         for name, loss in losses.items():
-            means[name].update(loss.total.detach().float(), loss.count)
+            means[name].update(loss.total.detach().float(), loss.number)
 
     def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
         """Make something of the model to look at.

@@ -20,12 +20,12 @@ class Loss(NamedTuple):
     """One loss of a batch: a mean that is still a sum and its number, so that batches and ranks add up.
 
     total: the sum over what is counted, a scalar with a gradient.
-    count: how many there are, a scalar of integers; sequences where each has a mean of its own.
+    number: how many there are, a scalar of integers; sequences where each has a mean of its own.
     weight: its part in what is trained.
     """
 
     total: Tensor
-    count: Tensor
+    number: Tensor
     weight: float = 1.0
 
 
@@ -94,7 +94,7 @@ class LossSums:
         given = losses.values()
         self.weights = tuple(loss.weight for loss in given)
         totals = torch.stack([loss.total.to(torch.promote_types(loss.total.dtype, torch.float32)) for loss in given])
-        counts = torch.stack([loss.count.long() for loss in given])
+        counts = torch.stack([loss.number.long() for loss in given])
         self.update += torch.stack([totals.detach(), counts], dim=1).float()
         return totals, counts
 
