@@ -335,7 +335,8 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
         return []
     if not isinstance(model, TakesMemoryPlan):
         raise UserError(
-            f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
+            f"memory settings need a model with members memory and use_memory, and {type(model).__name__} has not "
+            "both; memory=none"
         )
     return [FitMemory(options, folder.say)]
 

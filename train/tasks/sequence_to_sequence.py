@@ -11,6 +11,7 @@ from zoo.layers import EncoderDecoder
 from zoo.train.metrics import IGNORED, Accuracy, SequenceAccuracy, count_right
 from zoo.train.optim import Limits, Recipe
 from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.showing import evaluating
 from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["SequenceToSequence", "decode_greedily"]
@@ -111,10 +112,7 @@ def decode_greedily(
         begin: the first token that the decoder is given.
         steps: tokens to decode; nothing ends a row earlier.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model) as device:
         lengths = None if source_lengths is None else source_lengths.to(device)
         state = model.begin(source.to(device), lengths)
         token = torch.full((len(source), 1), begin, device=device)
@@ -123,5 +121,4 @@ def decode_greedily(
             logits, state = model(token, state)
             token = logits.argmax(-1)
             decoded.append(token)
-    model.train(training)
     return torch.cat(decoded, dim=1).cpu()
