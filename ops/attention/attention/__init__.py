@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.attention.attention.blockwise import attention_blockwise
+from zoo.ops.attention.attention.named import Mask, named_mask
 from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference, right_aligned
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask, past_mask_is_large
@@ -103,8 +104,8 @@ def attention(
         cu_seqlens: boundaries (n + 1,) of packed queries, B = 1; documents do not see each other.
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
         visible: which keys each query sees, in place of causal, window, past, and of lengths and boundaries, for bands,
-            trees, two streams and whatever else intervals can say; T and S may be any. It runs in plain torch, by
-            blocks, in O(T + S) memory; kernels do not take it yet. Keys that nobody sees must be finite, too.
+            trees, two streams and whatever else intervals can say; T and S may be any. "torch" goes by blocks in
+            O(T + S) memory, "triton" is our kernels. Keys that nobody sees must be finite, too.
         return_lse: also return the log-sum-exp, with which `zoo.ops.core.algebra.LogSumExp` merges partial results over
             disjoint keys.
         backend: "auto", "torch", "triton" or "reference". "torch" is torch's SDPA, or our blocks in plain torch where
@@ -143,7 +144,7 @@ def attention(
     """
     name = "attention"
     sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B S Hk K"), "v": (v, "B S Hk V")})
-    _B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
+    B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
     check.same_dtype(name, q=q, k=k, v=v)
     if not Hk or H % Hk:
         raise ValueError(f"{name}: the number of query heads must be a multiple of key heads; got {H}, {Hk}")
@@ -162,7 +163,10 @@ def attention(
             "cu_seqlens_k": cu_seqlens_k,
         }  # fmt: skip
         _check_visible(name, sizes, visible, others, q.device, place is not None and place.shard.size > 1)
-        chosen = OPERATOR.decide(backend, q, sizes, problem="kernels take no visible").backend
+        chosen = OPERATOR.decide(backend, q, sizes).backend
+        if chosen == "triton":
+            o, lse = kernels.attention_kernels(q, k, v, Mask(visible), scale)
+            return (o, lse) if return_lse else o
         o, lse = (_by_definition if chosen == "reference" else attention_visible)(q, k, v, visible, scale)
         return (o, lse) if return_lse else o
     if place is not None and place.shard.size > 1:
@@ -190,7 +194,8 @@ def attention(
     direct = dispatch.on_cuda(q) and not (masked or return_lse)
     chosen = OPERATOR.decide(backend, q, sizes, instead=lambda: SDPA if direct else None).backend
     if chosen == "triton":
-        o, lse = kernels.attention_kernels(q, k, v, causal, window, scale, key_lengths, cuts, keys)
+        mask = named_mask(B, T, S, causal, window, key_lengths, cuts, keys, q.device)
+        o, lse = kernels.attention_kernels(q, k, v, mask, scale)
         return (o, lse) if return_lse else o
 
     outputs, sums = [], []
