@@ -123,9 +123,10 @@ def attention(
         "usp": the same among `inner` neighbouring ranks, and a ring across; contiguous or zigzag.
         "tokenring": queries go round and their answers come straight home; the better layout is zigzag.
         "lightseq": early ranks help late ones, P // 2 + 1 steps; contiguous and causal.
-    With a window in a contiguous layout only the keys that it reaches travel, by any method that does not share out
-    heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of activations reads
-    (o, lse) back.
+    A `visible` goes by "allgather", in any layout, with the labels of the rank's own queries and the intervals of its
+    own keys. With a window in a contiguous layout only the keys that it reaches travel, by any method that does not
+    share out heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of activations
+    reads (o, lse) back.
 
     Returns:
         o: (B, T, H, V), in the dtype of q. A query that sees no key gives zeros.
@@ -162,7 +163,12 @@ def attention(
             "window": window, "key_lengths": key_lengths, "past": past, "cu_seqlens": cu_seqlens,
             "cu_seqlens_k": cu_seqlens_k,
         }  # fmt: skip
-        _check_visible(name, sizes, visible, others, q.device, place is not None and place.shard.size > 1)
+        _check_visible(name, sizes, visible, others, q.device)
+        if place is not None and place.shard.size > 1:
+            _across_ranks(name, sizes, None, None, None, None, None, backend)
+            OPERATOR.decide(backend, q, sizes, problem="blocks across ranks run in plain torch")
+            o, lse = attention_across(place, q, k, v, False, None, scale, visible)
+            return (o, lse) if return_lse else o
         chosen = OPERATOR.decide(backend, q, sizes).backend
         if chosen == "triton":
             o, lse = kernels.attention_kernels(q, k, v, Mask(visible), scale)
@@ -216,7 +222,7 @@ def _by_definition(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: flo
 
 
 def _check_visible(
-    name: str, sizes: dict[str, int], visible: Visible, others: Mapping[str, object], device: torch.device, cut: bool
+    name: str, sizes: dict[str, int], visible: Visible, others: Mapping[str, object], device: torch.device
 ) -> None:
     """Refuse a Visible of other queries or keys, or beside another mask.
 
@@ -226,11 +232,6 @@ def _check_visible(
     given = [argument for argument, value in others.items() if value is not None]
     if given:
         raise ValueError(f"{name}: visible says all that is seen; leave out {', '.join(given)}")
-    if cut:
-        raise ValueError(
-            f"{name}: across ranks masks are causal, windows or documents, and visible is none of them; run it outside "
-            "zoo.ops.shard.use(...)"
-        )
     B, T, S = sizes["B"], sizes["T"], sizes["S"]
     rows, queries, keys = *visible.label.shape, visible.first.shape[1]
     if rows not in (1, B) or (queries, keys) != (T, S) or visible.label.device != device:

@@ -12,7 +12,7 @@ from zoo.ops.attention.attention.visible import Visible
 from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
 
-__all__ = ["attention_visible"]
+__all__ = ["VisibleBlocks", "attention_visible"]
 
 TILE = 64  # keys: how finely it is known what a block of queries sees
 
@@ -56,8 +56,8 @@ def _joined(masked: list[tuple[int, int]], full: list[tuple[int, int]]) -> list[
     return joined
 
 
-class _VisibleBlocks(Blocks):
-    """The scores of one call."""
+class VisibleBlocks(Blocks):
+    """The scores of one call under a Visible."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float):
         super().__init__(q, k, v, None, False, None, scale)
@@ -97,7 +97,7 @@ class _VisibleBlockwise(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        o, m, log_l = attend(_VisibleBlocks(q, k, v, visible, scale), q.dtype)
+        o, m, log_l = attend(VisibleBlocks(q, k, v, visible, scale), q.dtype)
         lse = (m + log_l).masked_fill_(m == float("inf"), float("-inf"))
         ctx.save_for_backward(q, k, v, o, m, log_l)
         ctx.visible, ctx.scale = visible, scale
@@ -108,7 +108,7 @@ class _VisibleBlockwise(torch.autograd.Function):
     @first_order("attention")
     def backward(ctx: Any, do: Tensor, dlse: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, m, log_l = ctx.saved_tensors
-        at = _VisibleBlocks(q, k, v, ctx.visible, ctx.scale)
+        at = VisibleBlocks(q, k, v, ctx.visible, ctx.scale)
         D = (do.to(at.dtype) * o.to(at.dtype)).sum(-1) - dlse.to(at.dtype)  # (B, T, H)
         D = D.masked_fill(m == float("inf"), 0.0)
         dq, dk, dv = gradients(at, do, D, m, log_l, q.dtype)
