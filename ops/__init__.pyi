@@ -18,6 +18,8 @@ from zoo.ops.recurrent.lstm import lstm as lstm
 from zoo.ops.recurrent.para_gru import para_gru as para_gru
 from zoo.ops.recurrent.para_lstm import para_lstm as para_lstm
 from zoo.ops.recurrent.slstm import slstm as slstm
+from zoo.ops.scans.aaren import aaren as aaren
+from zoo.ops.scans.aaren import aaren_summary as aaren_summary
 from zoo.ops.scans.affine_scan import affine_scan as affine_scan
 from zoo.ops.scans.affine_scan import affine_scan_summary as affine_scan_summary
 from zoo.ops.scans.block_affine_scan import block_affine_scan as block_affine_scan
