@@ -18,6 +18,7 @@ from zoo.layers.mixer import Mixer as Mixer
 from zoo.layers.mixer import Solver as Solver
 from zoo.layers.mixer import Surroundings as Surroundings
 from zoo.layers.mixer_registry import register_mixer as register_mixer
+from zoo.layers.mixers.aaren import Aaren as Aaren
 from zoo.layers.mixers.attention import Attention as Attention
 from zoo.layers.mixers.bidirectional_attention import BidirectionalAttention as BidirectionalAttention
 from zoo.layers.mixers.cross_attention import CrossAttention as CrossAttention

@@ -27,7 +27,7 @@ CHUNK = 32
 
 
 def aaren_chunked(s: Tensor, v: Tensor, state: LogSumExp) -> tuple[Tensor, LogSumExp]:
-    """As `aaren_reference`."""
+    """As `aaren_reference`; T at least 1."""
     B, T, H, V = v.shape
     m, a = s.transpose(1, 2).reshape(B * H, T), v.transpose(1, 2).reshape(B * H, T, V)
     o, _ = _prefixes(_Keys(m, torch.zeros_like(m), a), _Keys.of(state), ends=False)
