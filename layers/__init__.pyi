@@ -24,6 +24,7 @@ from zoo.layers.mixers.bidirectional_attention import BidirectionalAttention as 
 from zoo.layers.mixers.cross_attention import CrossAttention as CrossAttention
 from zoo.layers.mixers.delta_net import DeltaNet as DeltaNet
 from zoo.layers.mixers.delta_net import GatedDeltaNet as GatedDeltaNet
+from zoo.layers.mixers.gam import GAM as GAM
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra as Hydra
 from zoo.layers.mixers.mamba import Mamba as Mamba

@@ -42,6 +42,7 @@ from zoo.ops.state_spaces.ssd import ssd as ssd
 from zoo.ops.state_spaces.ssd import ssd_summary as ssd_summary
 from zoo.ops.token_wise.dropout import dropout as dropout
 from zoo.ops.token_wise.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from zoo.ops.token_wise.memory_bank import memory_bank as memory_bank
 from zoo.ops.token_wise.rms_norm import gated_rms_norm as gated_rms_norm
 from zoo.ops.token_wise.rms_norm import rms_norm as rms_norm
 from zoo.ops.token_wise.rotary import rotary as rotary
