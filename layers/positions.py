@@ -74,10 +74,10 @@ class LearnedPositions(Mixer):
         return torch.zeros(batch, dtype=torch.long, device=self.table.weight.device)
 
 
-def position_block(d_model: int, max_length: int, dropout: float) -> Block:
+def position_block(d_model: int, positions: LearnedPositions, dropout: float) -> Block:
     """A block in front of all others: dropout(x + position)."""
 
     def after(width: int) -> nn.Module:
         return Dropout(dropout)
 
-    return Block(d_model, LearnedPositions(d_model, max_length), None, norm=after, post_norm=True)
+    return Block(d_model, positions, None, norm=after, post_norm=True)

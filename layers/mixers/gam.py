@@ -74,7 +74,8 @@ class GAM(Mixer):
         """Both paths (B, T, D) behind their gates."""
         read = memory_bank(x, self.bank.to(x.dtype), scale=self.score_scale, backend=self.backend)
         a, b = self.gate_proj(x).sigmoid().chunk(2, dim=-1)
-        return a * local + b * read
+        y: Tensor = a * local + b * read
+        return y
 
     def init_state(self, batch: int) -> Tensor:
         """The inputs before the first token: zeros (batch, conv_size - 1, D)."""

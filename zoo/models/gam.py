@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.layers import GAM, Block, SequenceConfig, SequenceModel, layer_mixers
 from zoo.layers.gam_block import GAMBlock, start_as_torch_does
-from zoo.layers.positions import position_block
+from zoo.layers.positions import LearnedPositions, position_block
 from zoo.ranges import Range
 from zoo.registry import register
 
@@ -53,13 +53,11 @@ def _model(config: GAMConfig, pattern: str) -> SequenceModel:
         )
     }  # fmt: skip
     mixer = layer_mixers(config.d_model, config.n_layers, pattern, own)
-    positions = None
-    if config.max_length is not None:
-        positions = position_block(config.d_model, config.max_length, config.dropout)
+    positions = None if config.max_length is None else LearnedPositions(config.d_model, config.max_length)
 
     def blocks() -> Iterator[Block]:
         if positions is not None:
-            yield positions
+            yield position_block(config.d_model, positions, config.dropout)
         for i in range(config.n_layers):
             yield GAMBlock(
                 config.d_model, mixer(i), hidden_size=config.hidden_size, norm_eps=config.norm_eps,
@@ -68,7 +66,7 @@ def _model(config: GAMConfig, pattern: str) -> SequenceModel:
 
     model = SequenceModel(config, blocks(), norm=nn.LayerNorm(config.d_model, eps=config.norm_eps))
     if config.init == "official":
-        start_as_torch_does(model, None if positions is None else positions.mixer.table)
+        start_as_torch_does(model, None if positions is None else positions.table)
     return model
 
 
