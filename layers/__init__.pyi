@@ -18,11 +18,13 @@ from zoo.layers.mixer import Mixer as Mixer
 from zoo.layers.mixer import Solver as Solver
 from zoo.layers.mixer import Surroundings as Surroundings
 from zoo.layers.mixer_registry import register_mixer as register_mixer
+from zoo.layers.mixers.aaren import Aaren as Aaren
 from zoo.layers.mixers.attention import Attention as Attention
 from zoo.layers.mixers.bidirectional_attention import BidirectionalAttention as BidirectionalAttention
 from zoo.layers.mixers.cross_attention import CrossAttention as CrossAttention
 from zoo.layers.mixers.delta_net import DeltaNet as DeltaNet
 from zoo.layers.mixers.delta_net import GatedDeltaNet as GatedDeltaNet
+from zoo.layers.mixers.gam import GAM as GAM
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra as Hydra
 from zoo.layers.mixers.mamba import Mamba as Mamba
