@@ -31,6 +31,7 @@ from zoo.layers.mixers.mega import Mega as Mega
 from zoo.layers.mixers.mega import TCNCA as TCNCA
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
+from zoo.layers.mixers.parallel import Parallel as Parallel
 from zoo.layers.mixers.rnn import Elman as Elman
 from zoo.layers.mixers.rnn import GRU as GRU
 from zoo.layers.mixers.rnn import LSTM as LSTM

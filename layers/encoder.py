@@ -15,7 +15,7 @@ from zoo.layers.head_loss import head_loss
 from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Surroundings
-from zoo.layers.model import Input, Model
+from zoo.layers.model import Input, Model, SaysInputs
 from zoo.layers.pooling import Pooling, pooled
 from zoo.layers.stack import Stack
 from zoo.layers.state import refuse_state
@@ -128,7 +128,18 @@ class MaskedTokenHead(nn.Module):
         return logits
 
 
-class ClassificationHead(nn.Module):
+class SequenceHead(nn.Module):
+    """A head of whole sequences, `head(x, mask, cu_seqlens)`: one row of outputs for each.
+
+    x: (B, T, D), or (1, T, D) with n packed documents; outputs are (B, ...), or (n, ...).
+    mask: (B, T) bool, False for padding, or None. cu_seqlens: boundaries (n + 1,) of packed documents, or None.
+    """
+
+    forward: Callable[..., Tensor]
+    __call__: Callable[..., Tensor]
+
+
+class ClassificationHead(SequenceHead):
     """One row of logits per sequence: W_c tanh(W_p pooled + b_p) + b_c."""
 
     def __init__(self, d_model: int, n_classes: int, *, pooling: Pooling, dropout: float):
@@ -157,24 +168,57 @@ class Encoder(Model):
     Args:
         config: an EncoderConfig.
         mixer: i -> the mixer of layer i.
+        embed: tokens -> (B, T, D), in place of words and token types; one that says its `inputs` names the shape and
+            type of what goes in as `tokens`.
+        head: (B, T, D) -> (B, T, ...), in place of the head for tokens; a SequenceHead in place of that for classes.
+
+    Raises:
+        ValueError: the config asks for classes, or the masked tokens' head for the matrix of an embedding, that is not
+            there.
     """
 
     causal = False
     operators = (linear_cross_entropy,)
+    embeddings: nn.Module
+    lm_head: nn.Module | None
+    classifier: SequenceHead | None
 
-    def __init__(self, config: EncoderConfig, mixer: Callable[[int], nn.Module]):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        mixer: Callable[[int], nn.Module],
+        *,
+        embed: nn.Module | None = None,
+        head: nn.Module | None = None,
+    ):
         super().__init__()
         self.config = config
         d, outer = config.d_model, config.outer_norm_eps
-        self.embeddings = Embeddings(config.vocab_size, config.n_token_types, d, norm_eps=outer, dropout=config.dropout)
+        words: Embeddings | None = None
+        if embed is None:
+            words = Embeddings(config.vocab_size, config.n_token_types, d, norm_eps=outer, dropout=config.dropout)
+            self.embeddings = words
+        else:
+            self.embeddings = embed
         self.blocks = Stack(
             EncoderLayer(d, mixer(i), prenorm=config.prenorm, norm_eps=config.norm_eps) for i in range(config.n_layers)
         )
         self.norm = nn.LayerNorm(d, eps=outer) if config.prenorm else None
-        self.lm_head: MaskedTokenHead | None = None
-        self.classifier: ClassificationHead | None = None
-        if config.n_classes is None:
-            self.lm_head = MaskedTokenHead(self.embeddings.word, norm_eps=outer)
+        self.lm_head = self.classifier = None
+        if head is not None:
+            if config.n_classes is not None:
+                raise ValueError(
+                    f"a head of one's own says by itself what it tells apart; got {type(head).__name__} and n_classes="
+                    f"{config.n_classes}, leave one of them out"
+                )
+            self.lm_head, self.classifier = (None, head) if isinstance(head, SequenceHead) else (head, None)
+        elif config.n_classes is None:
+            if words is None:
+                raise ValueError(
+                    "the head for masked tokens shares the matrix of the encoder's own embedding; got embed="
+                    f"{type(embed).__name__} without a head, give head= or n_classes"
+                )
+            self.lm_head = MaskedTokenHead(words.word, norm_eps=outer)
         else:
             self.classifier = ClassificationHead(d, config.n_classes, pooling=config.pooling, dropout=config.dropout)
         initialise(self, std=config.init_std, n_layers=config.n_layers, convolutions=False)
@@ -183,11 +227,15 @@ class Encoder(Model):
     @property
     def inputs(self) -> tuple[Input, ...]:
         """Tokens; a mask of padding or boundaries of documents, and kinds of tokens, may go with them."""
+        tokens = Input("tokens", "B T", torch.int64, self.config.vocab_size)
+        types = Input("token_types", "B T", torch.int64, self.config.n_token_types, optional=True)
+        if isinstance(self.embeddings, SaysInputs):
+            tokens = self.embeddings.inputs[0]._replace(name="tokens")
         return (
-            Input("tokens", "B T", torch.int64, self.config.vocab_size),
+            tokens,
             Input("mask", "B T", torch.bool, optional=True),
             Input("cu_seqlens", "n", torch.int64, optional=True),
-            Input("token_types", "B T", torch.int64, self.config.n_token_types, optional=True),
+            *((types,) if isinstance(self.embeddings, Embeddings) else ()),
         )
 
     @property
@@ -235,9 +283,17 @@ class Encoder(Model):
     ) -> tuple[Tensor, None]:
         """As `forward`, without the head: the hidden vectors, (B, T, D), zeros at the padding."""
         refuse_state(type(self).__name__, state)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
-        x = self.embeddings(tokens, token_types)
+        if isinstance(self.embeddings, Embeddings):
+            if tokens.ndim != 2:
+                raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
+            x = self.embeddings(tokens, token_types)
+        elif token_types is not None:
+            raise ValueError(
+                "token_types are for the encoder's own embeddings; this model embeds by "
+                f"{type(self.embeddings).__name__}, leave them out"
+            )
+        else:
+            x = self.embeddings(tokens)
         x, _ = self.blocks(x, around=Surroundings(cu_seqlens=cu_seqlens), mask=mask, final=self.norm, keep=False)
         # A tensor of its own, not the last block's: FSDP hangs hooks on both, which must fire in one order on all
         # ranks, with padding on some or none.
@@ -262,7 +318,9 @@ class Encoder(Model):
         """
         if self.lm_head is None:
             raise ValueError("head_loss is that of a head for tokens, and this model has n_classes; take the logits")
+        last, masked = self.lm_head, isinstance(self.lm_head, MaskedTokenHead)
+        if isinstance(self.lm_head, MaskedTokenHead):
+            last, x = self.lm_head.decoder, self.lm_head.transform(x)
         return head_loss(
-            self.lm_head.decoder, self.lm_head.transform(x), targets,
-            ignore_index=ignore_index, reduction=reduction, backend=backend,
-        )  # fmt: skip
+            last, x, targets, ignore_index=ignore_index, reduction=reduction, backend=backend, plain=masked
+        )

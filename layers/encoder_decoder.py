@@ -14,7 +14,7 @@ from zoo.layers.head_loss import head_loss
 from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import Mixer, Surroundings
-from zoo.layers.model import Input, Model
+from zoo.layers.model import Input, Model, SaysInputs
 from zoo.layers.norms import RMSNorm
 from zoo.layers.stack import Stack
 from zoo.ops import linear_cross_entropy, shard
@@ -66,6 +66,8 @@ class EncoderDecoder(Model):
         decoder_mixer: i -> the mixer of layer i of the decoder, which must be causal.
         cross: i -> what looks at the encoder in layer i of the decoder, a zoo.layers.CrossAttention.
         embed: tokens of either sequence -> (B, T, D), in place of an nn.Embedding.
+        source_embed: the source -> (B, S, D), where it is embedded in another way than the target: frames of speech, or
+            a picture's patches. One that says its `inputs` names the shape and type of what goes in as `source`.
         head: (B, T, D) -> (B, T, ...), in place of the linear layer to the vocabulary.
 
     Raises:
@@ -82,14 +84,15 @@ class EncoderDecoder(Model):
         cross: Callable[[int], Mixer],
         *,
         embed: nn.Module | None = None,
+        source_embed: nn.Module | None = None,
         head: nn.Module | None = None,
     ):
         super().__init__()
         self.config, d = config, config.d_model
         depth = config.n_layers if config.n_encoder_layers is None else config.n_encoder_layers
         self.embedding = nn.Embedding(config.vocab_size, d) if embed is None else embed
-        self.source_embedding: nn.Embedding | None = None
-        if config.source_vocab_size is not None:
+        self.source_embedding = source_embed
+        if source_embed is None and config.source_vocab_size is not None:
             self.source_embedding = nn.Embedding(config.source_vocab_size, d)
         self.dropout = Dropout(config.dropout)
         self.encoder = Stack(self._block(encoder_mixer(i), None) for i in range(depth))
@@ -113,10 +116,19 @@ class EncoderDecoder(Model):
     @property
     def inputs(self) -> tuple[Input, ...]:
         """Target tokens, the source, and how long its rows are."""
-        source = self.config.source_vocab_size or self.config.vocab_size
+        tokens = Input("tokens", "B T", torch.int64, self.config.vocab_size)
+        source = Input("source", "B S", torch.int64, self.config.source_vocab_size or self.config.vocab_size)
+        if isinstance(self.embedding, SaysInputs):
+            tokens = self.embedding.inputs[0]._replace(name="tokens")
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        if isinstance(embedding, SaysInputs):
+            shape = embedding.inputs[0].shape
+            source = embedding.inputs[0]._replace(
+                name="source", shape=" ".join("S" if n == "T" else n for n in shape.split())
+            )
         return (
-            Input("tokens", "B T", torch.int64, self.config.vocab_size),
-            Input("source", "B S", torch.int64, source),
+            tokens,
+            source,
             Input("source_lengths", "B", torch.int64, optional=True),
         )
 
@@ -148,7 +160,8 @@ class EncoderDecoder(Model):
             tokens: (B, T) integers in [0, vocab_size), of the target.
             state: what an earlier call or `begin` returned, or None.
             source: (B, S) integers in [0, source_vocab_size), in the first call only.
-            source_lengths: (B,) integers in [1, S], tokens of every row of the source, from the left; all when omitted.
+            source_lengths: (B,) integers in [1, S], vectors of each embedded source that count, from the left; all when
+                omitted.
 
         Returns:
             logits: (B, T, vocab_size); state: one entry per layer of the decoder.
@@ -168,7 +181,7 @@ class EncoderDecoder(Model):
         source_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """As `forward`, without the head: the normalised hidden vectors of the decoder, (B, T, D), and the state."""
-        if tokens.ndim != 2:
+        if tokens.ndim != 2 and isinstance(self.embedding, nn.Embedding):
             raise ValueError(f"tokens must be (B, T); got {tuple(tokens.shape)}")
         around = Surroundings()
         read = state is not None and self._has_read(state)
@@ -188,19 +201,21 @@ class EncoderDecoder(Model):
     def read(self, source: Tensor, source_lengths: Tensor | None = None) -> Tensor:
         """What the encoder makes of the source, (B, S, D), zeros behind each row's length."""
         shard.refuse("An encoder-decoder")
-        if source.ndim != 2:
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        if source.ndim != 2 and isinstance(embedding, nn.Embedding):
             raise ValueError(f"source must be (B, S); got {tuple(source.shape)}")
-        mask = None
-        if source_lengths is not None:
-            mask = torch.arange(source.shape[1], device=source.device) < source_lengths.unsqueeze(1)
-        x = self.dropout((self.embedding if self.source_embedding is None else self.source_embedding)(source))
+        x, mask = self.dropout(embedding(source)), None
+        if source_lengths is not None:  # of what is embedded
+            mask = torch.arange(x.shape[1], device=x.device) < source_lengths.unsqueeze(1)
         memory: Tensor = self.encoder(x, mask=mask, final=self.encoder_norm, keep=False)[0]
         return memory
 
     def begin(self, source: Tensor, source_lengths: Tensor | None = None) -> Any:
         """The state before the first target token, with the source read: `model(tokens, model.begin(source))`."""
         around = Surroundings(memory=self.read(source, source_lengths), memory_lengths=source_lengths)
-        nothing = self.embedding(source[:, :0])
+        memory = around.memory
+        assert memory is not None
+        nothing = memory[:, :0]
         return self.blocks(nothing, self.init_state(len(source)), around=around)[1]
 
     def _has_read(self, state: Any) -> bool:

@@ -68,7 +68,7 @@ def rows_apart(tokens: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> RowsA
     everyone = shard.whole(mask.bool(), place)
     if everyone.all():
         return None
-    length, found = everyone.shape[1], []
+    length, places = everyone.shape[1], []
     for row in everyone.cpu():
         there = row.nonzero().flatten().tolist()
         first, last = (there[0], there[-1] + 1) if there else (0, 0)
@@ -79,8 +79,8 @@ def rows_apart(tokens: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> RowsA
             )
         cuts = tuple(sorted({0, first, last, length}))
         local = shard.local_boundaries(torch.tensor(cuts), place.rank, place.size, length).cu_seqlens
-        found.append((replace(place, length=length, documents=cuts), local.to(tokens.device)))
-    return found
+        places.append((replace(place, length=length, documents=cuts), local.to(tokens.device)))
+    return places
 
 
 def _check(tokens: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -28,9 +28,10 @@ FLOORS = {
     "zoo.configs": set(),
     "zoo.targets": {"zoo.errors", "zoo.registry", "zoo.configs", "zoo._deprecation"},
     "zoo.settings": {"zoo._types", "zoo.configs", "zoo.files", "zoo.ranges", "zoo.registry", "zoo.targets"},
+    "zoo.overrides": {"zoo.errors", "zoo.registry", "zoo.configs", "zoo.targets", "zoo._deprecation"},
     "zoo.config": {
         "zoo.errors", "zoo._types", "zoo.registry", "zoo.configs", "zoo.settings", "zoo.ranges", "zoo.targets",
-        "zoo._deprecation",
+        "zoo.overrides",
     },
     "zoo.models": {"zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.ranges", "zoo._deprecation"},
     "zoo.convert": {"zoo.models", "zoo.layers", "zoo.registry", "zoo.errors", "zoo.files", "zoo._discover"},

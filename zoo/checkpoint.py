@@ -197,19 +197,19 @@ def load(
             or a weight is stored as integers.
     """
     kind, place = _dtype(dtype), None if device is None else torch.device(device)
-    found = locate(path)
+    source = locate(path)
     format: Format | None = None
     declared: torch.dtype | None = None
-    if found.suffix == ".ckpt":
-        described, tensors = read_trainer(found)
-        stored: Any = Held(tensors, str(found))
+    if source.suffix == ".ckpt":
+        described, tensors = read_trainer(source)
+        stored: Any = Held(tensors, str(source))
     else:
-        described, format, declared = _read_description(found)
-        stored = open_folder(found)
+        described, format, declared = _read_description(source)
+        stored = open_folder(source)
     try:
         model = _without_memory(described)
     except UserError as error:
-        raise UserError(f"{found} holds a model that cannot be built here: {error}") from error
+        raise UserError(f"{source} holds a model that cannot be built here: {error}") from error
     fill(model, stored, format, dtype=kind, declared=declared, device=place)
     return model.to(place).eval() if place is not None else model.eval()
 

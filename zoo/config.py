@@ -17,18 +17,17 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo._deprecation import current_name
 from zoo._types import fit
-from zoo.configs import DECODER, GROUPS, RENAMED, ROOT, choices, variants
+from zoo.configs import DECODER, GROUPS, ROOT, choices
 from zoo.errors import UsageError, UserError, remedy
+from zoo.overrides import check_choices, in_current_words, is_choice, parse, root, unlocked, without_file
 from zoo.ranges import Range
-from zoo.registry import check_fields, check_size, current_model, list_models, model_info
+from zoo.registry import check_fields, check_size, list_models, model_info
 from zoo.settings import NO_DEFAULT, Setting, as_plain, indexed, is_plain, settings_of
 from zoo.targets import KINDS, TARGET, current_target, first_line, load_class, refuse_nested
 
@@ -56,7 +55,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
     Raises:
         UsageError: an unknown group, choice or key, a value of another type, or a missing one.
     """
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     for override in parsed:
         if override.is_sweep_override():
             raise UsageError(
@@ -64,15 +63,15 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | None = None) ->
                 "zoo train -m runs them all, quotes make them one text: key='\"a,b\"'"
             )
     known = choices([config_dir] if config_dir else [])
-    parsed = _parse([word for override in parsed for word in _in_current_words(override, known)])
-    _check_choices(parsed, known)
-    words = [(o, _without_file(o, known) or [_unlocked(o)]) for o in parsed]
-    choosing = [word for o, replaced in words if _is_choice(o) for word in replaced]
+    parsed = parse([word for override in parsed for word in in_current_words(override, known)])
+    check_choices(parsed, known)
+    words = [(o, without_file(o, known) or [unlocked(o)]) for o in parsed]
+    choosing = [word for o, replaced in words if is_choice(o) for word in replaced]
     base = _compose(choosing, config_dir)
     own = _of_the_model(base, {o.key_or_group for o in parsed}, known)
     base = _compose([*choosing, *own], config_dir) if own else base
     config = _compose([*(word for _, replaced in words for word in replaced), *own], config_dir)
-    extra = {_root(o) for o in parsed if o.is_add() or o.is_force_add()}
+    extra = {root(o) for o in parsed if o.is_add() or o.is_force_add()}
     _check_keys(config, {*GROUPS, *base, *extra}, "", config)
     raw = {o.key_or_group: o.get_value_string() for o in parsed if not o.is_delete()}
     for group in GROUPS:
@@ -94,14 +93,14 @@ def compose_decoder(overrides: Sequence[str] = (), *, config_dir: Path | None = 
     Raises:
         UsageError: another key, an unknown decoder or setting, or a value of another type or out of range.
     """
-    parsed = _parse(overrides)
+    parsed = parse(overrides)
     for override in parsed:
-        if _root(override) != DECODER or override.is_delete() or override.is_sweep_override():
+        if root(override) != DECODER or override.is_delete() or override.is_sweep_override():
             raise UsageError(
                 f"zoo generate takes decoder=NAME and decoder.KEY=VALUE, one value each; got {override.input_line}"
             )
-    _check_choices(parsed, choices([config_dir] if config_dir else []))
-    section = _compose([_unlocked(o) for o in parsed], config_dir, root="generate")[DECODER]
+    check_choices(parsed, choices([config_dir] if config_dir else []))
+    section = _compose([unlocked(o) for o in parsed], config_dir, root="generate")[DECODER]
     raw = {o.key_or_group: o.get_value_string() for o in parsed}
     return _fill(DECODER, section, raw, {DECODER: section})
 
@@ -148,7 +147,7 @@ def check(config: Mapping[str, Any], raw: Mapping[str, str] = MappingProxyType({
 def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
     """The product of all values of the overrides that give several, as {key: value} per run; [{}] when none does."""
     axes = []
-    for override in _parse(overrides):
+    for override in parse(overrides):
         if override.value_type == ValueType.INTERVAL_SWEEP:
             raise UsageError(f"{override.input_line} is an interval; a sweep takes listed values or range(...)")
         if override.is_sweep_override():
@@ -162,12 +161,12 @@ def sweep(overrides: Sequence[str]) -> list[dict[str, str]]:
 
 def fixed(overrides: Sequence[str]) -> list[str]:
     """The overrides that give one value only."""
-    return [override.input_line or "" for override in _parse(overrides) if not override.is_sweep_override()]
+    return [override.input_line or "" for override in parse(overrides) if not override.is_sweep_override()]
 
 
 def parse_fields(settings: Sequence[str]) -> dict[str, Any]:
     """key=value words as plain values, for `zoo show`."""
-    parsed = _parse(settings)
+    parsed = parse(settings)
     for override in parsed:
         if override.is_sweep_override() or override.is_delete():
             raise UsageError(f"a field takes one value, got {override.input_line}")
@@ -331,75 +330,6 @@ def _check_missing(config: Mapping[str, Any], prefix: str) -> None:
             _check_missing(value, f"{prefix}{key}.")
         elif value == MISSING:
             raise UsageError(f"{prefix}{key} must be given; add {prefix}{key}=...")
-
-
-def _check_choices(parsed: Sequence[Override], known: Mapping[str, Sequence[str]]) -> None:
-    for override in parsed:
-        choice = override.value() if _is_choice(override) and not override.is_delete() else None
-        group = override.key_or_group
-        if choice is None or choice in known[group]:
-            continue
-        if not isinstance(choice, str):
-            raise UsageError(f"{group}= chooses by name, got {choice!r}; to change one setting write {group}.KEY=VALUE")
-        if group == "model" and choice in list_models():
-            continue  # another package's model, without a YAML file here: see _without_file
-        names = sorted({*known[group], *(list_models() if group == "model" else ())})
-        end = remedy(choice, names, f"{group} can be {', '.join(names) or 'nothing yet'}")
-        raise UsageError(f"no {group} {choice!r}{end}")
-
-
-def _in_current_words(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
-    """The override as it was written, with a choice that has another name today under that name.
-
-    A variant, such as strategy=zeco_fsdp, is written out: strategy=zeco strategy.weights=fsdp.
-    """
-    line, group, choice = override.input_line or "", override.key_or_group, override.value()
-    if not _is_choice(override) or override.is_delete() or not isinstance(choice, str) or choice in known[group]:
-        return [line]
-    today = current_name(group, choice, RENAMED.get(group, {}))
-    today = current_model(today) if group == "model" else today
-    written = variants(group).get(today)
-    if written is not None:
-        return [f"{key}={value}" for key, value in written.items()]
-    return [line if today == choice else f"{line.partition('=')[0]}={today}"]
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        if "=" not in text and not text.startswith("~"):
-            raise UsageError(f"settings are written key=value, got {text!r}; zoo config prints all settings")
-        try:
-            parsed.append(parser.parse_override(text))
-        except HydraException as error:
-            why = first_line(error).removeprefix("HydraException while evaluating ")
-            raise UsageError(f"{text!r} cannot be read: {why}; quote text with signs in it: key='\"text\"'") from error
-    return parsed
-
-
-def _root(override: Override) -> str:
-    return override.key_or_group.partition(".")[0].partition("/")[0]
-
-
-def _is_choice(override: Override) -> bool:
-    return override.key_or_group in (*GROUPS, DECODER)
-
-
-def _unlocked(override: Override) -> str:
-    """A plain key=value as Hydra's ++key=value: which keys exist is for our own checks to say, in better words."""
-    line = override.input_line or ""
-    if _is_choice(override):
-        return line.removeprefix("+").removeprefix("+") if override.is_add() or override.is_force_add() else line
-    is_plain_change = not (override.is_add() or override.is_force_add() or override.is_delete())
-    return f"++{line}" if is_plain_change and _root(override) != "hydra" else line
-
-
-def _without_file(override: Override, known: Mapping[str, Sequence[str]]) -> list[str]:
-    """model=NAME for a model that has no YAML file, written out; else nothing."""
-    if override.key_or_group != "model" or override.is_delete() or override.value() in known["model"]:
-        return []
-    return ["~model", f"++model.name={override.value()}", "++model.size=tiny"]
 
 
 def _of_the_model(base: Mapping[str, Any], chosen: Collection[str], known: Mapping[str, Sequence[str]]) -> list[str]:

@@ -16,21 +16,23 @@ caller is told once, with the reason. `watched` shows what was chosen to whoever
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from typing import Literal, NamedTuple, ParamSpec, Protocol, TypeVar, get_args, overload, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from zoo.ops.core import check, dispatch
 from zoo.ops.core.algebra import Block2x2, ComplexElementwise, Diagonal, Elementwise, Matrix
+from zoo.ops.core.one_token import quick
 from zoo.ops.core.packing import last_document
 from zoo.ops.core.recompute import no_recompute
-from zoo.ops.shard.scope import scope
 
 P = ParamSpec("P")
 R = TypeVar("R")
 E = TypeVar("E", Elementwise, Diagonal, Matrix, Block2x2, ComplexElementwise)
 
+CpKind = Literal["affine", "reduce", "halo", "serial", "frontier", "attention", "local"]
+CP_KINDS: tuple[CpKind, ...] = get_args(CpKind)
 Arguments = Mapping[str, tuple[Tensor | None, str]]  # name -> (tensor or None, its dimensions as "B T H K")
 
 
@@ -59,11 +61,14 @@ class Operator:
 
     Args:
         name: the name of the public function in zoo.ops, which starts every refusal.
-        cp_kind: how it crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
+        cp_kind: how it crosses ranks, one of CP_KINDS; docs/adding_an_operator.md has the table.
         forms: the backends that it has besides the reference.
         limits: sizes that its kernels are bounded by; a size that a call does not name is not judged.
         float64: whether its kernels compute in float64 where they get it.
         no_kernels: for an operator without a Triton form, why it has none.
+
+    Raises:
+        ValueError: an unknown kind.
 
     `function` is the public function, set by `public`.
     """
@@ -74,12 +79,14 @@ class Operator:
         self,
         name: str,
         *,
-        cp_kind: str,
+        cp_kind: CpKind,
         forms: Sequence[str] = ("torch", "triton"),
         limits: Sequence[Limit] = (),
         float64: bool = False,
         no_kernels: str = "",
     ):
+        if cp_kind not in CP_KINDS:
+            raise ValueError(f"{name}: cp_kind must be one of {', '.join(CP_KINDS)}; got {cp_kind!r}")
         self.name, self.cp_kind, self.forms = name, cp_kind, tuple(forms)
         self.limits, self.float64, self.no_kernels = tuple(limits), float64, no_kernels
 
@@ -104,13 +111,13 @@ class Operator:
                 would keep.
             precise: False where the operator reads autocast's dtype itself.
             step: takes the same arguments when they are one token of decoding, and is called in the operator's place
-                once a call with the same shapes and dtypes went the long way; see `_quick`.
+                once a call with the same shapes and dtypes went the long way; see `zoo.ops.core.one_token`.
         """
 
         def mark(function: Callable[P, R]) -> Callable[P, R]:
             inner = _nested(dispatch.keeps_its_precision(function) if precise else function)
             whole = functools.wraps(function)(inner if recomputed else no_recompute(inner))
-            entry = whole if step is None else _quick(whole, step)
+            entry = whole if step is None else quick(whole, step, _WATCHERS)
             self.function = entry
             _OPERATORS[entry] = self
             return entry
@@ -385,64 +392,3 @@ def _nested(function: Callable[P, R]) -> Callable[P, R]:
             _DEPTH[0] -= 1
 
     return run
-
-
-# -- one token ---------------------------------------------------------------------------------------------------------
-
-MOST_KINDS = 256  # of one-token calls that an operator remembers
-
-
-def _quick(whole: Callable[P, R], step: Callable[P, R]) -> Callable[P, R]:
-    """The operator, with a short way for a token of decoding: checks are made once for all calls that look alike.
-
-    On a CPU most of such a call's time goes into the way to the arithmetic. The first call of each kind (shapes,
-    dtypes, devices and options) goes the long way, on which what does not fit is refused; the next ones call `step`.
-    All that a kind says is asked once, so that the common way is a look-up.
-    """
-    passed: set[tuple[object, ...]] = set()
-
-    @functools.wraps(whole)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or _WATCHERS
-            or torch.is_autocast_enabled("cpu")
-            or scope() is not None
-        ):
-            return whole(*args, **kwargs)
-        parts: list[object] = [*kwargs]
-        for x in (*args, *kwargs.values()) if kwargs else args:
-            if isinstance(x, Tensor):
-                parts += x.shape, x.dtype, x.is_cpu
-            else:
-                parts.append(x)
-        kind = tuple(parts)
-        try:
-            known = kind in passed
-        except TypeError:  # a list in a tensor's place is refused on the long way
-            return whole(*args, **kwargs)
-        if known:
-            return step(*args, **kwargs)
-        result = whole(*args, **kwargs)
-        if _decodes(args, kwargs):
-            if len(passed) >= MOST_KINDS:
-                passed.clear()
-            passed.add(kind)
-        return result
-
-    return run
-
-
-def _decodes(args: tuple[object, ...], options: Mapping[str, object]) -> bool:
-    """Whether a call that was not refused is one token a row on a CPU, all tensors float32, or all float64."""
-    tensors = [x for x in (*args, *options.values()) if isinstance(x, Tensor)]
-    return (
-        bool(args)
-        and tensors[0] is args[0]
-        and tensors[0].shape[1] == 1
-        and all(x.is_cpu for x in tensors)
-        and {x.dtype for x in tensors} in ({torch.float32}, {torch.float64})
-        and options.get("cu_seqlens") is None
-        and options.get("backend", "auto") in ("auto", "torch")
-    )

@@ -5,6 +5,7 @@ One `OperatorSpec` in an operator's `spec.py`, listed in `zoo.ops.core.table`, g
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten_with_path, tree_leaves, tree_map_only, tree_unflatten
 
 from zoo.ops.core.algebra import Affine, Element, Tail
+from zoo.ops.core.call import CpKind, Operator, operator_of
 
 Sizes = Mapping[str, int]
 Inputs = dict[str, Tensor]
@@ -88,15 +90,13 @@ class OperatorSpec:
         sizes: the sizes to prove, besides batch and length.
         time: names of the inputs that have time in dimension 1; the others are parameters.
         extremes: name -> (inputs -> inputs) that push one argument to an edge of its range.
-        cp_kind: how the operator crosses ranks: affine, reduce, halo, serial, frontier, attention or local.
         summary: (inputs without the state, cu_seqlens) -> the element of the whole stretch of time, whose `apply` turns
             the state of the first document into the final one of the last; every affine and halo operator has one that
             is not iterated and sees one side only.
         both_sides: outputs need both ends of a sequence, and there is no state; across ranks something comes from both.
         iterated: a nonlinear operator that crosses ranks by an element for each step of its solver; the whole has none.
         packed: the function takes `cu_seqlens`.
-        any_rank: it looks along the last dimension alone, and takes (..., D).
-        forms: the backends it has besides the reference.
+        any_rank: it looks along the last dimensions alone, and takes any number of dimensions in front of them.
         wide_output: outputs are float32 at least, whatever the inputs' dtype.
         bounded_by_the_loop: at every extreme, float32 errors are held to those of the float32 loop. False for Fourier
             transforms, whose errors grow with the largest number in the sequence.
@@ -113,19 +113,45 @@ class OperatorSpec:
     sizes: tuple[Sizes, ...]
     time: tuple[str, ...]
     extremes: Mapping[str, Callable[[Inputs], Inputs]]
-    cp_kind: str
     empty: Callable[..., State] = zeros
     summary: Callable[[Inputs, Tensor | None], Affine | Tail | Element] | None = None
     both_sides: bool = False
     iterated: bool = False
     packed: bool = True
     any_rank: bool = False
-    forms: tuple[str, ...] = ("torch", "triton")
     wide_output: bool = False
     bounded_by_the_loop: bool = True
     library: Callable[[], str] = str  # none
     tolerance: Tolerance | None = None
     resets: Callable[[Inputs, Tensor], Inputs] | None = None
+
+    @functools.cached_property
+    def operator(self) -> Operator:
+        """The value of the operator that `function` is, or that it wraps.
+
+        Raises:
+            ValueError: it is no public operator, and no partial or wrapper (`functools.wraps`) of one.
+        """
+        function: Any = self.function
+        while (value := operator_of(function)) is None:
+            inner = function.func if isinstance(function, functools.partial) else inspect.unwrap(function, stop=_public)
+            if inner is function:
+                raise ValueError(
+                    f"{self.name}: function must be a public operator, a partial of one or a functools.wraps of one; "
+                    f"got {self.function!r}, mark it by @OPERATOR.public()"
+                )
+            function = inner
+        return value
+
+    @property
+    def cp_kind(self) -> CpKind:
+        """How the operator crosses ranks."""
+        return self.operator.cp_kind
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The backends that the operator has besides the reference."""
+        return self.operator.forms
 
     def inputs(
         self, batch: int, length: int, sizes: Sizes | None = None, *, documents: int | None = None, seed: int = 0
@@ -183,6 +209,10 @@ class OperatorSpec:
     def red(self, errors: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
         """The entries over what is allowed."""
         return {name: error for name, error in errors.items() if not error <= self.allowed(dtype)}
+
+
+def _public(function: Callable[..., object]) -> bool:
+    return operator_of(function) is not None
 
 
 def named_leaves(state: State) -> Inputs:

@@ -1,5 +1,6 @@
 """Blocks and stacks: where norms stand, cross attention, stochastic depth, memory plans, embeddings and heads."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,14 @@ from torch.testing import assert_close
 
 from zoo.layers import (
     GRU,
+    Attention,
+    BidirectionalAttention,
     Block,
+    CrossAttention,
     Encoder,
     EncoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
     Hydra,
     Input,
     Mamba,
@@ -24,6 +30,7 @@ from zoo.layers import (
 )
 from zoo.layers.block import BlockState
 from zoo.layers.dropout import DropPath
+from zoo.layers.encoder import SequenceHead
 from zoo.layers.memory import MemoryPlan
 
 D = 8
@@ -154,6 +161,63 @@ def test_embeddings_and_heads_are_objects() -> None:
     assert outputs.shape == (2, 6, 2)
     with pytest.raises(ValueError, match=r"tie_embeddings shares the matrix .* got Frames and Linear"):
         SequenceModel(SequenceConfig(d_model=D, n_layers=1, tie_embeddings=True), lambda i: Mamba(D), embed=Frames())
+
+
+def test_an_encoder_takes_objects() -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig(d_model=D, n_layers=1, vocab_size=3)
+    mixer = lambda i: Hydra(D, d_state=4, head_dim=8)
+    model = Encoder(config, mixer, embed=Frames(), head=nn.Linear(D, 2)).eval()
+    batch = model.example(2, 6)
+    assert batch.keys() == {"tokens"}
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    outputs, _ = model(**batch, mask=mask)
+    assert outputs.shape == (2, 6, 2)
+    torch.testing.assert_close(outputs[1:, :4], model(batch["tokens"][1:, :4])[0])
+    targets = torch.randint(2, (2, 6))
+    loss = model.head_loss(model.encode(batch["tokens"])[0], targets)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(model(**batch)[0].flatten(0, 1), targets.flatten()))
+    with pytest.raises(ValueError, match=r"token_types are for the encoder's own embeddings; .* by Frames"):
+        model(**batch, token_types=torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shares the matrix .* got embed=Frames without a head"):
+        Encoder(config, mixer, embed=Frames())
+    with pytest.raises(ValueError, match=r"got Linear and n_classes=4"):
+        Encoder(replace(config, n_classes=4), mixer, head=nn.Linear(D, 2))
+
+
+class Longest(SequenceHead):
+    """The largest number of every channel."""
+
+    def forward(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return (x if mask is None else x.masked_fill(~mask.unsqueeze(-1), float("-inf"))).amax(1)
+
+
+def test_an_encoder_takes_a_head_of_whole_sequences() -> None:
+    torch.manual_seed(0)
+    config = EncoderConfig(d_model=D, n_layers=1, vocab_size=7)
+    model = Encoder(config, lambda i: Hydra(D, d_state=4, head_dim=8), head=Longest()).eval()
+    tokens = model.example(2, 6)["tokens"]
+    outputs, _ = model(tokens, mask=torch.arange(6) < torch.tensor([[6], [4]]))
+    torch.testing.assert_close(outputs[1:], model(tokens[1:, :4])[0])
+    with pytest.raises(ValueError, match="head_loss is that of a head for tokens"):
+        model.head_loss(model.encode(tokens)[0], tokens)
+
+
+def test_an_encoder_decoder_takes_objects() -> None:
+    """As for speech to text: frames in, tokens out."""
+    torch.manual_seed(0)
+    config = EncoderDecoderConfig(d_model=D, n_layers=1, vocab_size=9)
+    model = EncoderDecoder(
+        config, lambda i: BidirectionalAttention(D, n_heads=2), lambda i: Attention(D, n_heads=2),
+        lambda i: CrossAttention(D, n_heads=2), source_embed=Frames(),
+    ).eval()  # fmt: skip
+    batch = model.example(2, 6)
+    assert batch["source"].shape == (2, 6, 5)
+    lengths = torch.tensor([6, 3])
+    outputs, _ = model(**batch, source_lengths=lengths)
+    state = model.begin(batch["source"][1:, :3])
+    torch.testing.assert_close(outputs[1:], model(batch["tokens"][1:], state)[0])
+    assert "embedding.weight" in model.state_dict()
 
 
 def test_a_block_adds_its_input_as_it_is_unless_told_otherwise() -> None:

@@ -125,7 +125,5 @@ SPEC = OperatorSpec(
         "weak scores": lambda i: i | {"s": i["s"] * 1e-3},
         "scores of hundreds": lambda i: i | {"s": i["s"] * 300},
     },
-    cp_kind="reduce",
     summary=summary,
-    forms=("torch",),
 )

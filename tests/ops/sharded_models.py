@@ -28,14 +28,17 @@ SMALL: dict[str, Any] = {
     "d_model": 16, "n_layers": 2, "vocab_size": VOCABULARY, "n_heads": 4, "head_dim": 8, "hidden_size": 24,
     "d_state": 4, "n_groups": 2, "init_std": 0.3, "dropout": 0.0,
 }  # fmt: skip
-HYBRID = "deltanet(n_heads=4), attention(n_heads=4, window=9), attention(n_heads=4, n_kv_heads=2)"
+HYBRIDS = {  # patterns of three layers
+    "hybrid": "deltanet(n_heads=4), attention(n_heads=4, window=9), attention(n_heads=4, n_kv_heads=2)",
+    "side by side": "(deltanet(n_heads=4) + attention(n_heads=4, window=9)) * 3",
+}
 CONTIGUOUS_ATTENTION = ("allgather", "ring", "ulysses", "tokenring", "lightseq")
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "hybrid":
-        fields = SMALL | {"pattern": HYBRID, "n_layers": 3}
+    if name in HYBRIDS:
+        fields = SMALL | {"pattern": HYBRIDS[name], "n_layers": 3}
         name = "deltanet"
     else:
         fields = SMALL
@@ -145,7 +148,7 @@ def refusing(check: Check) -> Check:
 
 def checks() -> dict[str, Check]:
     made: dict[str, Check] = {}
-    for name in [*filter(of_tokens_alone, list_models()), "hybrid"]:  # the others refuse, see tests/models
+    for name in [*filter(of_tokens_alone, list_models()), *HYBRIDS]:  # the others refuse, see tests/models
         found = ways(name)
         assert found, f"{name} has no way to be cut across ranks"
         for way, fields in found.items():

@@ -1,5 +1,7 @@
 """The beginning of every operator: one value an operator, one policy for kernels, one token the short way."""
 
+import dataclasses
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from zoo.ops import (
     swiglu,
 )
 from zoo.ops.core import dispatch
-from zoo.ops.core.call import Choice, Operator, operator_of, watched
+from zoo.ops.core.call import CP_KINDS, Choice, Operator, operator_of, watched
 from zoo.ops.core.spec import OperatorSpec, convert
 from zoo.ops.core.table import OPERATORS
 
@@ -39,20 +41,21 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch.say_once.cache_clear()
 
 
-def _function(spec: OperatorSpec) -> Operator:
-    operator = operator_of(getattr(spec.function, "func", spec.function))
-    if operator is None:  # a spec may call the public function through one of its own
-        operator = operator_of(getattr(zoo.ops, spec.name.replace(",", " ").split()[0]))
-    assert operator is not None, spec.name
-    return operator
-
-
 @pytest.mark.parametrize("spec", [pytest.param(s, id=n) for n, s in OPERATORS.items()])
-def test_an_operator_says_of_itself_what_its_spec_proves(spec: OperatorSpec) -> None:
-    operator = _function(spec)
-    assert operator.cp_kind == spec.cp_kind
-    assert set(operator.forms) == set(spec.forms)
-    assert operator.function is getattr(zoo.ops, operator.name)
+def test_a_spec_proves_a_public_operator(spec: OperatorSpec) -> None:
+    assert spec.operator.function is getattr(zoo.ops, spec.operator.name)
+    assert spec.operator.cp_kind in CP_KINDS
+
+
+def test_an_unknown_way_across_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mine: cp_kind must be one of affine, .*local; got 'afine'"):
+        Operator("mine", cp_kind="afine")  # type: ignore[arg-type]
+
+
+def test_a_spec_of_another_function_is_refused() -> None:
+    swiglu = dataclasses.replace(OPERATORS["swiglu"], function=functools.partial(torch.add))
+    with pytest.raises(ValueError, match=r"swiglu: function must be a public operator.*mark it by"):
+        _ = swiglu.operator
 
 
 def test_every_public_operator_is_a_value() -> None:

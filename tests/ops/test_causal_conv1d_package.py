@@ -78,9 +78,9 @@ def package(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
     monkeypatch.setitem(sys.modules, "causal_conv1d", module)
     monkeypatch.setattr(external, "_on_its_device", lambda x: True)
     torch.use_deterministic_algorithms(False)  # the tests' own setting, put back by its fixture
-    external.found.cache_clear()
+    external.installed.cache_clear()
     yield calls
-    external.found.cache_clear()
+    external.installed.cache_clear()
 
 
 @pytest.fixture
@@ -95,11 +95,11 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException]
         monkeypatch.setattr(external.importlib, "import_module", importing)
         monkeypatch.setattr(external, "_on_its_device", lambda x: True)
         torch.use_deterministic_algorithms(False)
-        external.found.cache_clear()
+        external.installed.cache_clear()
         dispatch.say_once.cache_clear()
 
     yield install
-    external.found.cache_clear()
+    external.installed.cache_clear()
     dispatch.say_once.cache_clear()
 
 
@@ -173,7 +173,7 @@ def test_what_the_package_lacks_stays_ours(package: Calls) -> None:
 
 def test_nothing_changes_on_a_cpu(package: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    external.found.cache_clear()
+    external.installed.cache_clear()
     sys.modules.pop("causal_conv1d", None)
     module = types.ModuleType("causal_conv1d")
     module.causal_conv1d_fn = documented(package)  # type: ignore[attr-defined]
@@ -239,7 +239,7 @@ def test_doctor_checks_the_package_where_it_runs(package: Calls) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("W", [2, 3, 4])
 def test_the_real_package_agrees_with_the_definition_and_our_kernels(W: int, dtype: torch.dtype) -> None:
-    external.found.cache_clear()
+    external.installed.cache_clear()
     if not external.available():
         pytest.skip(external.status())
     inputs = SPEC.inputs(2, 300, {"D": 64, "W": W})
@@ -259,8 +259,8 @@ def test_a_package_that_lacks_another_package_is_no_missing_package(monkeypatch:
         raise ModuleNotFoundError("No module named 'einops'", name="einops")
 
     monkeypatch.setattr(external.importlib, "import_module", lacking)
-    external.found.cache_clear()
+    external.installed.cache_clear()
     try:
         assert "cannot be used (ModuleNotFoundError: No module named 'einops')" in external.status()
     finally:
-        external.found.cache_clear()
+        external.installed.cache_clear()

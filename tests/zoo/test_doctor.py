@@ -5,7 +5,7 @@ import torch
 
 from zoo.cli import doctor
 from zoo.ops.core import dispatch
-from zoo.ops.core.call import Choice, Operator, operator_of
+from zoo.ops.core.call import Choice, Operator
 from zoo.ops.core.table import OPERATORS
 
 CPU = torch.device("cpu")
@@ -41,10 +41,7 @@ def test_the_interpreter_checks_what_the_kernels_take(name: str, monkeypatch: py
     cases = doctor.form_cases(spec, CPU)
     assert (("triton", torch.float32) in cases) == ("triton" in spec.forms)
     assert ("torch", torch.float64) in cases
-    operator = operator_of(spec.function)
-    assert (("triton", torch.float64) in cases) == (
-        "triton" in spec.forms and operator is not None and operator.float64
-    )
+    assert (("triton", torch.float64) in cases) == ("triton" in spec.forms and spec.operator.float64)
 
 
 def test_the_interpreter_says_what_it_leaves_out(

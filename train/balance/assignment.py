@@ -109,11 +109,11 @@ class Problem:
             load[rows, best] = finish
             free[rows, best] -= s
             chosen[k] = best
-        found = []
+        assignments = []
         for i in np.argsort(slowest, kind="stable")[:keep]:
             degrees = tuple(int(d) for d in self.sizes[size[i][size[i] >= 0]])
-            found.append(self._assignment(float(slowest[i]), degrees, chosen[:, i]))
-        return found
+            assignments.append(self._assignment(float(slowest[i]), degrees, chosen[:, i]))
+        return assignments
 
     def improve(self, given: Assignment) -> Assignment:
         """Take sequences from the slowest group, or swap one with another group, while the slower of the two gains."""

@@ -41,9 +41,9 @@ class Flexible:
         """
         s, cost = as_lengths(lengths), self.cost.in_chunks(self.chunk)
         refuse_too_long(s, cost.capacity, 1 << self.ranks.bit_length() - 1)
-        found = _best(s, self, cost, functools.partial(best_assignment, ranks=self.ranks, cost=cost))
+        mixed = _best(s, self, cost, functools.partial(best_assignment, ranks=self.ranks, cost=cost))
         # Groups of one size are also searched by themselves, so that no plan of that kind is ever better.
-        return min(found, Uniform(self.ranks, self.cost, None, self.tries, self.chunk).search(s), key=_milliseconds)[1]
+        return min(mixed, Uniform(self.ranks, self.cost, None, self.tries, self.chunk).search(s), key=_milliseconds)[1]
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,16 @@ class Uniform:
         cost = self.cost.in_chunks(self.chunk)
         degrees = powers_of_two(self.ranks) if self.degree is None else (self.degree,)
         refuse_too_long(s, cost.capacity, degrees[-1])
-        found = [
+        plans = [
             _best(s, self, cost, functools.partial(uniform_assignment, ranks=self.ranks, degree=d, cost=cost))
             for d in degrees
             if s.max() <= d * cost.capacity
         ]
-        return min(found, key=_milliseconds)
+        return min(plans, key=_milliseconds)
 
 
-def _milliseconds(found: tuple[float, Plan]) -> float:
-    return found[0]
+def _milliseconds(timed: tuple[float, Plan]) -> float:
+    return timed[0]
 
 
 def _best(
@@ -99,9 +99,9 @@ def _best(
     order = np.argsort(-s, kind="stable")
     tokens = s[order]
     first = -(-int(s.sum()) // (planner.ranks * cost.capacity))
-    best, found = np.inf, None
+    best, solution = np.inf, None
     for steps in itertools.count(first):
-        if steps > len(s) or (found is not None and steps > first + planner.tries):
+        if steps > len(s) or (solution is not None and steps > first + planner.tries):
             break
         cuts = consecutive_parts(tokens, steps)
         total, solved = (len(cuts) - 1) * cost.b1, []
@@ -110,13 +110,13 @@ def _best(
                 solved.append(solve(tokens[i:j]))
                 total += solved[-1].milliseconds
         if total < best:
-            best, found = total, list(zip(cuts, solved, strict=False))
-    if found is None:
+            best, solution = total, list(zip(cuts, solved, strict=False))
+    if solution is None:
         raise AssertionError("one sequence a step always fits")
     return best, Plan(
         tuple(s.tolist()),
         planner.ranks,
-        tuple(_groups(a, order[i:]) for i, a in found),
+        tuple(_groups(a, order[i:]) for i, a in solution),
         chunk=planner.chunk,
         lockstep=True,
     )

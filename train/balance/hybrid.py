@@ -56,7 +56,7 @@ class Hybrid:
             groups = _by_tokens(s, self.ranks, cost)
         else:
             tried = dict.fromkeys(_degrees(s, self.ranks, cost))
-            groups = min((_by_time(s, d, self.ranks, cost) for d in tried), key=lambda found: found[0])[1]
+            groups = min((_by_time(s, d, self.ranks, cost) for d in tried), key=lambda timed: timed[0])[1]
         return Plan(tuple(s.tolist()), self.ranks, tuple((group,) for group in groups), chunk=self.chunk)
 
 

@@ -132,14 +132,14 @@ class Plan:
             idle: with an empty one of its own where a step has no work for the rank: as many on every rank, as cut
                 weights want it.
         """
-        found = []
+        steps = []
         for position, step in enumerate(self.steps):
             group = next((group for group in step if rank in group.ranks), None)
             if group is not None:
-                found.append(self._rank_step(position, group, group.ranks.index(rank)))
+                steps.append(self._rank_step(position, group, group.ranks.index(rank)))
             elif idle:
-                found.append(RankStep(position, (rank,), 0, (), (0, 0), 0, (0,)))
-        return found
+                steps.append(RankStep(position, (rank,), 0, (), (0, 0), 0, (0,)))
+        return steps
 
     @property
     def most(self) -> int:
@@ -180,12 +180,12 @@ def as_lengths(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     Raises:
         ValueError: otherwise.
     """
-    found = np.asarray(lengths)
-    if found.ndim != 1 or found.size == 0 or not np.issubdtype(found.dtype, np.integer) or found.min() < 1:
+    checked = np.asarray(lengths)
+    if checked.ndim != 1 or checked.size == 0 or not np.issubdtype(checked.dtype, np.integer) or checked.min() < 1:
         raise ValueError(
             f"a plan needs whole lengths of at least one token, one a sequence; got {lengths!r:.80}, drop empty ones"
         )
-    return found.astype(np.int64)
+    return checked.astype(np.int64)
 
 
 def refuse_too_long(lengths: np.ndarray, capacity: int, ranks: int) -> None:

@@ -116,18 +116,18 @@ def choose(
     def estimated(plan: MemoryPlan) -> Estimate:
         return estimate(model, batch, length, plan, precision=precision, device=device)
 
-    found: list[tuple[int, MemoryPlan, Estimate]] = []
+    fitting: list[tuple[int, MemoryPlan, Estimate]] = []
     for plan in candidates(config, model.memory, device):
         if config.offload == "alpha:auto":
             plan = _with_alpha(plan, model, batch, length, precision, device, trial)
         if not auto:
             return Choice(plan, estimated(plan) if config.estimate or budget is not None else None, budget)
         bytes_ = estimated(plan)
-        found.append((bytes_.peak, plan, bytes_))
+        fitting.append((bytes_.peak, plan, bytes_))
         assert budget is not None
         if bytes_.peak <= budget * (1 - SPARE):
             break
-    _, plan, bytes_ = min(found, key=lambda item: item[0])
+    _, plan, bytes_ = min(fitting, key=lambda item: item[0])
     return Choice(plan, bytes_, budget)
 
 

@@ -53,7 +53,7 @@ def measure(block: Callable[[torch.Tensor], Any], x: torch.Tensor, repeats: int 
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
 
     def best(call: Callable[[], Any]) -> float:
-        found = []
+        times = []
         for _ in range(repeats + 1):  # the first one warms up
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
@@ -61,8 +61,8 @@ def measure(block: Callable[[torch.Tensor], Any], x: torch.Tensor, repeats: int 
             call()
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
-            found.append(time.perf_counter() - start)
-        return max(min(found[1:]), 1e-9)
+            times.append(time.perf_counter() - start)
+        return max(min(times[1:]), 1e-9)
 
     with torch.no_grad():
         seconds = best(lambda: block(x))

@@ -42,12 +42,12 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     Raises:
         UserError: the loss is not finite, so that no metric says anything.
     """
-    found = locate(path)
-    model = load(found)
-    run_folder = run_of(found)
+    source = locate(path)
+    model = load(source)
+    run_folder = run_of(source)
     known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
     config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
-    config["data"] = _with_own_tokenizer(config["data"], found, None if known is None else known["data"], overrides)
+    config["data"] = _with_own_tokenizer(config["data"], source, None if known is None else known["data"], overrides)
     seed_all(config["seed"])
     data = instantiate("data", config["data"], seed=config["seed"])
     kind = class_of("task", config["task"])
@@ -61,7 +61,7 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     measured = {name.removeprefix("val_"): float(value) for name, value in trainer.callback_metrics.items()}
     if not math.isfinite(measured.get("loss", 0.0)):
         raise UserError(
-            f"the loss of the model in {found} is {measured['loss']}, so its weights are broken or its training "
+            f"the loss of the model in {source} is {measured['loss']}, so its weights are broken or its training "
             "diverged; take an earlier checkpoint, or train again with a lower optim.lr"
         )
     return measured
@@ -135,19 +135,19 @@ def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
 
 
 def _with_own_tokenizer(
-    data: dict[str, Any], found: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
+    data: dict[str, Any], source: Path, trained_on: Mapping[str, Any] | None, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The settings of text to measure, with the tokenizer that the model in `found` was trained with."""
     if "tokenizer" not in data or any(override.startswith("data.tokenizer=") for override in overrides):
         return data
-    if any((found / name).is_file() for name in tokenizers.FILES):
-        return {**data, "tokenizer": str(found), "vocab_size": None}
+    if any((source / name).is_file() for name in tokenizers.FILES):
+        return {**data, "tokenizer": str(source), "vocab_size": None}
     own = (trained_on or {}).get("tokenizer")
     if own is None or not any(override.startswith("data=") for override in overrides):
         return data
     if own == "sentencepiece":
         raise UserError(
-            f"other data need the run's own tokenizer, which {found} does not hold; zoo resume finishes the run and "
+            f"other data need the run's own tokenizer, which {source} does not hold; zoo resume finishes the run and "
             "saves it"
         )
     return {**data, "tokenizer": own, "vocab_size": None}

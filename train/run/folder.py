@@ -137,17 +137,17 @@ def command_line() -> str:
 
 def versions() -> dict[str, Any]:
     """What the run depends on: software, the commit in a git checkout, devices."""
-    found: dict[str, Any] = {"python": platform.python_version(), "zoo": zoo.__version__, "torch": torch.__version__}
+    versions: dict[str, Any] = {"python": platform.python_version(), "zoo": zoo.__version__, "torch": torch.__version__}
     for name in ("lightning", "triton", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    found["commit"] = commit()
-    found["platform"] = platform.platform()
-    found["cpu"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return found
+            versions[name] = None
+    versions["commit"] = commit()
+    versions["platform"] = platform.platform()
+    versions["cpu"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    versions["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return versions
 
 
 def commit() -> str | None:

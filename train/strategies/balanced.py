@@ -113,11 +113,11 @@ class Balanced(ManyRanks):
         """What planners assume of this model; `zoo.train.balance.refit` fits it to measured steps."""
         assert self.lightning_module is not None
         model = self.lightning_module
-        found = (
+        planner = (
             replace(self.settings.cost, capacity=capacity) if self.settings.cost else nominal(model_of(model), capacity)
         )
         try:
-            return replace(found, **self.settings.coefficients)
+            return replace(planner, **self.settings.coefficients)
         except ValueError as error:
             raise UserError(f"strategy: {error}") from error
 
@@ -190,8 +190,8 @@ class Balanced(ManyRanks):
         everyone = [torch.empty_like(own) for _ in range(self.world_size)]
         with self._clear_errors():
             dist.all_gather(everyone, own)
-        found = [int(x) for x in everyone]
-        other = [rank for rank, digest in enumerate(found) if digest != found[0]]
+        digests = [int(x) for x in everyone]
+        other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if other:
             raise UserError(
                 f"all {self.world_size} ranks must make the same plan of the same documents; ranks {other} made "
@@ -244,13 +244,13 @@ class Balanced(ManyRanks):
         return self._evaluate(super().predict_step, batch, args)
 
     def _evaluate(self, run: Any, batch: Local, args: tuple[Any, ...]) -> list[Any]:
-        found = []
+        results = []
         with self._clear_errors():
             for _, place, part in batch:
                 with self._inside(place):
-                    found.append(run(part, *args))
+                    results.append(run(part, *args))
             self._refuse_silent()
-        return found
+        return results
 
     @contextmanager
     def _inside(self, place: SequenceShard | None) -> Iterator[None]:

@@ -57,8 +57,8 @@ def cut(batch: Any, schema: Mapping[str, Part], place: SequenceShard) -> LocalBa
         )
     lengths = {_steps(key, batch[key], time) for key, time in timed.items()}
     if len(lengths) != 1:
-        found = {key: tuple(batch[key].shape) for key in timed}
-        raise UserError(f"all parts of a batch with time must have one length; got {found}")
+        shapes = {key: tuple(batch[key].shape) for key in timed}
+        raise UserError(f"all parts of a batch with time must have one length; got {shapes}")
     length = lengths.pop()
     if length < place.size:
         raise UserError(
@@ -121,9 +121,9 @@ def _boundaries(cu_seqlens: Tensor, place: SequenceShard, tokens: int) -> Tensor
 def refuse_different(batch: Any, place: SequenceShard, device: torch.device) -> None:
     """Raise on every rank of the group when they hold different samples."""
     own = torch.tensor([_fingerprint(batch)], dtype=torch.int64, device=device)
-    found = [int(x) for x in all_gather(place, own)]
-    if len(set(found)) > 1:
-        others = [rank for rank, value in enumerate(found) if value != found[0]]
+    lengths = [int(x) for x in all_gather(place, own)]
+    if len(set(lengths)) > 1:
+        others = [rank for rank, value in enumerate(lengths) if value != lengths[0]]
         raise UserError(
             f"all {place.size} ranks of a context-parallel group must hold the same sample before it is cut; ranks "
             f"{others} of the group got another than rank 0: shard the data by the strategy's "

@@ -269,8 +269,8 @@ class Task(LightningModule):
 
     def _residuals(self) -> dict[str, float]:
         """The newest that was measured: the largest, and that of each layer (metrics.csv has the first alone)."""
-        found = self._solvers.items()
-        each = {f"residual/{name}": float(layer.residual) for name, layer in found if layer.residual is not None}
+        solvers = self._solvers.items()
+        each = {f"residual/{name}": float(layer.residual) for name, layer in solvers if layer.residual is not None}
         return {"residual": max(each.values()), **each} if each else {}
 
     def validation_row(self) -> dict[str, float]:

@@ -77,9 +77,9 @@ def compare(
                 raise
             stopped = True
             say(f"interrupted in round {done + 1}; its end is awaited, another Ctrl-C drops all")
-        found = {name: [case_from(c) for c in one.ask({"do": "results"})["cases"]] for name, one in workers.items()}
+        results = {name: [case_from(c) for c in one.ask({"do": "results"})["cases"]] for name, one in workers.items()}
     return (
-        [_merge({name: cases[i] for name, cases in found.items()}) for i in range(len(found["here"]))],
+        [_merge({name: cases[i] for name, cases in results.items()}) for i in range(len(results["here"]))],
         commit,
         stopped,
     )
@@ -101,12 +101,12 @@ def progress(done: int, repeats: int, spent: float, newest: Mapping[str, str]) -
     return "; ".join(parts + [f"{name}, {text}" for name, text in newest.items() if text])
 
 
-def _merge(found: Mapping[str, CaseResult]) -> CaseResult:
+def _merge(by_tree: Mapping[str, CaseResult]) -> CaseResult:
     """One case of both trees: their sides next to each other."""
-    merged = dataclasses.replace(found["here"], sides=[], notes=list(found["here"].notes))
-    names = dict.fromkeys(side.name for case in found.values() for side in case.sides)
+    merged = dataclasses.replace(by_tree["here"], sides=[], notes=list(by_tree["here"].notes))
+    names = dict.fromkeys(side.name for case in by_tree.values() for side in case.sides)
     for name in names:
-        for tree, case in found.items():
+        for tree, case in by_tree.items():
             for side in case.sides:
                 if side.name == name:
                     merged.sides.append(dataclasses.replace(side, name=f"{name} @ {tree}"))

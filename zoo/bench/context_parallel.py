@@ -82,9 +82,9 @@ def exchanges_of(model: nn.Module, ranks: int, method: str, link: Link | None = 
     """
     if ranks == 1:
         return Traffic()
-    found = _messages(model, ranks, method, link)
-    halos = [m.received for m in found if m.what == "halo" and m.received]
-    states = _states(found, ranks)
+    messages = _messages(model, ranks, method, link)
+    halos = [m.received for m in messages if m.what == "halo" and m.received]
+    states = _states(messages, ranks)
     if method != "zeco":
         return Traffic([Exchange(method, size) for size in states], halos)
     whole = _states(_messages(model, ranks, "lasp", link), ranks)
@@ -106,9 +106,9 @@ def _blocks(whole: Sequence[int], parts: Sequence[int]) -> list[int]:
     return blocks
 
 
-def _states(found: Sequence[Message], ranks: int) -> list[int]:
+def _states(messages: Sequence[Message], ranks: int) -> list[int]:
     """Bytes of the states that arrive; of two ranks each receives one way and sends the other."""
-    sizes = [m.received or (m.sent if ranks == 2 else 0) for m in found if m.what == "state"]
+    sizes = [m.received or (m.sent if ranks == 2 else 0) for m in messages if m.what == "state"]
     return [size for size in sizes if size]
 
 
@@ -175,10 +175,10 @@ class Prediction:
         methods = list(self.rows[0][1])
         head = ["ranks", "tokens in all", *(f"{m}: tokens/s a rank" for m in methods), *(f"{m}: MiB" for m in methods)]
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        for ranks, found in self.rows:
+        for ranks, by_method in self.rows:
             cells = [f"{ranks}", f"{ranks * self.tokens:,}"]
-            cells += [f"{self.tokens / seconds:,.0f} ({self.local / seconds:.1%})" for seconds, _ in found.values()]
-            cells += [f"{size / 2**20:,.2f}" for _, size in found.values()]
+            cells += [f"{self.tokens / seconds:,.0f} ({self.local / seconds:.1%})" for seconds, _ in by_method.values()]
+            cells += [f"{size / 2**20:,.2f}" for _, size in by_method.values()]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
@@ -215,11 +215,11 @@ def predict_model(
         local = one + (two - one) * (times - 1)
     rows = []
     for P in ranks:
-        found = {}
+        by_method = {}
         for method in methods:
             say(f"{method} on {P} ranks")
             traffic = exchanges_of(model, P, method, link)
             exposed = predict(traffic, 0.0, P, link) * times
-            found[method] = (local + exposed, round(traffic.received * times))
-        rows.append((P, found))
+            by_method[method] = (local + exposed, round(traffic.received * times))
+        rows.append((P, by_method))
     return Prediction(local, tokens, rows)

@@ -32,8 +32,8 @@ def _forward_flops(model: nn.Module, length: int, device: torch.device | str) ->
 
 def forms(spec: OperatorSpec) -> tuple[str, ...]:
     """The backends of an operator; of every one before specs knew their forms, at an older commit."""
-    found: tuple[str, ...] = getattr(spec, "forms", ("torch", "triton"))
-    return found
+    forms: tuple[str, ...] = getattr(spec, "forms", ("torch", "triton"))
+    return forms
 
 
 def training_flops(model: nn.Module, length: int) -> float:

@@ -54,8 +54,8 @@ class Exact:
     def errors(self, spec: OperatorSpec, dtype: torch.dtype, device: torch.device, backend: str) -> dict[str, float]:
         """Relative errors of one side."""
         ours = outputs_and_gradients(spec, convert(self.inputs, dtype, device), backend=backend)
-        found = {name: relative_error(ours[name], exact) for name, exact in self.numbers.items()}
-        return self.wrong | {name: min(error, LARGEST) for name, error in found.items()}
+        errors = {name: relative_error(ours[name], exact) for name, exact in self.numbers.items()}
+        return self.wrong | {name: min(error, LARGEST) for name, error in errors.items()}
 
     def red(self, errors: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
         """Those over the harness's tolerance."""

@@ -146,7 +146,5 @@ def _attention_beside(spec: OperatorSpec) -> OperatorSpec:
         sizes=spec.sizes,
         time=("q", "k", "v"),
         extremes={},
-        cp_kind="attention",
         packed=False,
-        forms=("torch",),
     )

@@ -20,9 +20,9 @@ MEMORY_BY = {
 
 def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of this name."""
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def synchronize(device: torch.device) -> None:

@@ -186,13 +186,13 @@ def times_by_group(seen: profile, *, on_cuda: bool) -> dict[str, float]:
         if e.device_type == DeviceType.CPU
     ]
     groups = _Groups(events)
-    found: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
     for event in events:
         if on_cuda or any(e.name == f"{PHASE}whole" for e in groups.chain(event)):
             own = event.event.self_device_time_total if on_cuda else event.event.self_cpu_time_total
             if own > 0:
-                found[groups.of(event)] += own / 1e6
-    return dict(found)
+                seconds[groups.of(event)] += own / 1e6
+    return dict(seconds)
 
 
 def memory_by_group(seen: profile, device: str) -> tuple[dict[str, int], int]:

@@ -161,14 +161,14 @@ def load() -> list[float] | None:
 
 def versions() -> dict[str, str | None]:
     """What the numbers depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "zoo": zoo.__version__}
-    found["cuda"] = torch.version.cuda
+    versions: dict[str, str | None] = {"python": platform.python_version(), "zoo": zoo.__version__}
+    versions["cuda"] = torch.version.cuda
     for name in ("torch", "triton", "flash-linear-attention", "lightning"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def cpu_model() -> str:

@@ -52,8 +52,8 @@ def profile_command(settings: list[str], config_dir: Path | None) -> int:
 
     request = ModelRequest(config, steps=_whole("steps", own.get("steps", "3")))
     check_request(request)
-    found = profile_model(request, folder / "trace.json")
-    table = found.markdown()
+    profiled = profile_model(request, folder / "trace.json")
+    table = profiled.markdown()
     (folder / "table.md").write_text(table, encoding="utf-8")
     print(table)
     print(f"trace (chrome://tracing or ui.perfetto.dev): {folder / 'trace.json'}")
@@ -112,17 +112,17 @@ def _context_parallel(settings: list[str], base: str | None, config_dir: Path | 
     link = Link(_positive("latency", own, usual.latency), _positive("bandwidth", own, usual.bandwidth))
     tokens = _whole("tokens", own.get("tokens", "8192"))
     with StatusLine(sys.stderr) as say:
-        found = predict_model(
+        predicted = predict_model(
             build, model["n_layers"], period, tokens=tokens, link=link, methods=methods,
             ranks=[_whole("ranks", word) for word in own.get("ranks", "2,8,64,256,1024").split(",")],
             local=_positive("local", own, None), repeats=_whole("repeats", own.get("repeats", "3")), say=say,
         )  # fmt: skip
     how = "given" if "local" in own else f"measured here, median of {own.get('repeats', '3')}"
     print(
-        f"{model['name']} {model['size']}, {tokens:,} tokens a rank: {found.local:.4g} s a step by itself ({how}); "
+        f"{model['name']} {model['size']}, {tokens:,} tokens a rank: {predicted.local:.4g} s a step by itself ({how}); "
         f"link {link.latency * 1e6:g} us, {link.bandwidth / 1e9:g} GB/s; nothing overlapped\n"
     )
-    print(found.markdown(), end="")
+    print(predicted.markdown(), end="")
     return 0
 
 

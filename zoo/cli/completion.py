@@ -67,22 +67,22 @@ def options(verb: str) -> list[str]:
 
 def words(verb: str) -> list[str]:
     """All that can follow a verb, besides files."""
-    found = options(verb)
+    words = options(verb)
     if verb in SETTINGS_OF:
-        found += settings_words()
+        words += settings_words()
     if verb == "bench":
-        found += bench_words()
+        words += bench_words()
     if verb == "profile":
-        found += ["steps="]
+        words += ["steps="]
     if verb == "show":
-        found += show_words()
+        words += show_words()
     if verb == "list":
-        found += list_models()
+        words += list_models()
     if verb == "completion":
-        found += ["bash", "zsh", "fish"]
+        words += ["bash", "zsh", "fish"]
     if verb == "export":
-        found += ["hf"]
-    return found
+        words += ["hf"]
+    return words
 
 
 def bash() -> str:

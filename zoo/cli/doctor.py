@@ -14,7 +14,7 @@ import zoo
 from zoo.errors import UsageError
 from zoo.ops.convolutions.causal_conv1d import external
 from zoo.ops.core import dispatch
-from zoo.ops.core.call import Choice, Operator, operator_of, watched
+from zoo.ops.core.call import Choice, Operator, watched
 from zoo.ops.core.spec import OperatorSpec, convert, parity
 from zoo.ops.core.table import OPERATORS
 
@@ -85,16 +85,14 @@ def form_cases(spec: OperatorSpec, device: torch.device) -> list[tuple[str, torc
 
     Most kernels refuse float64, as their operators say.
     """
-    operator = operator_of(spec.function)
-    wide = operator is not None and operator.float64
-    found = [
+    checks = [
         (form, dtype)
         for form, dtype in cases(device)
-        if form in spec.forms and (wide or (form, dtype) != ("triton", torch.float64))
+        if form in spec.forms and (spec.operator.float64 or (form, dtype) != ("triton", torch.float64))
     ]
     if device.type == "cuda" and spec.library():
-        found += [("auto", torch.float32), ("auto", torch.bfloat16)]
-    return found
+        checks += [("auto", torch.float32), ("auto", torch.bfloat16)]
+    return checks
 
 
 def default(spec: OperatorSpec, device: torch.device) -> Choice:
@@ -149,13 +147,13 @@ def _report(out: Console, places: list[torch.device]) -> bool:
 
 
 def _versions() -> str:
-    found = []
+    packages = []
     for package in PACKAGES:
         try:
-            found.append(f"{package} {version(package)}")
+            packages.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            found.append(f"{package} -")
-    return ", ".join(found)
+            packages.append(f"{package} -")
+    return ", ".join(packages)
 
 
 def _describe(device: torch.device) -> str:

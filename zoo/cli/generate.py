@@ -88,11 +88,11 @@ class StopText:
 
 def generate_command(path: str, prompt: str, request: Request) -> int:
     """Print the continuation of a prompt piece by piece, or write it to a file."""
-    found = checkpoint.locate(path)
-    model = cast(SequenceModel, checkpoint.load(found))
+    source = checkpoint.locate(path)
+    model = cast(SequenceModel, checkpoint.load(source))
     refuse_unless_text(str(model.name))
     decoder = request.decoder(model_info(str(model.name)).decoder)
-    tokenizer = _tokenizer(found)
+    tokenizer = _tokenizer(source)
     size = model.config.vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
@@ -181,13 +181,13 @@ def _show(to: TextIO, text: str) -> None:
         to.flush()
 
 
-def _tokenizer(found: Path) -> tokenizers.Tokenizer:
+def _tokenizer(source: Path) -> tokenizers.Tokenizer:
     """A checkpoint folder holds its tokenizer; a trainer's .ckpt lies in a run that says which data made it."""
-    if found.suffix != ".ckpt":
-        return tokenizers.load(found)
-    run = checkpoint.run_of(found)
+    if source.suffix != ".ckpt":
+        return tokenizers.load(source)
+    run = checkpoint.run_of(source)
     if run is None:
-        raise UserError(f"{found} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
+        raise UserError(f"{source} lies in no run's folder, so its tokenizer is unknown; give the folder of a run")
     from zoo.train.run.instantiate import instantiate
 
     data = instantiate("data", read_run(run / "config.yaml")["data"])

@@ -19,10 +19,10 @@ def parse_count(text: str) -> float:
     Raises:
         UsageError: the text is no such number.
     """
-    found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmbgt]?)", text.strip().lower())
-    if found is None:
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kmbgt]?)", text.strip().lower())
+    if match is None:
         raise UsageError(f"--max-params must be a number such as 200M, 1.3B or 200e6, got {text!r}")
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]
 
 
 def short_count(n: float) -> str:

@@ -58,9 +58,9 @@ def eval_command(path: str, settings: list[str]) -> int:
     from zoo.train.run.evaluate import evaluate
     from zoo.train.run.folder import is_main_process
 
-    found = evaluate(path, settings)
+    measured = evaluate(path, settings)
     if is_main_process():
-        for name, value in found.items():
+        for name, value in measured.items():
             print(f"{name} {value:.6g}")
     return 0
 

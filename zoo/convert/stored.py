@@ -238,7 +238,7 @@ class _Indexed:
         self._paths = {folder / name: {t for t, f in places.items() if f == name} for name in files}
 
     def shapes(self) -> dict[str, Shape]:
-        found: dict[str, Shape] = {}
+        shapes: dict[str, Shape] = {}
         for path, listed in self._paths.items():
             inside = self._kind.file_shapes(path)
             if odd := sorted(listed ^ inside.keys()):
@@ -246,8 +246,8 @@ class _Indexed:
                 raise UserError(
                     f"{self.source} {says} {odd[0]!r} in {path.name}, which says otherwise; take another copy"
                 )
-            found |= inside
-        return found
+            shapes |= inside
+        return shapes
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: dtype for path in self._paths for name, dtype in self._kind.file_dtypes(path).items()}

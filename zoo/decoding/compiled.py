@@ -61,8 +61,8 @@ def _program() -> Step:
         logits, state = step(model, tokens, state)
         return logits, map_state(Tensor.contiguous, state)  # strides that vary would be compiled again
 
-    found: Step = torch.compile(run)  # not at import: torch.compile loads the compiler
-    return found
+    compiled: Step = torch.compile(run)  # not at import: torch.compile loads the compiler
+    return compiled
 
 
 def _mark_growing(before: Any, after: Any) -> None:
@@ -84,6 +84,6 @@ def _mark_slots(state: Any) -> None:
 
 
 def _leaves(state: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_state(lambda x: found.append(x) or x, state)  # type: ignore[func-returns-value]
-    return found
+    tensors: list[Tensor] = []
+    map_state(lambda x: tensors.append(x) or x, state)  # type: ignore[func-returns-value]
+    return tensors

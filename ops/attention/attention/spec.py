@@ -29,7 +29,6 @@ def _attention(name: str, masks: dict[str, bool | int], *sizes: Sizes) -> Operat
         sizes=sizes,
         time=("q", "k", "v"),
         extremes=_ATTENTION_EXTREMES,
-        cp_kind="attention",
     )
 
 

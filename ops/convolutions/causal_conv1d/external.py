@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 8  # elements that its kernels load at once
 
 
-class Found(NamedTuple):
+class Installed(NamedTuple):
     """The package's function or None; why not, if the package is installed and does not work."""
 
     function: Callable[..., Any] | None
@@ -29,25 +29,25 @@ class Found(NamedTuple):
 
 
 @functools.cache
-def found() -> Found:
+def installed() -> Installed:
     """Import the package, at the first call. A build that does not fit torch fails here, in many ways."""
     try:
-        return Found(importlib.import_module(MODULE).causal_conv1d_fn, "")
+        return Installed(importlib.import_module(MODULE).causal_conv1d_fn, "")
     except Exception as error:  # a missing extension, undefined symbols, another CUDA: the operator has other forms
         if isinstance(error, ModuleNotFoundError) and error.name == MODULE:
-            return Found(None, "")
+            return Installed(None, "")
         lines = str(error).splitlines() or [""]
-        return Found(None, f"{type(error).__name__}: {lines[0]}")
+        return Installed(None, f"{type(error).__name__}: {lines[0]}")
 
 
 def available() -> bool:
     """Whether "auto" can hand CUDA tensors to the package."""
-    return found().function is not None
+    return installed().function is not None
 
 
 def status() -> str:
     """One line for `zoo doctor`."""
-    function, problem = found()
+    function, problem = installed()
     if problem:
         return f"{PACKAGE} is installed and cannot be used ({problem}); zoo's own kernels run"
     if function is None:
@@ -67,7 +67,7 @@ def serves(x: Tensor, width: int, *, packed: bool, with_state: bool) -> bool:
         return False
     if (packed and with_state) or torch.are_deterministic_algorithms_enabled():
         return False
-    function, problem = found()
+    function, problem = installed()
     if problem:
         dispatch.say_once(
             f"{PACKAGE} is installed and cannot be used ({problem}), so zoo's own kernels run; "
@@ -81,7 +81,7 @@ def causal_conv1d_external(
     cuts: tuple[int, ...] | None,
 ) -> Tensor:  # fmt: skip
     """x (B, T, D), state (B, W - 1, D) or None for zeros -> y (B, T, D); for calls that `serves` accepts."""
-    function = found().function
+    function = installed().function
     assert function is not None
     if x.stride(2) != 1 or any(n % VECTOR for n in (x.stride(0), x.stride(1), x.storage_offset())):
         x = x.clone(memory_format=torch.contiguous_format)

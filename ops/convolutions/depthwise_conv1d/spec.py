@@ -13,7 +13,6 @@ SPECS = (
         sizes=({"D": 8, "W": 7}, {"D": 70, "W": 4}, {"D": 5, "W": 1}),
         time=("x",),
         extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
-        cp_kind="halo",
         both_sides=True,
     ),
 )

@@ -24,7 +24,5 @@ SPECS = (
         sizes=({"D": 6, "L": 200}, {"D": 3, "L": 50}, {"D": 3, "L": 1}),
         time=("u",),
         extremes={"zero": lambda i: i | {"u": i["u"] * 0}},
-        cp_kind="local",  # one rank's stretch cannot be convolved without its past: refused
-        forms=("torch",),
     ),
 )

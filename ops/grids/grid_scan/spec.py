@@ -29,8 +29,6 @@ SPECS = (
             "columns alone": lambda i: i | {"b": i["b"] * 0},
             "nothing is lost": lambda i: i | {"a": i["a"] * 0 + 0.5, "b": i["b"] * 0 + 0.5},
         },
-        cp_kind="frontier",
-        forms=("torch",),
         resets=lambda i, where: i | {"a": i["a"].masked_fill(where[..., None, None], 0)},
     ),
 )

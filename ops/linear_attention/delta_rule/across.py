@@ -101,7 +101,7 @@ class _Across(torch.autograd.Function):
             do_ = time.part(do, positions, dS.dtype)
             prepared.append((p, r, do_))
             asked.append(r.asked(do_))
-        found: list[tuple[Tensor, Tensor]] = []
+        states_back: list[tuple[Tensor, Tensor]] = []
 
         def pull() -> Tensor:
             d = (dS[:1] if ctx.packed else dS).flatten(0, 1).clone()
@@ -115,7 +115,7 @@ class _Across(torch.autograd.Function):
             d = time.order(dafter).flatten(0, 1).clone()
             for i in reversed(range(n)):
                 rows = time.rows(ctx.segments[i], H)
-                found.insert(0, run_back(prepared[i][0], inverses[i], *asked[i], d, rows))
+                states_back.insert(0, run_back(prepared[i][0], inverses[i], *asked[i], d, rows))
             dbefore: Tensor = time.unorder(d.unflatten(0, (-1, H)))
             return dbefore
 
@@ -129,7 +129,7 @@ class _Across(torch.autograd.Function):
         inputs = (q, k, v, beta, g)
         grads = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
         for i, (p, r, do_) in enumerate(prepared):
-            for out, y in zip(grads, gradients(p, r, writes[i], befores[i], do_, *found[i]), strict=True):
+            for out, y in zip(grads, gradients(p, r, writes[i], befores[i], do_, *states_back[i]), strict=True):
                 if out is not None and y is not None:
                     time.put(out, y.unflatten(0, (-1, H)), ctx.segments[i])
         return None, *grads, dS0, None, None

@@ -255,8 +255,8 @@ class _Chunked(torch.autograd.Function):
             X, U, S = kept[3 * i : 3 * i + 3]
             rows, do_ = time.rows(positions, H), time.part(do, positions, dS.dtype)
             before = run_again(p, U, S.clone(), rows)
-            found = gradients(p, r, U, before, do_, *run_back(p, X, *r.asked(do_), running, rows))
-            for out, y in zip(grads, found, strict=True):
+            parts = gradients(p, r, U, before, do_, *run_back(p, X, *r.asked(do_), running, rows))
+            for out, y in zip(grads, parts, strict=True):
                 if out is not None and y is not None:
                     time.put(out, y.unflatten(0, (-1, H)), positions)
         return *grads, time.unorder(running.unflatten(0, (-1, H))), None, None, None, None

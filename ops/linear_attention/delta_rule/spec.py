@@ -60,7 +60,6 @@ SPECS = (
         sizes=_DELTA_SIZES,
         time=("q", "k", "v", "beta"),
         extremes=_DELTA_EXTREMES,
-        cp_kind="affine",
         summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], cu_seqlens=cu),
     ),
     OperatorSpec(
@@ -71,7 +70,6 @@ SPECS = (
         sizes=_DELTA_SIZES,
         time=("q", "k", "v", "beta", "g"),
         extremes=_GATED_DELTA_EXTREMES,
-        cp_kind="affine",
         summary=lambda i, cu: delta_rule_summary(i["k"], i["v"], i["beta"], i["g"], cu_seqlens=cu),
         resets=lambda i, where: i | {"g": i["g"].masked_fill(where.unsqueeze(-1), float("-inf"))},
     ),

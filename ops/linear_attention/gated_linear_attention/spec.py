@@ -42,7 +42,6 @@ SPECS = (
                 | {"g": at_some(torch.where(i["g"] < -1.0, -8.0, torch.where(i["g"] < -0.5, 0.0, i["g"])), -50.0, 0.05)}
             ),
         },
-        cp_kind="affine",
         summary=lambda i, cu: gated_linear_attention_summary(i["k"], i["v"], i["g"], cu_seqlens=cu),
         resets=lambda i, where: i | {"g": i["g"].masked_fill(where[..., None, None], float("-inf"))},
     ),

@@ -25,7 +25,6 @@ SPECS = (
             "a-0": lambda i: i | {"a": i["a"] * 0},
             "gates shut or open": lambda i: i | {"u": 40 * torch.sign(i["u"])},
         },
-        cp_kind="affine",
         iterated=True,
         resets=lambda i, where: i | {"resets": where},
     ),

@@ -39,5 +39,4 @@ def rnn_spec(
         sizes=sizes,
         time=("x",),
         extremes=extremes,
-        cp_kind="serial",
     )

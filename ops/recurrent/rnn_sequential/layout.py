@@ -34,12 +34,12 @@ def documents(B: int, T: int, cuts: tuple[int, ...] | None, device: torch.device
 
 @cached_tensors()
 def _documents(cuts: tuple[int, ...], device: torch.device) -> Documents:
-    found = [(right - left, left, i) for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
-    found.sort(key=lambda document: -document[0])
-    length, begin, row = (torch.tensor(column, device=device) for column in zip(*found, strict=True))
+    by_length = [(right - left, left, i) for i, (left, right) in enumerate(itertools.pairwise(cuts)) if left < right]
+    by_length.sort(key=lambda document: -document[0])
+    length, begin, row = (torch.tensor(column, device=device) for column in zip(*by_length, strict=True))
     counts: list[int] = []
-    for n in range(len(found), 0, -1):  # from the shortest
-        counts += [n] * (found[n - 1][0] - len(counts))
+    for n in range(len(by_length), 0, -1):  # from the shortest
+        counts += [n] * (by_length[n - 1][0] - len(counts))
     return Documents(row, begin, length, tuple(counts))
 
 
@@ -114,27 +114,27 @@ class Slabs:
         nothing."""
         if not last.any():
             return None
-        found = last.new_empty(open_.shape)
+        filled = last.new_empty(open_.shape)
         carry = last.clone()
-        for found_t, open_t in zip(reversed(self.steps(found)), reversed(self.steps(open_)), strict=True):
-            now = carry[:, : found_t.shape[1]]
-            found_t.copy_(now)
+        for filled_t, open_t in zip(reversed(self.steps(filled)), reversed(self.steps(open_)), strict=True):
+            now = carry[:, : filled_t.shape[1]]
+            filled_t.copy_(now)
             now.mul_(open_t)
-        return found
+        return filled
 
 
 @cached_tensors()
 def _places(cuts: tuple[int, ...], H: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Where (token, head) lies, (N, H); where the last steps lie, (H, n); for each row the row before it in
     [first (H * n), rows], (N * H,)."""
-    found = documents(1, cuts[-1], cuts, device)
-    counts = torch.tensor(found.counts, device=device)
+    order = documents(1, cuts[-1], cuts, device)
+    counts = torch.tensor(order.counts, device=device)
     start = H * (counts.cumsum(0) - counts)  # of each slab
-    n, heads = len(found.row), torch.arange(H, device=device)
-    rank = torch.repeat_interleave(torch.arange(n, device=device), found.length)  # of each token, document by document
-    first = torch.repeat_interleave(found.length.cumsum(0) - found.length, found.length)
+    n, heads = len(order.row), torch.arange(H, device=device)
+    rank = torch.repeat_interleave(torch.arange(n, device=device), order.length)  # of each token, document by document
+    first = torch.repeat_interleave(order.length.cumsum(0) - order.length, order.length)
     step = torch.arange(cuts[-1], device=device) - first
-    token = torch.repeat_interleave(found.begin, found.length) + step
+    token = torch.repeat_interleave(order.begin, order.length) + step
 
     def row(step: Tensor, rank: Tensor) -> Tensor:
         return start[step].unsqueeze(-1) + heads * counts[step].unsqueeze(-1) + rank.unsqueeze(-1)
@@ -146,5 +146,5 @@ def _places(cuts: tuple[int, ...], H: int, device: torch.device) -> tuple[Tensor
     place, previous = torch.empty_like(here), torch.empty_like(here).flatten()
     place[token] = here
     previous[here.flatten()] = earlier.flatten()
-    end = row(found.length - 1, torch.arange(n, device=device)).T
+    end = row(order.length - 1, torch.arange(n, device=device)).T
     return place, end.contiguous(), previous

@@ -28,7 +28,6 @@ SPECS = (
             "a--1": lambda i: i | {"a": i["a"] * 0 - 1},
             "a-1.5": lambda i: i | {"a": i["a"] * 0 + 1.5, "b": i["b"] * 1e-3},
         },
-        cp_kind="affine",
         summary=lambda i, cu: affine_scan_summary(i["a"], i["b"], cu_seqlens=cu),
         resets=lambda i, where: i | {"a": i["a"].masked_fill(where.unsqueeze(-1), 0)},
     ),

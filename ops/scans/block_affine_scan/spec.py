@@ -27,7 +27,6 @@ SPECS = (
             "A-identity": lambda i: i | {"A": i["A"] * 0 + torch.eye(2)},
             "A-rotation": lambda i: i | {"A": i["A"] * 0 + torch.tensor([[0.0, -1.0], [1.0, 0.0]])},
         },
-        cp_kind="affine",
         summary=lambda i, cu: block_affine_scan_summary(i["A"], i["b"], cu_seqlens=cu),
         resets=lambda i, where: i | {"A": i["A"].masked_fill(where[..., None, None, None], 0)},
     ),

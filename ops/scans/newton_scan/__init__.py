@@ -148,8 +148,8 @@ def solve(
     *, iterations: int | None = None, window: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The torch form, on prepared arguments."""
-    found = shard.current()
-    result: tuple[Tensor, Tensor] = apply(_Solve, cell, found, keep, cuts, iterations, window, u, state, *w)
+    stretch = shard.current()
+    result: tuple[Tensor, Tensor] = apply(_Solve, cell, stretch, keep, cuts, iterations, window, u, state, *w)
     return result
 
 
@@ -216,13 +216,13 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: Cell, found: shard.SequenceShard | None, keep: Tensor | None, cuts: tuple[int, ...] | None,
+        ctx: Any, cell: Cell, stretch: shard.SequenceShard | None, keep: Tensor | None, cuts: tuple[int, ...] | None,
         iterations: int | None, window: int | None, u: Tensor, state: Tensor, *w: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         problem = _problem(cell, u, w, state, keep, cuts)
         h, entered = _states(problem, iterations, window)
         last = problem.edges.leaving(h, entered)
-        ctx.cell, ctx.shard, ctx.cuts, ctx.keeps = cell, found, cuts, keep is not None
+        ctx.cell, ctx.shard, ctx.cuts, ctx.keeps = cell, stretch, cuts, keep is not None
         ctx.save_for_backward(u, h, entered, *(() if keep is None else (keep,)), *w)
         out, last = (x[0] if cell.states == 1 else x.movedim(0, -1) for x in (h, last))
         return out.to(u.dtype, copy=True), last
@@ -292,8 +292,8 @@ def _pull(
                 dstate = out[:, :, i]
             else:
                 dstate[:, row] = out[:, 0, i]
-        found, parameters = cell.pull(tuple(part), tuple(p), u, problem.w, linear.kept)
-        for gate, x in enumerate(found):
+        pulled, parameters = cell.pull(tuple(part), tuple(p), u, problem.w, linear.kept)
+        for gate, x in enumerate(pulled):
             du[:, left:right, gate] = x
         for total, x in zip(dw, parameters, strict=True):
             total.add_(x)
@@ -301,7 +301,8 @@ def _pull(
 
 
 def _pull_across(
-    problem: Problem, h: Tensor, d: Tensor, dlast: Tensor, found: shard.SequenceShard, du: Tensor, dw: Sequence[Tensor]
+    problem: Problem, h: Tensor, d: Tensor, dlast: Tensor, stretch: shard.SequenceShard, du: Tensor,
+    dw: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
     """The same across ranks: the backward of an affine scan whose forward is of zeros and sends nothing."""
     cell, edges = problem.cell, problem.edges
@@ -313,7 +314,7 @@ def _pull_across(
     A, g, dlast = (
         (J[0, 0], d[0], dlast[0]) if S == 1 else (J.movedim((0, 1), (-2, -1)), d.movedim(0, -1), dlast.movedim(0, -1))
     )
-    with torch.enable_grad(), shard.use(found):
+    with torch.enable_grad(), shard.use(stretch):
         b = torch.zeros_like(g).requires_grad_()
         start = torch.zeros_like(dlast).requires_grad_()
         cu = None if edges.cuts is None else torch.tensor(edges.cuts)

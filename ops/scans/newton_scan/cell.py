@@ -58,8 +58,8 @@ class Cell:
         with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
             leaves = [x.detach().requires_grad_() for x in (*u, *w)]
             value = self.value(p, leaves[: len(u)], leaves[len(u) :])
-            found = torch.autograd.grad(value, leaves, mu, materialize_grads=True)
-        return found[: len(u)], found[len(u) :]
+            grads = torch.autograd.grad(value, leaves, mu, materialize_grads=True)
+        return grads[: len(u)], grads[len(u) :]
 
 
 def _as_it_is(x: Tensor) -> Tensor:

@@ -52,9 +52,7 @@ SPECS = tuple(
         sizes=({"D": 7},),
         time=("u",),
         extremes={"w-0": lambda i: i | {"w": i["w"] * 0}},
-        cp_kind="affine",
         iterated=True,
-        forms=("torch",),
     )
     for cell, shape in ((Elman(), ()), (Pendulum(), (2,)))
 )

@@ -5,7 +5,6 @@ from torch.nn import functional as F
 
 from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, at_some, randn
 from zoo.ops.state_spaces.quasiseparable import quasiseparable
-from zoo.ops.state_spaces.ssd.spec import SPECS as SSD
 
 
 def _inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inputs:
@@ -38,8 +37,6 @@ SPECS = (
             "forget everything": lambda i: i | {"A": i["A"] * 0 - 500},
             "resets among weak gates": lambda i: i | {"dt": at_some(i["dt"] * 0.01, 100.0)},
         },
-        cp_kind="affine",
         both_sides=True,
-        forms=SSD[0].forms,  # its scans are ssd's
     ),
 )

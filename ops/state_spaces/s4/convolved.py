@@ -38,9 +38,9 @@ def convolved(
             outputs.append(y)
             indices.append(group.documents)
             ends.append(end)
-        y, found = documents.scatter(outputs, made, T), torch.cat(ends)
-        before_all = found.new_zeros(n, *found.shape[1:]) if state is None else state
-        last = before_all.index_copy(0, torch.cat(indices), found)
+        y, finals = documents.scatter(outputs, made, T), torch.cat(ends)
+        before_all = finals.new_zeros(n, *finals.shape[1:]) if state is None else state
+        last = before_all.index_copy(0, torch.cat(indices), finals)
     y = y if D is None else torch.addcmul(y, D.to(dtype), wide)
     return y.to(u.dtype), last
 

@@ -81,7 +81,6 @@ SPECS = (
             "no rotation": lambda i: i | {"log_A": i["log_A"] * torch.tensor([1.0, 0.0])},
             "aliased rotation": lambda i: i | {"log_A": i["log_A"] * torch.tensor([1.0, 100.0])},
         },
-        cp_kind="affine",
         summary=lambda i, cu: s4d_summary(i["u"], i["log_A"], i["B"], cu_seqlens=cu),
         bounded_by_the_loop=False,
     ),
@@ -97,8 +96,6 @@ SPECS = (
             "tiny steps": lambda i: i | {"dt": i["dt"] * 1e-3},
             "huge steps": lambda i: i | {"dt": i["dt"] * 1e3},
         },
-        cp_kind="affine",
         summary=_s4_summary,
-        forms=("torch",),
     ),
 )

@@ -34,7 +34,6 @@ SPECS = (
                 i | {"delta": 300.0 * (i["delta"] > 0.3).to(i["delta"]) + 1e-6 * (i["delta"] < 0.1)}
             ),
         },
-        cp_kind="affine",
         summary=lambda i, cu: selective_scan_summary(i["u"], i["delta"], i["A"], i["B"], cu_seqlens=cu),
     ),
 )

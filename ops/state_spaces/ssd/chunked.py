@@ -164,8 +164,8 @@ class _Chunked(torch.autograd.Function):
             dD = _of_heads((dy * x).sum(-1), G)
             _add_input(dx, dy, D, G)
         dx, ddt, dB, dC = (time.merge(g.flatten(2).unflatten(0, (time.n_chunks, G))) for g in (dx, ddt, dB, dC))
-        found = (dx.reshape(batch, T, G * R, P), ddt.reshape(batch, T, G * R), dA, dB, dC, dD)
-        grads = tuple(None if g is None else g.to(like) for g, like in zip(found, ctx.dtypes, strict=True))
+        exact = (dx.reshape(batch, T, G * R, P), ddt.reshape(batch, T, G * R), dA, dB, dC, dD)
+        grads = tuple(None if g is None else g.to(like) for g, like in zip(exact, ctx.dtypes, strict=True))
         return *grads, time.unorder(_ungrouped(running, time.n_documents, P)), None, None
 
 

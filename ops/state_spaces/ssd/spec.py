@@ -39,7 +39,6 @@ SPECS = (
             "every eighth gate is strong": lambda i: i | {"A": i["A"] * 0 - 1, "dt": at_every(i["dt"] * 0.01, 8, 20.0)},
             "resets among weak gates": lambda i: i | {"dt": at_some(i["dt"] * 0.01, 100.0)},
         },
-        cp_kind="affine",
         summary=lambda i, cu: ssd_summary(i["x"], i["dt"], i["A"], i["B"], cu_seqlens=cu),
     ),
 )

@@ -14,7 +14,6 @@ SPECS = (
         sizes=({"D": 8}, {"D": 13}),
         time=("x",),
         extremes={"large": lambda i: i | {"x": i["x"] * 1e30}},
-        cp_kind="local",
         packed=False,
     ),
 )

@@ -95,13 +95,13 @@ class _Reduced(torch.autograd.Function):
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         # nothing scored: the mean is NaN, as torch's is, and gradients are zeros times infinity; they are zeros
         factor = dloss * torch.where(ctx.scale.isinf(), 0.0, ctx.scale)
-        found = tuple(
+        grads = tuple(
             None if g is None else _scaled(g, factor, dtype, kept)
             for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
         )
         if not kept:
             ctx.gradients = None
-        return *found, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -124,11 +124,11 @@ class _PerToken(torch.autograd.Function):
         size = dlosses.abs().amax().clamp(min=torch.finfo(dlosses.dtype).tiny)
         wanted = ctx.needs_input_grad[:3]
         _, gradients = _sweep(x, weight, bias, targets, dlosses / size, wanted, *ctx.how)
-        found = tuple(
+        grads = tuple(
             None if g is None else _scaled(g, size, dtype, False)
             for g, dtype in zip(gradients, _dtypes(x, weight, bias), strict=True)
         )
-        return *found, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:

@@ -40,7 +40,6 @@ SPECS = (
             sizes=({"D": 8, "V": 17}, {"D": 70, "V": 300}),
             time=("x", "targets"),
             extremes=_LOSS_EXTREMES,
-            cp_kind="local",
             packed=False,
             wide_output=True,
         )

@@ -37,7 +37,6 @@ SPECS = (
         sizes=_NORM_SIZES,
         time=("x",),
         extremes=_NORM_EXTREMES,
-        cp_kind="local",
         packed=False,
         any_rank=True,
     ),
@@ -50,7 +49,6 @@ SPECS = (
             sizes=_NORM_SIZES,
             time=("x", "gate"),
             extremes=_NORM_EXTREMES | GATE_EXTREMES,
-            cp_kind="local",
             packed=False,
             any_rank=True,
         )

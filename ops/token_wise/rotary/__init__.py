@@ -27,9 +27,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", back
     """Turn every pair (a, b) of x by its angle: (a cos - b sin, a sin + b cos).
 
     Args:
-        x: queries or keys, (B, T, H, K), K even, any float dtype.
+        x: queries or keys, (B, T, H, K), K even, any float dtype; B may be any number of dimensions, or none.
         cos: cosines of the angles, (B, T, K / 2), or (1, T, K / 2) where all rows stand at the same positions; float32,
-            or the dtype of x. Positions are the global ones of each document: the caller makes the tables.
+            or the dtype of x. Positions are the global ones of each document: the caller makes the tables. With other
+            leading dimensions than one, theirs, or 1 for each.
         sin: sines, as cos.
         layout: "half" pairs x[m] with x[m + K/2] (LLaMA, GPT-NeoX); "interleaved" pairs x[2m] with x[2m + 1] (GPT-J).
         backend: "auto" (Triton on CUDA, else torch), "triton", "torch" or "reference".
@@ -46,6 +47,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", back
     name = "rotary"
     if layout not in LAYOUTS:
         raise ValueError(f"{name}: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    if isinstance(x, Tensor) and x.ndim != 4 and x.ndim > 2:
+        flat, tables = x.reshape(-1, *x.shape[-3:]), [_rows(name, x, table) for table in (cos, sin)]
+        return rotary(flat, *tables, layout=layout, backend=backend).view_as(x)
     check.shapes(name, {"x": (x, "B T H K")})
     B, T, _, K = x.shape
     if K % 2:
@@ -64,3 +68,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout = "half", back
         return rotary_fused(x, cos, sin, layout == "interleaved")
     y: Tensor = kernels.rotary_fwd(x, cos, sin, layout == "interleaved")
     return y
+
+
+def _rows(name: str, x: Tensor, table: Tensor) -> Tensor:
+    """A table (..., T, K / 2) for x (..., T, H, K), as (rows, T, K / 2); one row where all stand at the same places."""
+    lead = tuple(table.shape[:-2])
+    if len(lead) == x.ndim - 3 and set(lead) <= {1}:
+        return table.reshape(1, *table.shape[-2:])
+    if lead != tuple(x.shape[:-3]):
+        raise ValueError(
+            f"{name}: tables must lead with {tuple(x.shape[:-3])} as x does, or with ones; got {tuple(table.shape)}"
+        )
+    return table.reshape(-1, *table.shape[-2:])

@@ -24,8 +24,8 @@ SPECS = (
             sizes=({"H": 2, "K": 8}, {"H": 3, "K": 100}, {"H": 2, "K": 64, "shared": 1}),
             time=("x", "cos", "sin"),
             extremes={"no angle": lambda i: i | {"cos": i["cos"] * 0 + 1, "sin": i["sin"] * 0}},
-            cp_kind="local",
             packed=False,
+            any_rank=True,
         )
         for layout in LAYOUTS
     ),

@@ -28,7 +28,6 @@ SPECS = (
         sizes=({"F": 8}, {"F": 300}),
         time=("gate", "up"),
         extremes=GATE_EXTREMES,
-        cp_kind="local",
         packed=False,
         any_rank=True,
     ),

@@ -151,9 +151,9 @@ class Rows(Source):
         """One packed row of the whole documents of `rank`; a row of filler where it has none."""
         names = self.sampler.documents(epoch, step)
         plan = Dealt(world)(self.sampler.lengths[names]).named(names.tolist())
-        found = plan.for_rank(rank)
-        if found:
-            return stream(self.documents, found[0].pieces, found[0].cu_seqlens)
+        steps = plan.for_rank(rank)
+        if steps:
+            return stream(self.documents, steps[0].pieces, steps[0].cu_seqlens)
         row = stream(self.documents, (), (0, FILLER))
         row["tokens"], row["targets"] = torch.zeros(1, FILLER, dtype=torch.int64), torch.full((1, FILLER), IGNORE)
         return row

@@ -45,8 +45,8 @@ class Digits(DataModule):
         """The images, from the file that scikit-learn installs."""
         if load_digits is None:
             raise UserError("data=digits needs the images that come with scikit-learn; pip install 'seqzoo[images]'")
-        found: Any = load_digits()
-        pixels, labels = found.data.astype(np.int64), found.target.astype(np.int64)
+        loaded: Any = load_digits()
+        pixels, labels = loaded.data.astype(np.int64), loaded.target.astype(np.int64)
         train = Labelled(pixels[:-HELD_OUT], labels[:-HELD_OUT], batch_size=self.batch_size, seed=self.seed)
         return train, Labelled(pixels[-HELD_OUT:], labels[-HELD_OUT:], batch_size=self.batch_size, seed=None)
 

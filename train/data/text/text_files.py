@@ -145,17 +145,17 @@ def find_files(path: str) -> list[Path]:
         return [place]
     if place.is_dir():
         kinds = TEXT | LINES | TABLES
-        found = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix.lower() in kinds)
-        if not found:
+        files = sorted(file for file in place.rglob("*") if file.is_file() and file.suffix.lower() in kinds)
+        if not files:
             raise UserError(
                 f"a folder must hold {', '.join(sorted(kinds))} files; {path!r} holds none: name other files by a "
                 "glob, as in data.path='folder/*.log'"
             )
-        return found
-    found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
-    if not found:
+        return files
+    files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+    if not files:
         raise UserError(f"data.path must name a file, a folder or a glob that matches; {path!r} does not: check it")
-    return found
+    return files
 
 
 def _read_text(file: Path) -> str:

@@ -228,10 +228,12 @@ def _attention_layers(model: SequenceModel, mixer: str) -> list[dict[str, Any]] 
     c: Any = model.config
     if c.pattern == "":
         return None
-    items = parse_pattern(c.pattern)
+    layers = parse_pattern(c.pattern)
     entries: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(model.blocks):
-        item, attention = items[i % len(items)], block.mixer
+        (item, *others), attention = layers[i % len(layers)], block.mixer
+        if others:
+            raise UserError(f"flash-linear-attention has no mixers side by side as in {c.pattern!r}")
         if item.name == mixer and not item.options:
             continue
         if not isinstance(attention, Attention):
@@ -301,8 +303,8 @@ def scales(model: nn.Module) -> dict[str, float]:
     if s == 1.0:
         return {}
     into_stream = re.compile(r"blocks\.\d+\.(mixer\.o_proj|feed_forward\.down_proj)\.weight|embedding\.weight")
-    found = {name: s for name in model.state_dict() if into_stream.fullmatch(name)}
-    return found | {"lm_head.weight": s, "norm.weight": 1 / s} if c.tie_embeddings else found
+    scales = {name: s for name in model.state_dict() if into_stream.fullmatch(name)}
+    return scales | {"lm_head.weight": s, "norm.weight": 1 / s} if c.tie_embeddings else scales
 
 
 # -- the formats -------------------------------------------------------------------------------------------------
