@@ -94,7 +94,7 @@ class SequenceModel(Model):
             for i in range(config.n_layers)
         )
         self.blocks = Stack(blocks, causal=True)
-        self.norm = RMSNorm(d, eps=eps)
+        self.norm: nn.Module = RMSNorm(d, eps=eps)
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False) if head is None else head
         self._linear_head = head is None
         if config.tie_embeddings:

@@ -106,7 +106,8 @@ class ChunkGrid:
         """(G, C, D) -> (B, T, D), the slots of this call's tokens."""
         if self.plain:
             return y.reshape(self.batch, -1, y.shape[2])[:, : self.length]
-        return y.flatten(0, 1)[self._place].unflatten(0, (self.batch, self.length))
+        rows: Tensor = y.flatten(0, 1)[self._place].unflatten(0, (self.batch, self.length))
+        return rows
 
     def last(self, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """The chunk that each document's next token goes to: its slots (n, size, D), zeros where free, and how many are

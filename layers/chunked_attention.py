@@ -1,6 +1,7 @@
 """MEGA's attention: one head that sees the tokens of its own chunk, with a learnt bias by distance."""
 
 import bisect
+import math
 from typing import NamedTuple
 
 import torch
@@ -119,11 +120,10 @@ class ChunkedAttention(Layer):
             seen: how many keys the query sees, to be broadcast.
         """
         wide = dispatch.state_dtype(scores)
-        bias = self.bias(scores.shape[-1])[distance.clamp_min(0)].to(wide)
-        hidden = distance < 0
+        bias, hidden = self.bias(scores.shape[-1])[distance.clamp_min(0)].to(wide), distance < 0
         if self.weights == "softmax":
-            return (scores.to(wide) * self.d_key**-0.5 + bias).masked_fill(hidden, float("-inf")).softmax(-1)
-        scores = scores.to(wide) / seen + bias
+            return (scores.to(wide) / math.sqrt(self.d_key) + bias).masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.to(wide) / seen + bias  # one by one, so that a weight depends on its own score alone
         if self.weights == "relu2":
             return scores.relu().square().masked_fill(hidden, 0)
         return (0.5 * (1 + torch.erf((scores - MEAN) / (DEVIATION * 2**0.5)))).masked_fill(hidden, 0)

@@ -137,7 +137,8 @@ class TemporalConvolution(Layer):
     @property
     def receptive_field(self) -> int:
         """R, the tokens that an output sees, its own included."""
-        return 1 + self.per_level * (self.width - 1) * sum(self.growth**i for i in range(self.n_levels))
+        dilations = [int(self.growth**i) for i in range(self.n_levels)]
+        return 1 + self.per_level * (self.width - 1) * sum(dilations)
 
     def initialise(self, n_layers: int = 1) -> None:
         """omega as in MEGA's moving average, N(0, 1); convolutions start by themselves."""

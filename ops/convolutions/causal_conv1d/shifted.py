@@ -64,7 +64,8 @@ def _convolved(
     time            0 1 2 3 4 5 6 7      dilation 2      (0 1) (2 3) (4 5) (6 7)      four steps of two phases
     """
     if dilation == 1:
-        return apply(_Taps, x, state, weight, bias, silu)
+        near: Tensor = apply(_Taps, x, state, weight, bias, silu)
+        return near
     length = x.shape[1]
     ragged = -length % dilation
     x = F.pad(x, (0, 0, 0, ragged)) if ragged else x

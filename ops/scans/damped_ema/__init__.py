@@ -68,23 +68,23 @@ def damped_ema(
     """
     call = _begin(x, a, b, c, cu_seqlens=cu_seqlens, backend=backend)
     state = call.state(state, "D N")
-    parameters = tuple(z.to(call.dtype) for z in (a, b, c))
+    a_, b_, c_ = (z.to(call.dtype) for z in (a, b, c))
 
     def run(state: Tensor) -> tuple[Tensor, Tensor]:
         if not call.length:
             return shard.tied(x, a, b, c, state), state
         if call.one_token:
-            return _token(x, *parameters, state)
+            return _token(x, a_, b_, c_, state)
         wide = x.to(call.dtype)
         if call.backend == "reference":
-            y, last = each_document(lambda x, h: damped_ema_reference(x, *parameters, h), call.cuts, (wide,), state)
+            y, last = each_document(lambda x, h: damped_ema_reference(x, a_, b_, c_, h), call.cuts, (wide,), state)
         else:
-            y, last = damped_ema_chunked(wide, *parameters, state, call.cuts, backend=call.backend)
+            y, last = damped_ema_chunked(wide, a_, b_, c_, state, call.cuts, backend=call.backend)
         return y.to(x.dtype), last
 
     return shard.run_from_incoming(
         Elementwise,
-        lambda: _element(*call.last_document(x), *parameters, backend=call.backend),
+        lambda: _element(call.last_document(x)[0], a_, b_, c_, backend=call.backend),
         run,
         state,
         call.several,
@@ -112,8 +112,8 @@ def damped_ema_summary(
     Cost: one run over the last document. Differentiable.
     """
     call = _begin(x, a, b, b, cu_seqlens=cu_seqlens, name="damped_ema_summary")
-    parameters = (z.to(call.dtype) for z in (a, b, b))
-    return call.bordered(_element(*call.last_document(x), *parameters, backend=call.backend))
+    a, b = a.to(call.dtype), b.to(call.dtype)
+    return call.bordered(_element(call.last_document(x)[0], a, b, b, backend=call.backend))
 
 
 def _begin(

@@ -30,7 +30,6 @@ SPECS = (
             "both at some": lambda i: i | {"a": at_some(at_some(i["a"], 0.0, 0.3), 1.0, 0.2)},
             "nearly nothing": lambda i: i | {"a": 1 - i["a"] * 1e-4},
         },
-        cp_kind="affine",
         summary=lambda i, cu: damped_ema_summary(i["x"], i["a"], i["b"], cu_seqlens=cu),
     ),
 )
