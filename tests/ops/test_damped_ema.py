@@ -61,6 +61,21 @@ def test_the_cut_into_chunks_changes_nothing(chunk: int, cuts: tuple[int, ...] |
         assert relative_error(last[i : i + 1], end) < 1e-12
 
 
+@pytest.mark.parametrize("segment", [1, 150, 1000])
+def test_segments_change_nothing(segment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of 16, 16 and 160 tokens hand the averages on; gradients go back through all of them."""
+    monkeypatch.setattr(chunked, "SEGMENT", segment)
+    leaves = [z.requires_grad_() for z in mega(3, 4, 1)[:3]]
+    x, state = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 203, 3), (2, 3, 4)))
+    results = []
+    for backend in ("torch", "reference"):
+        y, last = damped_ema(x, *leaves, state, backend=backend)
+        gradients = torch.autograd.grad(y.square().sum() + last.square().sum(), (x, *leaves, state))
+        results.append((y, last, *gradients))
+    for ours, exact in zip(*results, strict=True):
+        assert relative_error(ours, exact) < 1e-10
+
+
 def test_a_slow_average_is_not_rounded_to_bfloat16() -> None:
     """What is left after a step, 0.999, is 1.0 in bfloat16: the decays stay in the dtype that they are given in."""
     x, a = torch.ones(1, 3000, 1), torch.tensor([[0.999]])
