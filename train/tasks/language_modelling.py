@@ -19,8 +19,10 @@ from zoo.train.metrics import (
     count_right,
 )
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.refusals import refuse_classes
 from zoo.train.tasks.sample_text import sample_text
-from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["LanguageModelling"]
 
