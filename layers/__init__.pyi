@@ -29,6 +29,8 @@ from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as Gat
 from zoo.layers.mixers.hydra import Hydra as Hydra
 from zoo.layers.mixers.mamba import Mamba as Mamba
 from zoo.layers.mixers.mamba import Mamba2 as Mamba2
+from zoo.layers.mixers.mega import Mega as Mega
+from zoo.layers.mixers.mega import TCNCA as TCNCA
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
 from zoo.layers.mixers.parallel import Parallel as Parallel

@@ -95,7 +95,7 @@ class SequenceModel(Model):
         self.embedding = nn.Embedding(config.vocab_size, d) if embed is None else embed
         blocks = (block(mixer(i)) for i in range(config.n_layers)) if callable(mixer) else mixer
         self.blocks = Stack(blocks, causal=True)
-        self.norm = RMSNorm(d, eps=eps) if norm is None else norm
+        self.norm: nn.Module = RMSNorm(d, eps=eps) if norm is None else norm
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False) if head is None else head
         self._linear_head = head is None
         if config.tie_embeddings:

@@ -26,6 +26,8 @@ from zoo.ops.scans.block_affine_scan import block_affine_scan as block_affine_sc
 from zoo.ops.scans.block_affine_scan import block_affine_scan_summary as block_affine_scan_summary
 from zoo.ops.scans.complex_affine_scan import complex_affine_scan as complex_affine_scan
 from zoo.ops.scans.complex_affine_scan import complex_affine_scan_summary as complex_affine_scan_summary
+from zoo.ops.scans.damped_ema import damped_ema as damped_ema
+from zoo.ops.scans.damped_ema import damped_ema_summary as damped_ema_summary
 from zoo.ops.scans.newton_scan import newton_corrections as newton_corrections
 from zoo.ops.scans.newton_scan import newton_residual as newton_residual
 from zoo.ops.scans.newton_scan import newton_scan as newton_scan

@@ -45,8 +45,6 @@ SPECS = (
             "scores that grow": _growing,
             "scores that fall": _falling,
         },
-        cp_kind="reduce",
         summary=lambda i, cu: aaren_summary(i["s"], i["v"], cu_seqlens=cu),
-        forms=("torch",),
     ),
 )

@@ -23,8 +23,6 @@ SPECS = (
             "one vector wins": lambda i: i | {"x": i["x"] * 100},
             "all alike": lambda i: i | {"x": i["x"] * 0},
         },
-        cp_kind="local",
         packed=False,
-        forms=("torch",),
     ),
 )
