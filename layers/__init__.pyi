@@ -34,6 +34,11 @@ from zoo.layers.mixers.mega import TCNCA as TCNCA
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
 from zoo.layers.mixers.parallel import Parallel as Parallel
+from zoo.layers.mixers.plstm import HeadwiseGate as HeadwiseGate
+from zoo.layers.mixers.plstm import PLSTM as PLSTM
+from zoo.layers.mixers.plstm_grid import DiffusionGates as DiffusionGates
+from zoo.layers.mixers.plstm_grid import PLSTMGrid as PLSTMGrid
+from zoo.layers.mixers.plstm_grid import PropagationGates as PropagationGates
 from zoo.layers.mixers.rnn import Elman as Elman
 from zoo.layers.mixers.rnn import GRU as GRU
 from zoo.layers.mixers.rnn import LSTM as LSTM

@@ -8,10 +8,13 @@ from zoo.ops.convolutions.fft_convolution import fft_convolution as fft_convolut
 from zoo.ops.core.recompute import no_recompute as no_recompute
 from zoo.ops.core.recompute import runs_once as runs_once
 from zoo.ops.grids.grid_scan import grid_scan as grid_scan
+from zoo.ops.grids.plstm_grid import plstm_grid as plstm_grid
 from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule
 from zoo.ops.linear_attention.delta_rule import delta_rule_summary as delta_rule_summary
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention as gated_linear_attention
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention_summary as gated_linear_attention_summary
+from zoo.ops.linear_attention.plstm import plstm as plstm
+from zoo.ops.linear_attention.plstm import plstm_summary as plstm_summary
 from zoo.ops.recurrent.elman import elman as elman
 from zoo.ops.recurrent.gru import gru as gru
 from zoo.ops.recurrent.lstm import lstm as lstm
