@@ -21,12 +21,16 @@ from zoo.ops.recurrent.lstm import lstm as lstm
 from zoo.ops.recurrent.para_gru import para_gru as para_gru
 from zoo.ops.recurrent.para_lstm import para_lstm as para_lstm
 from zoo.ops.recurrent.slstm import slstm as slstm
+from zoo.ops.scans.aaren import aaren as aaren
+from zoo.ops.scans.aaren import aaren_summary as aaren_summary
 from zoo.ops.scans.affine_scan import affine_scan as affine_scan
 from zoo.ops.scans.affine_scan import affine_scan_summary as affine_scan_summary
 from zoo.ops.scans.block_affine_scan import block_affine_scan as block_affine_scan
 from zoo.ops.scans.block_affine_scan import block_affine_scan_summary as block_affine_scan_summary
 from zoo.ops.scans.complex_affine_scan import complex_affine_scan as complex_affine_scan
 from zoo.ops.scans.complex_affine_scan import complex_affine_scan_summary as complex_affine_scan_summary
+from zoo.ops.scans.damped_ema import damped_ema as damped_ema
+from zoo.ops.scans.damped_ema import damped_ema_summary as damped_ema_summary
 from zoo.ops.scans.newton_scan import newton_corrections as newton_corrections
 from zoo.ops.scans.newton_scan import newton_residual as newton_residual
 from zoo.ops.scans.newton_scan import newton_scan as newton_scan
@@ -43,6 +47,7 @@ from zoo.ops.state_spaces.ssd import ssd as ssd
 from zoo.ops.state_spaces.ssd import ssd_summary as ssd_summary
 from zoo.ops.token_wise.dropout import dropout as dropout
 from zoo.ops.token_wise.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from zoo.ops.token_wise.memory_bank import memory_bank as memory_bank
 from zoo.ops.token_wise.rms_norm import gated_rms_norm as gated_rms_norm
 from zoo.ops.token_wise.rms_norm import rms_norm as rms_norm
 from zoo.ops.token_wise.rotary import rotary as rotary

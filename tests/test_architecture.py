@@ -43,7 +43,7 @@ FLOORS = {
         "zoo.decoding", "zoo.codecs", "zoo.checkpoint", "zoo.models", "zoo.layers", "zoo.ops", "zoo.registry",
         "zoo.config",
         "zoo.tokenizers", "zoo.errors", "zoo.files", "zoo._types", "zoo.ranges", "zoo.configs", "zoo._deprecation",
-        "zoo.targets", "zoo",
+        "zoo.targets", "zoo._discover", "zoo",
     },
     "zoo.bench": {
         "zoo.train", "zoo.decoding", "zoo.layers", "zoo.ops", "zoo.registry", "zoo.errors", "zoo.files", "zoo",

@@ -85,7 +85,7 @@ OF_A_RUN = {"config.yaml"}
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-PAGES_OF_NEW_FILES = ("adding_a_model.md", "adding_an_operator.md")
+PAGES_OF_NEW_FILES = ("adding_a_model.md", "adding_a_task.md", "adding_an_operator.md")
 MADE_BY_PAGES = {name for page in PAGES_OF_NEW_FILES for path in new_files(page) for name in (path, Path(path).name)}
 SOURCES = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
 

@@ -46,6 +46,10 @@ class HasModel(Protocol):
 class TakesMemoryPlan(Protocol):
     """A model of zoo's blocks, which can be told what to keep for the backward pass."""
 
+    @property
+    def memory(self) -> MemoryPlan:
+        """What is kept now."""
+
     def use_memory(self, plan: MemoryPlan) -> None:
         """Keep this much from now on."""
 

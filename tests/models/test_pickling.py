@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import zoo
 from zoo.layers.mixer import as_mixer
@@ -29,8 +30,8 @@ def made(name: str) -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    result: Tensor = model(**as_model(model).example(2, 8))[0]
-    return result
+    outputs = tree_leaves(model(**as_model(model).example(2, 8))[0])  # a tensor, or a named tuple of tensors
+    return torch.cat([each.flatten() for each in outputs])
 
 
 def saved(model: nn.Module) -> nn.Module:

@@ -11,10 +11,12 @@ import sharded_attention_bytes
 import torch
 from sharded_cases import Errors, like, summed
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import zoo
-from zoo.ops import attention, shard
+from zoo.ops import Visible, attention, shard
 from zoo.ops.attention.attention.parallel import local
+from zoo.ops.core.recompute import contexts
 from zoo.ops.core.spec import relative_error
 
 Check = Callable[[shard.SequenceShard], Errors]
@@ -84,6 +86,46 @@ def equals_one(
     parts = torch.autograd.grad(loss, x)
     for name, ours, exact in zip("qkv", summed(place, parts), whole, strict=True):
         errors[f"d {name}"] = relative_error(ours, exact)
+    return errors
+
+
+def masks() -> dict[str, Visible]:
+    """Masks that have no name: two streams, trees, two intervals in any order, and a mask for each row."""
+    generator = torch.Generator().manual_seed(3)
+    label, first, more = (torch.randint(0, 9, (2, EVEN), generator=generator) for _ in range(3))
+    return {
+        "two streams": Visible.block_diffusion(EVEN // 2, 4),
+        "tree": Visible.tree([max(-1, i // 2 - 1) for i in range(EVEN)]),
+        "band": Visible.band(EVEN, 3, 6),
+        "two intervals": Visible(label, first, first + more, more, more + first // 2),
+    }
+
+
+def under(visible: Visible, tokens: Tensor) -> Visible:
+    """The labels and intervals of these queries and keys."""
+    return Visible(visible.label[:, tokens], *(x[:, tokens] for each in visible.intervals for x in each))
+
+
+def labelled(place: shard.SequenceShard, name: str, *, cross: bool = True, recompute: bool = False) -> Errors:
+    """Attention under a Visible against the definition on the whole sequence."""
+    x, visible, tokens = qkv(EVEN, GROUPED, 2), masks()[name], own(place, EVEN)
+    o, lse = attention(*x, visible=visible, return_lse=True, backend="reference")
+    lse = lse.nan_to_num(neginf=0.0)
+    do, dlse = like(o, 1), like(lse, 2)
+    whole = torch.autograd.grad((o * do).sum() + (lse * dlse).sum(), x)
+    here = under(visible, tokens)
+
+    def run(*parts: Tensor) -> tuple[Tensor, Tensor]:
+        return attention(*(y * 1.0 for y in parts), visible=here, return_lse=True)
+
+    with shard.use(place) if cross else nullcontext():
+        parts = [y[:, tokens] for y in x]
+        made = checkpoint(run, *parts, use_reentrant=False, context_fn=contexts()) if recompute else run(*parts)
+    o_, lse_ = made[0], made[1].nan_to_num(neginf=0.0)
+    errors = {"output": relative_error(o_, o[:, tokens]), "lse": relative_error(lse_, lse[:, tokens])}
+    gradients = torch.autograd.grad((o_ * do[:, tokens]).sum() + (lse_ * dlse[:, tokens]).sum(), x)
+    for key, ours, exact in zip("qkv", summed(place, gradients), whole, strict=True):
+        errors[f"d {key}"] = relative_error(ours, exact)
     return errors
 
 
@@ -174,6 +216,8 @@ def refusals(place: shard.SequenceShard) -> Errors:
         ({"documents": (0, 4 * P + 1)}, {}, f"end at T = {4 * P}; got 0 and {4 * P + 1}"),
         ({}, {"cu_seqlens": torch.tensor([0, 4])}, "give SequenceShard documents"),
         ({}, {"key_lengths": torch.tensor([4])}, "no others; got T = 4, S = 4, key_lengths"),
+        ({"attention": "ring"}, {"visible": Visible.causal(4)}, "takes visible by 'allgather'"),
+        ({"documents": (0, 4 * P)}, {"visible": Visible.causal(4)}, "got documents of the shard, use 'allgather'"),
         ({}, {"backend": "reference"}, "run in plain torch; got backend 'reference'"),
     ]
     silent = 0
@@ -241,6 +285,11 @@ def checks() -> dict[str, Check]:
     made["dropped transformer"] = lambda place: model(
         placed(place, "zigzag", EVEN), "transformer", TRANSFORMER, cross=False
     )
+    for name in masks():
+        for way in ("allgather", "allgather, zigzag"):
+            made[f"visible {name}, {way}"] = lambda place, n=name, w=way: labelled(placed(place, w, EVEN), n)
+    made["visible recomputed"] = lambda place: labelled(placed(place, "allgather", EVEN), "two streams", recompute=True)
+    made["dropped visible"] = lambda place: labelled(placed(place, "allgather", EVEN), "two streams", cross=False)
     made |= sharded_attention_bytes.checks()
     made["refusals"] = refusals
     return made

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.ops import Visible, attention
+from zoo.ops.attention.attention.tiles import Runs, band_runs, runs
 from zoo.ops.core.spec import relative_error
 
 MASKS: dict[str, Callable[[], Visible]] = {
@@ -79,6 +80,129 @@ def test_equals_a_dense_mask(name: str, backend: str) -> None:
     for a, b in zip(got, exact, strict=True):
         assert torch.isfinite(a).all()
         assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", MASKS)
+def test_kernels_equal_the_definition(name: str) -> None:
+    visible = MASKS[name]()
+    equal_to_the_definition(visible)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_kernels_take_the_limits_of_integers(dtype: torch.dtype) -> None:
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    label = torch.arange(4)[None].to(dtype)
+    first, end = (torch.tensor([row], dtype=dtype) for row in ([least, 3, 3, 3], [9, 9, most, 9]))
+    equal_to_the_definition(Visible(label, first, end))
+
+
+@pytest.mark.kernels
+@pytest.mark.everything
+@pytest.mark.parametrize("seed", range(50))
+def test_kernels_under_random_trees(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    n, past = (int(torch.randint(1, 90, (), generator=generator)) for _ in range(2))
+    parents = [int(torch.randint(-1, node, (), generator=generator)) if node else -1 for node in range(n)]
+    equal_to_the_definition(Visible.tree(parents, past=past))
+
+
+def equal_to_the_definition(visible: Visible) -> None:
+    """The kernels' outputs and gradients in float32 against the dense mask in float64."""
+    q, k, v = inputs(2, visible.label.shape[1], visible.first.shape[1], torch.float32)
+    o, lse = attention(q, k, v, visible=visible, return_lse=True, backend="triton")
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = naive(*wide, visible.dense())
+    blind = torch.isinf(want_lse)
+    assert torch.equal(torch.isinf(lse), blind)
+    do, dlse = torch.randn_like(o), torch.randn_like(lse)
+    got = torch.autograd.grad([o, lse.where(~blind, 0.0)], [q, k, v], [do, dlse])
+    exact = torch.autograd.grad([want, want_lse.where(~blind, 0.0)], wide, [do.double(), dlse.double()])
+    for a, b in zip((o, lse.where(~blind, 0.0), *got), (want, want_lse.where(~blind, 0.0), *exact), strict=True):
+        assert torch.isfinite(a).all()
+        assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.kernels
+def test_kernels_do_not_read_what_nobody_sees() -> None:
+    visible = Visible.tree([-1, 0, 0], past=40)
+    q, k, v = (x.detach() for x in inputs(2, 3, 43, torch.float32))
+    end = visible.end.clone()
+    end[:, 5:9] = 0
+    visible = Visible(visible.label, visible.first, end)
+    want = attention(q, k, v, visible=visible, backend="triton")
+    k[:, 5:9], v[:, 5:9] = float("nan"), float("inf")
+    assert torch.equal(attention(q, k, v, visible=visible, backend="triton"), want)
+
+
+def covered(table: Runs, row: int, block: int, blocks: int, kind: int) -> set[int]:
+    """What the runs of one kind of a block cover."""
+    c = 2 * (row * blocks + block) + kind
+    return {i for a, b in table.spans[table.offsets[c] : table.offsets[c + 1]].tolist() for i in range(a, b)}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("of_keys", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_runs_hold_all_that_is_seen(name: str, of_keys: bool, together: bool) -> None:
+    visible = MASKS[name]()
+    dense = visible.dense()
+    if of_keys:
+        dense = dense.mT
+    own, other = (16, 32) if of_keys else (32, 16)
+    table = runs(visible, 32, 16, of_keys=of_keys, together=together)
+    check_runs(table, [dense.any(0), dense.all(0)] if together else None, dense, own, other)
+
+
+def check_runs(table: Runs, joint: list[Tensor] | None, dense: Tensor, own: int, other: int) -> None:
+    """All visible pairs are covered once; what is covered without a mask is visible whole and in whole blocks."""
+    blocks = -(-dense.shape[1] // own)
+    for row in range(1 if joint else dense.shape[0]):
+        some, every = joint if joint else (dense[row], dense[row])
+        for block in range(blocks):
+            here = slice(block * own, (block + 1) * own)
+            masked, whole = (covered(table, row, block, blocks, kind) for kind in (0, 1))
+            assert not masked & whole
+            assert set(some[here].any(0).nonzero().flatten().tolist()) <= masked | whole
+            assert whole <= set(every[here].all(0).nonzero().flatten().tolist())
+            assert len(whole) % other == 0
+    begin, end = table.spans.unbind(1)
+    assert ((begin % other == 0) | (begin >= end)).all()  # an empty run may stand anywhere
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 70), st.integers(0, 40), st.none() | st.integers(0, 50), st.none() | st.integers(0, 50), st.data()
+)
+def test_runs_of_bands_by_arithmetic(
+    T: int, more: int, left: int | None, right: int | None, data: st.DataObject
+) -> None:
+    S = T + more
+    start = torch.tensor(data.draw(st.lists(st.integers(0, S), min_size=2, max_size=2)))
+    dense = Visible.band(T, left, right, S=S).dense() & (torch.arange(S) >= start[:, None, None])
+    for of_keys in (False, True):
+        table = band_runs(T, S, left, right, start, 16, 8, of_keys=of_keys)
+        check_runs(table, None, dense.mT if of_keys else dense, *((8, 16) if of_keys else (16, 8)))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_documents_behind_cached_keys(causal: bool) -> None:
+    q, k, v = inputs(1, 20, 33)
+    queries, keys = [0, 4, 4, 20], [0, 10, 12, 33]
+    for window in (None, 5):
+        visible = Visible.documents(queries, cu_seqlens_k=keys, causal=causal, window=window)
+        cuts = {"cu_seqlens": torch.tensor(queries), "cu_seqlens_k": torch.tensor(keys)}
+        want = attention(q, k, v, causal=causal, window=window, **cuts)
+        assert relative_error(attention(q, k, v, visible=visible), want) < 1e-13
+
+
+def test_few_keys_and_many_queries_of_a_document_stay_apart() -> None:
+    visible = Visible.documents([0, 7, 9], cu_seqlens_k=[0, 2, 6], causal=False)
+    want = torch.zeros(9, 6, dtype=torch.bool)
+    want[:7, :2] = want[7:, 2:] = True
+    assert torch.equal(visible.dense()[0], want)
+    assert bool(Visible.band(9, None, None, S=3).dense().all())
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -167,8 +291,6 @@ def test_refusals() -> None:
         attention(q, k, v, window=2, past=torch.zeros(2, dtype=torch.int64), visible=Visible.causal(4))
     with pytest.raises(ValueError, match="T = 4 queries and S = 4 keys on cpu; got 1 rows, 5 queries and 5 keys"):
         attention(q, k, v, visible=Visible.causal(5))
-    with pytest.raises(ValueError, match="kernels take no visible"):
-        attention(q.float(), k.float(), v.float(), visible=Visible.causal(4), backend="triton")
 
 
 @pytest.mark.everything

@@ -24,8 +24,8 @@ import zoo
 from zoo.registry import model_info
 
 __all__ = [
-    "DEFAULT", "EVERYTHING", "SMALL", "CausalCase", "D", "EncoderCase", "EncoderDecoderCase", "MixerCase", "VisionCase",
-    "make_mixer", "make_model", "mixers", "models", "parametrize",
+    "DEFAULT", "EVERYTHING", "SMALL", "CausalCase", "D", "EncoderCase", "EncoderDecoderCase", "MixerCase", "ModelCase",
+    "VisionCase", "make_mixer", "make_model", "mixers", "models", "parametrize",
 ]  # fmt: skip
 
 DEFAULT, EVERYTHING = "default", "everything"
@@ -51,7 +51,7 @@ class MixerCase:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase:
-    """A registered model, or a hybrid of it.
+    """A registered model, or a hybrid of it; by itself a model of no kind below, which proves the contract of models.
 
     Args:
         fields: what it needs besides SMALL to be tested in seconds.

@@ -5,15 +5,18 @@ import math
 import pytest
 import torch
 
+from zoo.train.callbacks.progress import describe
 from zoo.train.metrics import (
     Accuracy,
     BitsPerByte,
     LastAccuracy,
     MeanLoss,
     Perplexity,
+    Ratio,
     SequenceAccuracy,
     count_right,
 )
+from zoo.train.metrics.table import metric_of
 
 
 def test_sums_over_batches_are_weighted_by_their_counts() -> None:
@@ -62,3 +65,36 @@ def test_packed_documents_are_the_sequences() -> None:
 def test_a_rank_without_a_token_counts_nothing() -> None:
     right = count_right(torch.zeros(3, 0, 7), torch.zeros(3, 0, dtype=torch.int64), None)
     assert [int(x) for x in right] == [0, 0, 0, 0, 0]
+
+
+def test_every_metric_of_the_folder_is_known_by_its_name_and_reads_by_its_own_word() -> None:
+    for column, better, text in (
+        ("accuracy", "higher", "accuracy 0.5000"),
+        ("sequence_accuracy_at_500", "higher", "sequences right@500 0.5000"),
+        ("val_last_accuracy", "higher", "last right 0.5000"),
+        ("perplexity", "lower", "perplexity 0.50"),
+        ("bits_per_byte", "lower", "bits/byte 0.5000"),
+    ):
+        metric = metric_of(column)
+        assert metric is not None
+        assert metric.better == better
+        assert describe(({"val_loss": 1.0} if column.startswith("val_") else {}) | {column: 0.5}).endswith(text)
+    assert metric_of("grad_norm") is None
+    assert describe({"grad_norm": 1.0}) == ""
+
+
+def test_a_metric_of_ones_own_reads_by_its_own_word() -> None:
+    class Distance(Ratio):
+        name, label, unit, digits = "test_distance", "far", "dB", 1
+
+    assert describe({"val_loss": 1.0, "val_test_distance": 3.14}) == "validation  loss 1.0000  far 3.1 dB"
+    assert describe({"frames_per_second": 12_345.0}) == "frames/s 12.3k"
+    assert describe({"loss": 1.0, "loss_log_spectrum": 0.5}) == "loss 1.0000  log spectrum loss 0.5000"
+    with pytest.raises(ValueError, match=r"called 'test_distance' already; give .*Other another name"):
+
+        class Other(Ratio):
+            name = "test_distance"
+
+    distance = Distance()
+    distance.update(torch.tensor(3.0), torch.tensor(4))
+    assert float(distance.compute()) == 0.75

@@ -6,6 +6,7 @@ from typing import Any
 
 from zoo.errors import UserError
 from zoo.train.run.folder import RunFolder
+from zoo.train.run.instantiate import class_of
 from zoo.train.run.loggers import read_csv
 
 try:
@@ -45,12 +46,19 @@ def plot_loss(folder: RunFolder) -> None:
             steps, losses = zip(*points, strict=True)
             marked = "." if column == "loss" and len(points) < FEW else ""
             axes.plot(steps, losses, marked + style, label=label, linewidth=1, markersize=4)
-    axes.set_title(title(folder.read_config()), loc="left", fontsize=10)
+    config = folder.read_config()
+    axes.set_title(title(config), loc="left", fontsize=10)
     axes.set_xlabel("step (updates of the weights)")
-    axes.set_ylabel("loss (cross entropy, nats per target)")
+    axes.set_ylabel(loss_label(config))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(folder.plot, dpi=120)
+
+
+def loss_label(config: Mapping[str, Any]) -> str:
+    """What the loss of a run is, by the word of its task."""
+    kind = class_of("task", config["task"])
+    return f"loss (weighted sum of {', '.join(kind.loss_names)})" if kind.loss_names else str(kind.loss_label)
 
 
 def title(config: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -12,6 +12,8 @@ from rich.text import Text
 
 from zoo.train.callbacks.limits import update_done
 from zoo.train.clock import Clock
+from zoo.train.metrics.metric import base_name
+from zoo.train.metrics.table import metric_of
 from zoo.train.optim import Limits
 
 __all__ = ["Bar", "ProgressLine", "describe", "duration"]
@@ -32,17 +34,31 @@ def _count(value: float) -> str:
     return f"{value:.3g}"
 
 
-FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "loss": ("loss", lambda v: f"{v:.4f}"),
-    "bits_per_byte": ("bits/byte", lambda v: f"{v:.4f}"),
-    "perplexity": ("perplexity", lambda v: f"{v:.2f}"),
-    "accuracy": ("accuracy", lambda v: f"{v:.4f}"),
-    "sequence_accuracy": ("sequences right", lambda v: f"{v:.4f}"),
-    "last_accuracy": ("last right", lambda v: f"{v:.4f}"),
-    "lr": ("lr", lambda v: f"{v:.2e}"),
-    **{f"{unit}s_per_second": (f"{unit}s/s", _count) for unit in ("token", "image", "frame", "action")},
-    "elapsed": ("time", duration),
-}
+class Shown(NamedTuple):
+    """How a number of a row reads: its label, and its value as text."""
+
+    label: str
+    text: Callable[[float], str]
+
+
+OF_A_RUN = {"lr": Shown("lr", lambda v: f"{v:.2e}"), "elapsed": Shown("time", duration)}
+SPEED, PART = "s_per_second", "loss_"
+
+
+def shown_as(name: str) -> Shown | None:
+    """How a column of a row reads: of the run itself, one of several losses, a metric by its own word; None for others.
+
+    Args:
+        name: without "val_", and without a validation set.
+    """
+    if name in OF_A_RUN:
+        return OF_A_RUN[name]
+    if name.endswith(SPEED):
+        return Shown(f"{name.removesuffix('_per_second')}/s", _count)
+    if name.startswith(PART):
+        return Shown(f"{name.removeprefix(PART).replace('_', ' ')} loss", lambda v: f"{v:.4f}")
+    metric = metric_of(name)
+    return None if metric is None else Shown(metric.title(), metric.text)
 
 
 def describe(row: dict[str, float]) -> str:
@@ -51,10 +67,11 @@ def describe(row: dict[str, float]) -> str:
     if validation:
         row = {name.removeprefix("val_"): value for name, value in row.items()}
     parts = []
-    for base, (label, text) in FORMATS.items():
+    for base in dict.fromkeys(map(base_name, row)):
+        shown = shown_as(base)
         for name, value in row.items():
-            if name.partition("_at_")[0] == base:  # of all validation data, then of each set
-                parts.append(f"{label}{name.removeprefix(base).replace('_at_', '@')} {text(value)}")
+            if shown is not None and base_name(name) == base:  # of all validation data, then of each set
+                parts.append(f"{shown.label}{name.removeprefix(base).replace('_at_', '@')} {shown.text(value)}")
     if row.get("skipped_steps"):
         parts.append(f"skipped steps {int(row['skipped_steps'])}")
     return ("validation  " if validation else "") + "  ".join(parts)

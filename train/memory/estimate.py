@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import Surroundings
 from zoo.layers.backbone import SequenceModel
 from zoo.layers.encoder import Encoder
 from zoo.layers.memory import MemoryPlan
@@ -144,13 +145,14 @@ def estimate(
     chosen: MemoryPlan = model.memory if plan is None else plan
     shapes = _shapes(model, how.activations, device)
     short = max(SHORTEST, min(LONGEST, STRETCHES // (batch * model.config.d_model)))
+    has_grid = isinstance(model, VisionModel) and model.class_token is None
     kinds: dict[str, _Block] = {}
     blocks: list[_Block] = []
     grads: list[int] = []
     for block in shapes.blocks:
         kind = repr(block)
         if kind not in kinds:
-            kinds[kind] = _Block(*_along(partial(_run_block, block, chosen, batch, how), length, short))
+            kinds[kind] = _Block(*_along(partial(_run_block, block, chosen, batch, how, has_grid), length, short))
         blocks.append(kinds[kind])
         grads.append(how.gradient * sum(p.numel() for p in block.parameters()))
     loss = _along(lambda T: (_run_loss(shapes, batch, T, how, device),), length, short)[0]
@@ -204,8 +206,11 @@ def _along(run: Callable[[int], tuple[float, ...]], length: int, short: int) -> 
     return tuple(b + max(0.0, b - a) * steps for a, b in zip(run(short), run(long), strict=True))
 
 
-def _run_block(block: Any, plan: MemoryPlan, batch: int, how: Precision, length: int) -> tuple[float, ...]:
-    """The fields of _Block at one length."""
+def _run_block(
+    block: Any, plan: MemoryPlan, batch: int, how: Precision, has_grid: bool, length: int
+) -> tuple[float, ...]:
+    """The fields of _Block at one length; mixers of pictures see one column of patches."""
+    around = Surroundings(grid=(length, 1) if has_grid else None)
     width = block.mixer_norm.weight.numel()
     engine = offload(torch.device("meta"))
 
@@ -229,7 +234,7 @@ def _run_block(block: Any, plan: MemoryPlan, batch: int, how: Precision, length:
         return kept, forward, backward, engine.packed - sent
 
     block.memory = plan
-    kept, forward, backward, host = run(lambda x: block(x)[0])
+    kept, forward, backward, host = run(lambda x: block(x, around=around)[0])
     inputs = min(kept, batch * length * width * how.activations.itemsize)
     fed = 0
     if block.feed_forward is not None and plan.recompute == "none":

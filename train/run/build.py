@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from zoo.errors import UserError
-from zoo.registry import create_model, model_info
+from zoo.registry import create_model, list_models, model_info
 from zoo.train.run.folder import RunFolder
 from zoo.train.tasks.task import Task
 
@@ -19,11 +19,12 @@ LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE",
 def build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.Module:
     """The model, with the vocabulary (and the classes) of the data unless the user wants more."""
     fields = {key: value for key, value in section.items() if key not in ("name", "size")}
-    for field, value in task.fields(data).items():
+    for field, value in fields_of(task, data).items():
         if field not in model_info(section["name"]).fields:
+            having = [name for name in list_models() if field in model_info(name).fields]
             raise UserError(
                 f"{task.__name__} needs a model with the field {field}, and {section['name']} has none; "
-                "zoo list --tag encoder shows models that have it"
+                f"{', '.join(having) if having else 'no model'} can be trained by it"
             )
         if fields.get(field) is None:
             fields[field] = value
@@ -32,9 +33,26 @@ def build_model(section: Mapping[str, Any], data: Any, task: type[Task]) -> nn.M
     return model
 
 
+def fields_of(task: type[Task], data: Any) -> dict[str, Any]:
+    """`task.fields(data)`, for any data.
+
+    Raises:
+        UserError: the data lack what the task asks for.
+    """
+    try:
+        return task.fields(data)
+    except AttributeError as error:
+        if error.obj is not data:
+            raise
+        raise UserError(
+            f"{task.__name__} asks its data for {error.name}, and {type(data).__name__} has none; choose other data "
+            "or the task that the data are for"
+        ) from error
+
+
 def check_fields(model: nn.Module, data: Any, task: type[Task]) -> None:
     """Refuse a model that has no room for the tokens or the classes of the data."""
-    for field, least in task.fields(data).items():
+    for field, least in fields_of(task, data).items():
         size = getattr(model.config, field, None)
         if size is None or size < least:
             what = {"vocab_size": "tokens", "n_classes": "classes"}.get(field, field)

@@ -1,6 +1,7 @@
 """Training data as one endless epoch."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from zoo.errors import UserError
 from zoo.train.contracts import schema_of
+from zoo.train.tasks.task import Task
 
 __all__ = ["Endless", "EndlessData"]
 
@@ -19,15 +21,32 @@ class Endless:
     the middle of that epoch: the case Lightning restores exactly. The length is a fiction that keeps it from fetching
     one batch ahead, which would put the loader's position one batch past what was trained on; Lightning sums it over
     ranks in 64 bits.
+
+    Args:
+        loader: makes iterators of batches.
+        look_ahead: called with the batches of each update before the first of them; None for nobody.
+        together: how many batches make an update. A checkpoint falls between two, when what was read ahead is used up.
     """
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(
+        self, loader: Any, look_ahead: Callable[[Sequence[Any]], None] | None = None, together: int = 1
+    ) -> None:
+        self.loader, self.look_ahead, self.together = loader, look_ahead, together
 
     def __len__(self) -> int:
         return 2**40
 
     def __iter__(self) -> Iterator[Any]:
+        batches = self._batches()
+        if self.look_ahead is None:
+            yield from batches
+            return
+        while True:
+            ahead = list(itertools.islice(batches, self.together))
+            self.look_ahead(ahead)
+            yield from ahead
+
+    def _batches(self) -> Iterator[Any]:
         while True:
             # Making a DataLoader's iterator draws a seed from torch's generator, which belongs to the model: a resumed
             # run makes one more iterator than an uninterrupted one.
@@ -50,11 +69,17 @@ class Endless:
 
 
 class EndlessData(LightningDataModule):
-    """A data module whose training loader never ends; everything else is the inner module's."""
+    """A data module whose training loader never ends; everything else is the inner module's.
 
-    def __init__(self, inner: LightningDataModule) -> None:
+    Args:
+        inner: the data.
+        task: of several losses, told the batches of each update ahead where there are several; None where it is not
+            to be told.
+    """
+
+    def __init__(self, inner: LightningDataModule, task: Task | None = None) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.task = inner, task
 
     @property
     def schema(self) -> Any:
@@ -76,7 +101,10 @@ class EndlessData(LightningDataModule):
 
     def train_dataloader(self) -> Endless:
         """The inner module's training loader, begun again whenever it ends."""
-        return Endless(self.inner.train_dataloader())
+        together = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
+        if self.task is None or not self.task.loss_names or together == 1:
+            return Endless(self.inner.train_dataloader())
+        return Endless(self.inner.train_dataloader(), self.task.look_ahead, together)
 
     def val_dataloader(self) -> Any:
         """The inner module's loaders for validation, which do end."""

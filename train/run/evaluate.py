@@ -127,11 +127,15 @@ def _is_own_task(override: str, known: Mapping[str, Any]) -> bool:
 
 
 def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
-    """The overrides, with the task that a model without a run was made for."""
+    """The overrides, with the task and the data that a model without a run was made for."""
     if any(override.startswith("task=") for override in overrides):
         return list(overrides)
-    classes = getattr(model.config, "n_classes", None) is not None
-    return [f"task={'classification' if classes else model_info(str(model.name)).task}", *overrides]
+    info = model_info(str(model.name))
+    classes = "vocab_size" in info.fields and getattr(model.config, "n_classes", None) is not None
+    if classes:
+        return ["task=classification", *overrides]
+    chosen = any(override.startswith("data=") for override in overrides)
+    return [f"task={info.task}", *([] if chosen else [f"data={info.data}"]), *overrides]
 
 
 def _with_own_tokenizer(

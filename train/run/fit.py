@@ -254,7 +254,7 @@ def _watch(
 def _run(trainer: Trainer, task: Task, data: Any, checkpoint: Path | None, folder: RunFolder) -> None:
     """Train; a run that is refused before its first update leaves no folder."""
     try:
-        trainer.fit(task, datamodule=EndlessData(data), ckpt_path=checkpoint)
+        trainer.fit(task, datamodule=EndlessData(data, task), ckpt_path=checkpoint)
     except OSError as error:
         raise UserError(f"the run in {folder.path} could not go on: {error.strerror or error}") from error
     except UserError:
@@ -335,7 +335,8 @@ def _memory(section: Any, model: nn.Module, folder: RunFolder) -> list[Callback]
         return []
     if not isinstance(model, TakesMemoryPlan):
         raise UserError(
-            f"memory settings need a model of zoo's blocks, and {type(model).__name__} is none; memory=none"
+            f"memory settings need a model with members memory and use_memory, and {type(model).__name__} has not "
+            "both; memory=none"
         )
     return [FitMemory(options, folder.say)]
 

@@ -9,7 +9,8 @@ from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import Limits, Recipe
-from zoo.train.tasks.task import Batch, Task, summed_loss
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["Classification"]
 
@@ -31,6 +32,8 @@ class Classification(Task):
         UserError: the model tells no classes apart.
     """
 
+    metric_classes = (Accuracy,)
+
     def __init__(
         self, model: nn.Module, optim: Recipe, limits: Limits, data: Any, *, max_nonfinite_steps: int = 10
     ) -> None:
@@ -40,7 +43,6 @@ class Classification(Task):
                 "predicts tokens; give model.n_classes where the model has that field"
             )
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
-        self.val_metrics["accuracy"] = Accuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from zoo.ranges import Range
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import Limits, Recipe
 from zoo.train.picture_sheet import draw_sheet
+from zoo.train.tasks.showing import evaluating
 from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["ImageClassification"]
@@ -38,6 +39,7 @@ class ImageClassification(Task):
     """
 
     unit = "image"
+    metric_classes = (Accuracy,)
 
     def __init__(
         self,
@@ -52,7 +54,6 @@ class ImageClassification(Task):
         refuse_unless_vision(model, data)
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
         self.label_smoothing = label_smoothing
-        self.val_metrics["accuracy"] = Accuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:
@@ -63,10 +64,6 @@ class ImageClassification(Task):
                 "data=digits_images"
             )
         return {"n_classes": data.n_classes}
-
-    def units(self, batch: Batch) -> int:
-        """Pictures of a batch."""
-        return len(batch["images"])
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (B, n_classes) of a batch."""
@@ -95,12 +92,8 @@ class ImageClassification(Task):
         batch = data.sources[1].batch(0, 0, 0, 1)
         there = batch["labels"] != IGNORED
         images, labels = batch["images"][there][:SHOWN], batch["labels"][there][:SHOWN]
-        device = next(model.parameters()).device
-        training = model.training
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model) as device:
             guessed = model(images=images.to(device))[0].argmax(-1).cpu()
-        model.train(training)
         path = folder / "pictures.png"
         right = int((guessed == labels).sum())
         titles = [f"{g}" if g == w else f"{g}, not {w}" for g, w in zip(guessed.tolist(), labels.tolist(), strict=True)]

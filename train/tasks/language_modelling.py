@@ -19,13 +19,15 @@ from zoo.train.metrics import (
     count_right,
 )
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.refusals import refuse_classes
 from zoo.train.tasks.sample_text import sample_text
-from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["LanguageModelling"]
 
 
-class Measured(Protocol):
+class MeasuredInBytes(Protocol):
     """Data that say what they can be judged by, of "bits_per_byte", "perplexity", "accuracy", "last_accuracy"."""
 
     metrics: tuple[Any, ...]
@@ -50,7 +52,7 @@ class LanguageModelling(Task):
         model: nn.Module,
         optim: Recipe,
         limits: Limits,
-        data: Measured,
+        data: MeasuredInBytes,
         *,
         max_nonfinite_steps: int = 10,
     ) -> None:

@@ -10,7 +10,9 @@ from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import Limits, Recipe
-from zoo.train.tasks.task import Batch, Task, refuse_classes, summed_loss
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.refusals import refuse_classes
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["MaskedLanguageModelling"]
 
@@ -40,6 +42,8 @@ class MaskedLanguageModelling(Task):
     Raises:
         UserError: the model is causal, or predicts no tokens, or a rate is not in (0, 1].
     """
+
+    metric_classes = (Accuracy,)
 
     def __init__(
         self,
@@ -73,7 +77,6 @@ class MaskedLanguageModelling(Task):
         self.n_tokens = data.vocab_size  # what a token may be replaced by
         self.mask_id = mask_symbol(data)
         self.never = {self.mask_id, data.tokenizer.eos_id}
-        self.val_metrics["accuracy"] = Accuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from zoo.errors import UserError
 from zoo.layers import EncoderDecoder
 from zoo.train.metrics import IGNORED, Accuracy, SequenceAccuracy, count_right
 from zoo.train.optim import Limits, Recipe
-from zoo.train.tasks.task import Batch, Task, summed_loss
+from zoo.train.tasks.losses import summed_loss
+from zoo.train.tasks.showing import evaluating
+from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["SequenceToSequence", "decode_greedily"]
 
@@ -35,6 +37,8 @@ class SequenceToSequence(Task):
         UserError: the model reads no source.
     """
 
+    metric_classes = (Accuracy, SequenceAccuracy)
+
     def __init__(
         self, model: nn.Module, optim: Recipe, limits: Limits, data: Any, *, max_nonfinite_steps: int = 10
     ) -> None:
@@ -44,8 +48,6 @@ class SequenceToSequence(Task):
                 f"{getattr(model, 'name', 'this model')} is none; use model=encoder_decoder"
             )
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
-        self.val_metrics["accuracy"] = Accuracy()
-        self.val_metrics["sequence_accuracy"] = SequenceAccuracy()
 
     @classmethod
     def fields(cls, data: Any) -> dict[str, Any]:
@@ -110,10 +112,7 @@ def decode_greedily(
         begin: the first token that the decoder is given.
         steps: tokens to decode; nothing ends a row earlier.
     """
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model) as device:
         lengths = None if source_lengths is None else source_lengths.to(device)
         state = model.begin(source.to(device), lengths)
         token = torch.full((len(source), 1), begin, device=device)
@@ -122,5 +121,4 @@ def decode_greedily(
             logits, state = model(token, state)
             token = logits.argmax(-1)
             decoded.append(token)
-    model.train(training)
     return torch.cat(decoded, dim=1).cpu()

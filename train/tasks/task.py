@@ -2,67 +2,70 @@
 
 import math
 import time
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 
 from zoo.checkpoint import IN_TRAINER, describe
 from zoo.errors import UserError
 from zoo.layers.dropout import set_streams
 from zoo.layers.mixer import Solver
 from zoo.train.clock import Clock
-from zoo.train.metrics import IGNORED, MeanLoss
 from zoo.train.optim import Limits, Recipe, gradients, set_lr
+from zoo.train.tasks.contract import Batch, TaskContract
+from zoo.train.tasks.finite import all_finite, whole
+from zoo.train.tasks.losses import weighted_row
+from zoo.train.tasks.refusals import refuse_other_model, refuse_uneven_steps, refuse_unknown_counts
 
-__all__ = ["LOSS_UNIT", "Task", "summed_loss"]
-
-Batch = dict[str, Tensor]
+__all__ = ["LOSS_UNIT", "Batch", "Task"]
 
 # Gradients are those of (sum of the losses) / LOSS_UNIT until the true count of scored targets is known, just before
 # the update. Any constant would do; a power of two is exact, and about a batch's worth of tokens keeps them near 1.
 LOSS_UNIT = 4096.0
 
 
-class Task(LightningModule):
+class Task(TaskContract):
     """The mean loss over the scored targets of a whole update, whatever its micro-batches, ranks and padding.
 
     Every rank and micro-batch adds the gradient of its summed loss; the sum is divided once by the number of scored
     targets of all of them. So the update does not depend on how its tokens were cut. A step whose loss or gradient is
     not finite changes nothing (the optimiser's state included) and is counted; nothing here waits for the device.
 
-    A task says what a batch is made into (`prepared`), its loss (`batch_loss`), how a validation batch is judged
-    (`validation_step`, into `val_loss` and `val_metrics`), and which fields of a model the data decide (`fields`). It
-    may say the `unit` of its throughput and how many a batch has (`units`), and `show` something of the model.
+    What a task says of itself stands in `TaskContract`: its losses, its metrics, the unit of its throughput. Several
+    losses are each a mean over a count of their own, that of the whole update on all ranks. The counts are exchanged
+    before the backward pass; where several batches make an update, the task says them ahead (`counts`).
 
     Args:
         model: follows the model contract, `model(tokens, cu_seqlens=...) -> (logits, state)`.
         optim: the optimiser's recipe.
         limits: when training ends; the schedule runs against it.
+        data: the data module, for tasks that ask it something.
         max_nonfinite_steps: give up after so many skipped steps in a row. On a CPU this is checked at every step,
             elsewhere whenever metrics are logged.
     """
 
-    unit = "token"  # of the throughput
-
-    def __init__(self, model: nn.Module, optim: Recipe, limits: Limits, *, max_nonfinite_steps: int = 10) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: Recipe,
+        limits: Limits,
+        data: LightningDataModule | None = None,
+        *,
+        max_nonfinite_steps: int = 10,
+    ) -> None:
+        super().__init__(model)
         if max_nonfinite_steps < 1:
             raise UserError(f"task.max_nonfinite_steps must be at least 1, got {max_nonfinite_steps}")
-        self.model = model
         self.optim = optim
         self.limits = limits
         self.max_nonfinite_steps = max_nonfinite_steps
         self.metrics: tuple[str, ...] = ()  # of "bits_per_byte", "perplexity": what rows say of training, too
         self.clock = Clock()
         self.lr = 0.0
-        self.val_loss = MeanLoss()
-        self.val_metrics = nn.ModuleDict()
         # Sums on the device, read only when metrics are logged. They are part of the run's state, not of the model.
         self._update = torch.zeros(4)  # this update's [nll, scored targets, bytes, units] on this rank
         self._window = torch.zeros(5)  # since the last row: [nll, scored targets, bytes, gradient norm, good steps]
@@ -77,57 +80,40 @@ class Task(LightningModule):
         if shard_weights is not None:
             shard_weights(self.model)
 
-    # -- what a task says ---------------------------------------------------------------------------------------
-
-    @classmethod
-    def fields(cls, data: Any) -> dict[str, Any]:
-        """Fields of the model's config that the data decide, unless the user has: {field: its least value}.
-
-        Raises:
-            UserError: the data are not for this task.
-        """
-        raise NotImplementedError
-
-    def prepared(self, batch: Batch, index: int, *, training: bool) -> Batch:
-        """The batch that the model sees; `index` counts the batches of this rank since the run (or pass) began."""
-        return batch
-
-    def batch_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The summed loss of a prepared batch and the number of its scored targets."""
-        raise NotImplementedError
-
-    def units(self, batch: Batch) -> int:
-        """How many of `unit` a batch holds, fillers included."""
-        return batch["tokens"].numel()
-
-    def show(self, model: nn.Module, data: Any, folder: Path, step: int | None = None) -> str | None:
-        """Make something of the model to look at.
-
-        Args:
-            model: the task's model as it is trained, or the finished one.
-            data: the data module.
-            folder: where files go, the run's.
-            step: updates done; None at the end of the run.
-
-        Returns:
-            what to say, and where the file is if there is one; None where the task shows nothing.
-
-        Raises:
-            UserError: an extra is not installed.
-        """
-        return None
-
     # -- training -----------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add the batch's summed loss to this update."""
         batch = self.prepared(batch, batch_idx, training=True)
-        nll, scored = self.batch_loss(batch)
+        nll, scored = self._several(batch) if self.loss_names else self.batch_loss(batch)
         units = scored.new_full((), self.units(batch))
         n_bytes = batch.get("n_bytes", scored.new_zeros(()))
         self._update += torch.stack([x.float() for x in (nll.detach(), scored, n_bytes, units)])
         # Lightning divides by the number of micro-batches; `configure_gradient_clipping` knows the right divisor.
         return nll * (self.trainer.accumulate_grad_batches / LOSS_UNIT)
+
+    def _several(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The weighted sum of the losses, each over its count in the whole update; so no count is left to divide by."""
+        totals, counts = self._losses.add(self.losses(batch))
+        everywhere = self._losses.ahead
+        if everywhere is None:
+            refuse_unknown_counts(self.trainer.accumulate_grad_batches)
+            everywhere = self._summed(counts)
+        return self._losses.weighted(totals, everywhere), torch.zeros_like(counts[0])
+
+    def look_ahead(self, batches: Sequence[Batch]) -> None:
+        """Take the counts of the batches of the next update, whole ones as the data give them."""
+        counts = self._losses.counted([self.counts(batch) for batch in batches])
+        kwargs = self.trainer.distributed_sampler_kwargs  # ranks that share a sample all know its counts
+        sharing = 1 if kwargs is None else self.trainer.world_size // int(kwargs["num_replicas"])
+        self._losses.ahead = self._summed(counts.to(self.device)) // sharing
+
+    def _summed(self, counts: Tensor) -> Tensor:
+        """Over all ranks."""
+        if self.trainer.world_size == 1:
+            return counts
+        summed: Tensor = self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
+        return summed
 
     def configure_gradient_clipping(
         self,
@@ -137,15 +123,13 @@ class Task(LightningModule):
     ) -> None:
         """Turn summed gradients into the mean's, clip them, and tell the optimiser to skip what is not finite."""
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # Lightning's wrapper keeps attributes to itself
-        totals: Tensor = self._update
-        if self.trainer.world_size > 1:
-            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
-        totals, units = totals[:3], totals[3]
+        totals = self._summed(torch.cat([self._update, self._losses.update.flatten()]))
+        totals, units, losses = totals[:3], totals[3], totals[4:].unflatten(0, (-1, 2))
         self._units += units.long()
         grads = gradients(inner)
         # Data-parallel strategies average over ranks; the mean over tokens wants the sum.
         scale = self.trainer.world_size * LOSS_UNIT / totals[1].clamp(min=1.0)
-        norm = _whole(torch.nn.utils.get_total_norm(grads)) * scale
+        norm = whole(torch.nn.utils.get_total_norm(grads)) * scale
         bad = ~(torch.isfinite(norm) & torch.isfinite(totals[0]))
         if gradient_clip_val:
             scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)
@@ -157,6 +141,7 @@ class Task(LightningModule):
         self._skipped[0] += bad
         self._skipped[1] = (self._skipped[1] + 1) * bad
         self._update.zero_()
+        self._losses.close(losses, bad)
         if self.device.type == "cpu":
             self.refuse_nonfinite()
 
@@ -168,6 +153,7 @@ class Task(LightningModule):
 
     def refuse_nonfinite(self) -> None:
         """Give up when the last steps were all skipped."""
+        self._losses.refuse_miscounted()
         in_a_row = int(self._skipped[1])
         if in_a_row >= self.max_nonfinite_steps:
             raise UserError(
@@ -176,16 +162,8 @@ class Task(LightningModule):
             )
 
     def weights_are_finite(self) -> bool:
-        """Whether every weight is a finite number; reads each once and waits for the device once. Same on all ranks.
-
-        A sum is finite only if all its terms are, and costs a tenth of asking each: on one core 0.2 ms for 735,000
-        weights, 126 ms for 60 million, 7 % of torch.save's time for them. It may overflow: then each is asked.
-        """
-        weights = [p.detach() for p in self.model.parameters()]
-        total = _whole(torch.stack([weight.sum() for weight in weights]).sum())
-        if bool(torch.isfinite(total)):
-            return True
-        return bool(torch.isfinite(_whole(torch.nn.utils.get_total_norm(weights, norm_type=math.inf))))
+        """Whether every weight is a finite number; waits for the device once. Same on all ranks."""
+        return all_finite(p.detach() for p in self.model.parameters())
 
     def fault(self, val_loss: float) -> str | None:
         """What makes the model of a finished run useless by not being finite; None where nothing does.
@@ -221,8 +199,8 @@ class Task(LightningModule):
         """Publish the metrics to Lightning (for callbacks that monitor one) and start afresh."""
         self.log_dict(self.validation_row(), logger=False, sync_dist=self.trainer.world_size > 1)
         self.val_loss.reset()
-        metrics: dict[str, Any] = dict(self.val_metrics.items())
-        for metric in metrics.values():
+        metrics: list[Any] = [*self.val_losses.values(), *self.val_metrics.values()]
+        for metric in metrics:
             metric.reset()
 
     # -- what is measured ---------------------------------------------------------------------------------------
@@ -234,13 +212,14 @@ class Task(LightningModule):
         train = ["loss", *(m for m in ("bits_per_byte", "perplexity") if m in self.metrics)]
         if self._solvers:
             speed.append("residual")
-        return [*train, *speed, "val_loss", *(f"val_{name}" for name in self.val_metrics)]
+        train[1:1] = losses = [f"loss_{name}" for name in self.loss_names]
+        return [*train, *speed, *(f"val_{name}" for name in ("loss", *losses, *self.val_metrics))]
 
     def training_row(self) -> dict[str, float]:
         """The numbers since the last call; reads the device."""
         nll, scored, n_bytes, norms, steps = self._window.tolist()
         loss = nll / scored if scored else math.nan
-        row = {"loss": loss}
+        row = self._losses.row() if self.loss_names else {"loss": loss}
         if "bits_per_byte" in self.metrics:
             row["bits_per_byte"] = nll / (math.log(2) * n_bytes) if n_bytes else math.nan
         if "perplexity" in self.metrics:
@@ -275,9 +254,14 @@ class Task(LightningModule):
 
     def validation_row(self) -> dict[str, float]:
         """The validation metrics so far, over all ranks."""
-        row = {"val_loss": float(self.val_loss.compute())}
+        row = {"loss": float(self.val_loss.compute())} if not self.loss_names else self._several_row()
         metrics: dict[str, Any] = dict(self.val_metrics.items())
-        return row | {f"val_{name}": float(metric.compute()) for name, metric in metrics.items()}
+        row |= {name: float(metric.compute()) for name, metric in metrics.items()}
+        return {f"val_{name}": value for name, value in row.items()}
+
+    def _several_row(self) -> dict[str, float]:
+        means: dict[str, Any] = dict(self.val_losses.items())
+        return weighted_row({name: float(mean.compute()) for name, mean in means.items()}, self._losses.weights)
 
     def _speed(self) -> float:
         """Units per second of training since the last call, over all ranks, pauses left out."""
@@ -301,6 +285,9 @@ class Task(LightningModule):
         self._update, self._window, self._skipped, self._units = (
             t.to(self.device) for t in (self._update, self._window, self._skipped, torch.zeros_like(self._units))
         )
+        self._losses.to(self.device)
+        if self.loss_names:
+            refuse_uneven_steps(self.trainer.strategy, type(self).__name__)
         self._since, self._pause = time.monotonic(), 0.0
         self.clock.start()
 
@@ -312,6 +299,8 @@ class Task(LightningModule):
             "window": self._window.cpu(),
             "skipped": self._skipped.cpu(),
         }
+        if self.loss_names:
+            checkpoint["zoo"]["losses"] = self._losses.window.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it up again.
@@ -319,39 +308,9 @@ class Task(LightningModule):
         Raises:
             UserError: the checkpoint is of another model than the run's config describes.
         """
-        now, then = describe(self.model), checkpoint[IN_TRAINER]
-        if now["model"] != then["model"]:
-            raise UserError(
-                f"the run cannot go on: its config.yaml says model.name={now['model']} and its checkpoint holds a "
-                f"{then['model']}; put the run's own config.yaml back"
-            )
-        for field, value in now["config"].items():
-            if field in then["config"] and then["config"][field] != value:
-                raise UserError(
-                    f"the run cannot go on: its config.yaml says model.{field}={value} and its checkpoint was trained "
-                    f"with {then['config'][field]}; put the run's own config.yaml back, or start a new run"
-                )
+        refuse_other_model(describe(self.model), checkpoint[IN_TRAINER])
         state = checkpoint["zoo"]
         self.clock.now = state["elapsed"]
         self._window, self._skipped = state["window"].clone(), state["skipped"].clone()
-
-
-def _whole(number: Tensor) -> Tensor:
-    """A number that was computed from tensors cut across ranks, on every rank."""
-    return number.full_tensor() if isinstance(number, DTensor) else number
-
-
-def summed_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropy summed over the scored targets, in float32 or better, and their number."""
-    logits = logits.flatten(0, -2)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return loss, (targets != IGNORED).sum()
-
-
-def refuse_classes(task: str, data: Any) -> None:
-    """Refuse data that label whole sequences, for a task about tokens."""
-    if getattr(data, "n_classes", None) is not None:
-        raise UserError(
-            f"task={task} is about tokens, and {type(data).__name__} labels whole sequences; use task=classification"
-        )
+        if self.loss_names:
+            self._losses.window = state["losses"].clone()

@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError:  # this code measures older commits, too
     as_model = None  # type: ignore[assignment]
 
-__all__ = ["arguments", "example", "targets", "units"]
+__all__ = ["arguments", "example", "sizes", "targets", "units"]
 
 
 def example(model: nn.Module, batch: int, length: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -30,6 +30,15 @@ def arguments(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor
 def units(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     """How many tokens (images, ...) a batch holds."""
     return batch["tokens"].numel() if as_model is None else as_model(model).units(batch)
+
+
+def sizes(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, int]:
+    """B, and T where the model's first input has time, of a batch."""
+    if as_model is None:
+        return dict(zip(("B", "T"), batch["tokens"].shape, strict=True))
+    first = as_model(model).inputs[0]
+    named = dict(zip(first.shape.split(), batch[first.name].shape, strict=True))
+    return {name: named[name] for name in ("B", "T") if name in named}
 
 
 def targets(batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
@@ -29,17 +30,22 @@ from zoo.bench.record import (
 )
 from zoo.bench.report import newest
 from zoo.bench.steps import DEPTH, WARM_UP, ModelRequest, StepBench
+from zoo.bench.task_losses import says_losses
 from zoo.decoding import generate
 from zoo.errors import UserError
 from zoo.layers.model import as_model
 from zoo.ops.core.spec import TOLERANCE
-from zoo.registry import model_info
 from zoo.train import fit
+from zoo.train.run.instantiate import class_of
+from zoo.train.tasks.classification import Classification
+from zoo.train.tasks.image_classification import ImageClassification
+from zoo.train.tasks.language_modelling import LanguageModelling
+from zoo.train.tasks.sequence_to_sequence import SequenceToSequence
 from zoo.train.tasks.task import LOSS_UNIT
 
 __all__ = ["about_model", "check_request", "measure_decoding", "run_model"]
 
-MEASURED = ("language_modelling", "classification", "image_classification", "sequence_to_sequence")  # tasks
+MEASURED = (LanguageModelling, Classification, ImageClassification, SequenceToSequence)  # by plain cross entropy
 DECODE = "one token"
 PROMPT, DECODED = 64, 64  # tokens
 
@@ -80,8 +86,7 @@ class InTurns(Callback):
         now = time.perf_counter()
         done = batch_idx + 1 - WARM_UP
         if done <= 0:
-            scored = (targets(batch) != -100).sum()
-            self.losses.append(float(outputs["loss"]) * LOSS_UNIT / float(scored))
+            self.losses.append(float(outputs["loss"]) * LOSS_UNIT / self._divisor(pl_module, batch))
         if done > 0 and done % self.request.steps == 0:
             self.side.phases[STEP].times.append((now - self._began) / self.request.steps)
         rounds = len(self.bench.sides[BARE].phases[STEP].times)
@@ -91,6 +96,16 @@ class InTurns(Callback):
             self.say(f"{self.case.name}: round {rounds + 1} of {self.request.repeats}{so_far}")
             self.bench.round()
             self._began = time.perf_counter()
+
+    def _divisor(self, task: Any, batch: Any) -> float:
+        """What a step's sum of losses is to be divided by."""
+        assert self.bench is not None
+        if not self.bench.by_task:
+            return float((targets(batch) != -100).sum())
+        if task.loss_names:  # each is a mean already
+            return 1.0
+        with torch.no_grad():
+            return float(task.batch_loss(batch)[1].clamp(min=1))
 
     def check(self) -> None:
         """Both loops must have had the same losses: only then they did the same work."""
@@ -132,9 +147,9 @@ def run_model(request: ModelRequest, say: Callable[[str], None]) -> Record:
     if not turns.bench.sides[BARE].is_red:
         turns.check()
         turns.case.sides.insert(1, turns.side)
-        if not turns.side.is_red and not stopped:
+        if not turns.side.is_red and not stopped and continues_tokens(turns.bench.model):
             say(f"{name}: decoding")
-            cases += [measure_decoding(turns.bench, request.repeats)] if continues_tokens(turns.bench.model) else []
+            cases.append(measure_decoding(turns.bench, request.repeats))
     about |= about_model(request) | {
         "matmul_peak": {request.dtype: max(peak, matmul_peak(dtype_of(request.dtype), request.device))},
         "load_after": load(),
@@ -149,11 +164,13 @@ def check_request(request: ModelRequest) -> None:
         UserError: another task, several batches per update, or a trial run.
     """
     config = request.config
-    info = model_info(config["model"]["name"])
-    if info.task not in MEASURED:
+    kind = class_of("task", config["task"])
+    if not (issubclass(kind, MEASURED) or says_losses(kind)):
+        names = ", ".join(each.__name__ for each in MEASURED)
         raise UserError(
-            f"zoo bench model= measures steps on batches as the data give them, and task={info.task} of {info.name} "
-            f"makes its own; take a model for {', '.join(MEASURED)}"
+            f"zoo bench and zoo profile measure steps on batches as the data have them, by cross entropy for {names} "
+            f"or by a task's losses_of, and {kind.__name__} (model={config['model']['name']}) has neither; "
+            "take another model or task"
         )
     if config["trainer"]["accumulate_grad_batches"] != 1 or config["trainer"]["fast_dev_run"]:
         raise UserError("a training step is measured on one batch; leave accumulate_grad_batches and fast_dev_run out")

@@ -15,7 +15,6 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from zoo import ops
-from zoo.bench.model_inputs import arguments, targets
 from zoo.bench.report import align, mebibytes, seconds
 from zoo.bench.steps import ModelRequest, StepBench
 from zoo.errors import UserError
@@ -57,6 +56,7 @@ class Profile:
         peak_bytes: the most memory that was live above what stands between the steps.
         standing_bytes: parameters and the optimiser's moments.
         clock: whose seconds: "CPU", or the GPU's kernels.
+        units: how many of `unit` (tokens, images, frames) a step takes.
     """
 
     name: str
@@ -65,6 +65,8 @@ class Profile:
     peak_bytes: int
     standing_bytes: int
     clock: str
+    units: int = 0
+    unit: str = "token"
 
     def markdown(self) -> str:
         """The table; both columns of percentages sum to 100."""
@@ -77,11 +79,16 @@ class Profile:
         lines = [
             *align(table),
             "",
-            f"{self.name}: one training step, time by the {self.clock} clock while the profiler runs (so small "
-            f"operations look a little dearer than they are); parameters and moments stand at "
+            f"{self.name}: one training step{self._rate()}, time by the {self.clock} clock while the profiler runs (so "
+            f"small operations look a little dearer than they are); parameters and moments stand at "
             f"{mebibytes(self.standing_bytes)} beside the peak",
         ]
         return "\n".join(lines) + "\n"
+
+    def _rate(self) -> str:
+        if not (self.units and self.seconds):
+            return ""
+        return f" of {self.units:,} {self.unit}s, {self.units / self.seconds:.4g} {self.unit}s/s"
 
 
 class _RangedSteps(StepBench):
@@ -91,10 +98,10 @@ class _RangedSteps(StepBench):
         with record_function(f"{PHASE}data"):
             batch = self.next_batch() if batch is None else batch
         with record_function(f"{PHASE}forward"), self.autocast():
-            logits = self.model(**arguments(self.model, batch))[0]
+            outputs = self.outputs(self.model, self.task, batch)
         with record_function(f"{PHASE}loss"):
-            loss = self.loss_of(logits, targets(batch))
-            del logits
+            loss = self.mean(outputs, self.task, batch)
+            del outputs
         with record_function(f"{PHASE}backward"):
             loss.backward()
         with record_function(f"{PHASE}optimizer"):
@@ -145,6 +152,8 @@ def profile_model(request: ModelRequest, trace: Path) -> Profile:
         peak_bytes=peak,
         standing_bytes=bench.standing_bytes(),
         clock="GPU kernels'" if on_cuda else "CPU",
+        units=bench.units(bench.next_batch()),
+        unit=bench.unit,
     )
 
 

@@ -36,7 +36,7 @@ class Phase:
 
     Attributes:
         times: seconds per call, one per round; sides with fewer rounds sat out the last ones.
-        tokens: per call.
+        tokens: per call, or what else the case counts by its `unit`.
         flops: per call, by a formula; 0 when nobody has counted them.
         peak_bytes: memory above what was live before the call, or None.
     """
@@ -98,6 +98,7 @@ class CaseResult:
         flops_by: who counted.
         sides: the competitors; the first is what the others are compared with.
         notes: what a reader should know.
+        unit: what `Phase.tokens` counts.
     """
 
     name: str
@@ -107,6 +108,7 @@ class CaseResult:
     flops_by: str = ""
     sides: list[SideResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unit: str = "token"
 
 
 @dataclass

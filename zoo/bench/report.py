@@ -13,7 +13,7 @@ from zoo.errors import UserError
 __all__ = ["align", "growth", "markdown", "mebibytes", "newest", "overhead", "plot", "ratio", "seconds"]
 
 COLUMNS = (
-    "side", "time, times {first}", "phase", "median", "quartiles", "tokens/s", "FLOP/s", "MFU", "peak memory",
+    "side", "time, times {first}", "phase", "median", "quartiles", "{unit}s/s", "FLOP/s", "MFU", "peak memory",
     "first call",
 )  # fmt: skip
 
@@ -101,7 +101,7 @@ def _heading(record: Record) -> str:
 def _case(case: CaseResult, about: dict[str, Any]) -> str:
     sizes = " ".join(f"{key}={value}" for key, value in case.sizes.items())
     first = next((side for side in case.sides if side.phases), None)
-    columns = [c.format(first=first.name if first else "-") for c in COLUMNS]
+    columns = [c.format(first=first.name if first else "-", unit=case.unit) for c in COLUMNS]
     rows = []
     peak = about.get("matmul_peak", {}).get(case.dtype)
     for phase in dict.fromkeys(name for side in case.sides for name in side.phases):

@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.bench.flops import training_flops
 from zoo.bench.measure import dtype_of, peak_bytes, synchronize
-from zoo.bench.model_inputs import arguments, targets, units
+from zoo.bench.model_inputs import arguments, sizes, targets, units
 from zoo.bench.record import BARE, STEP, CaseResult, Phase, SideResult
+from zoo.bench.task_losses import make_task, own_losses, says_losses
 from zoo.ops.core.spec import TOLERANCE, relative_error
 from zoo.registry import create_model, resolve
 from zoo.train.optim import set_lr
@@ -75,8 +76,8 @@ class ModelRequest:
 class StepBench:
     """Whole training steps by a bare loop, and the matrix products of such a step alone.
 
-    The loop does what the task of `zoo train` does and no more: forward, mean cross entropy, backward, clipping by
-    the global norm, fused AdamW at a scheduled rate, on batches of the same data.
+    The loop does what the task of `zoo train` does and no more: forward, mean cross entropy or the task's own losses,
+    backward, clipping by the global norm, fused AdamW at a scheduled rate, on batches of the same data.
     """
 
     def __init__(self, request: ModelRequest, model: nn.Module | None = None) -> None:
@@ -92,6 +93,9 @@ class StepBench:
         self.model.train()
         self.optim = resolve(config["optim"]["_target_"])(**_settings(config["optim"]))
         self.optimizer: torch.optim.Optimizer = self.optim.build(self.model)
+        self.data, self.kind = data, _class_of(config["task"]["_target_"])
+        self.by_task = says_losses(self.kind)
+        self.task = self._task(self.model)
         self.clip: float | None = config["trainer"].get("gradient_clip_val")
         self.batches: Iterator[dict[str, Tensor]] = _endless(data.train_dataloader())
         self.done = 0
@@ -106,11 +110,33 @@ class StepBench:
         mixed = self.request.precision == "bf16-mixed"
         return torch.autocast(self.device.type, torch.bfloat16) if mixed else contextlib.nullcontext()
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean cross entropy of a batch."""
+    def _task(self, model: nn.Module) -> Any:
+        return make_task(self.kind, _settings(self.request.config["task"]), model, self.optim, self.data)
+
+    def loss(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """The loss of a batch; of another model than the bench's where one is given."""
+        task = self.task if model is None else self._task(model)
+        model = self.model if model is None else model
         with self.autocast():
-            logits = model(**arguments(model, batch))[0]
-        return self.loss_of(logits, targets(batch))
+            outputs = self.outputs(model, task, batch)
+        return self.mean(outputs, task, batch)
+
+    def outputs(self, model: nn.Module, task: Any, batch: Mapping[str, Tensor]) -> Any:
+        """The forward pass of a model, or of the task that has it."""
+        return task(batch) if self.by_task else model(**arguments(model, batch))[0]
+
+    def mean(self, outputs: Any, task: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The task's own losses where it says them, else the mean cross entropy."""
+        return own_losses(task, outputs, batch) if self.by_task else self.loss_of(outputs, targets(batch))
+
+    def units(self, batch: Mapping[str, Tensor]) -> int:
+        """How many of the task's units (tokens, images, frames) a batch holds."""
+        return units(self.model, batch) if self.task is None else int(self.task.units(batch))
+
+    @property
+    def unit(self) -> str:
+        """What the throughput counts."""
+        return "token" if self.task is None else str(self.task.unit)
 
     def loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy over the scored targets, in float32 at least."""
@@ -129,7 +155,7 @@ class StepBench:
 
     def step(self, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         """One training step; its loss, still on the device."""
-        loss = self.loss(self.model, self.next_batch() if batch is None else batch)
+        loss = self.loss(self.next_batch() if batch is None else batch)
         loss.backward()
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -142,15 +168,14 @@ class StepBench:
     def prepare(self) -> CaseResult:
         """Prove the step, warm it up, count and weigh it, and note its products."""
         batch = self.next_batch()
-        first = next(iter(arguments(self.model, batch).values()))
-        B, T = len(first), first.shape[1] if first.ndim == 2 else 1
-        self.sizes = {"B": B, "T": T} if first.ndim == 2 else {"B": B}
-        count = units(self.model, batch)
+        self.sizes = sizes(self.model, batch)
+        count, seen = self.units(batch), units(self.model, batch)
         bare = self.sides[BARE]
         bare.errors, by = self._errors(batch)
         limit = DEPTH * TOLERANCE[dtype_of(self.dtype)]
         bare.red = {name: error for name, error in bare.errors.items() if not error <= limit}
-        case = CaseResult(self.request.config["model"]["name"], self.sizes, self.dtype, by, "three forward passes")
+        name = self.request.config["model"]["name"]
+        case = CaseResult(name, self.sizes, self.dtype, by, "three forward passes", unit=self.unit)
         case.sides = list(self.sides.values())
         if bare.red:
             case.sides = [bare]
@@ -160,7 +185,7 @@ class StepBench:
         synchronize(self.device)
         bare.first_call = time.perf_counter() - start
         self.losses += [self.step() for _ in range(WARM_UP - 1)]
-        flops = training_flops(self.model, T) * count
+        flops = training_flops(self.model, self.sizes.get("T", 1)) * seen
         weighed = self.next_batch()
         peak = peak_bytes(lambda: self.step(weighed), self.device)
         bare.phases[STEP] = Phase(tokens=count, flops=flops, peak_bytes=peak)
@@ -170,24 +195,20 @@ class StepBench:
             self.sides[name].phases[STEP] = Phase(tokens=count, flops=self.products.flops(linear=name == LINEAR))
             self.products.run(linear=name == LINEAR)
         parameters = sum(p.numel() for p in self.model.parameters())
-        unit = "token" if first.ndim == 2 else "image"
         case.notes += [
-            f"{parameters:,} parameters, {flops / count:,.0f} FLOPs per {unit} in training",
+            f"{parameters:,} parameters, {flops / count:,.0f} FLOPs per {self.unit} in training",
             f"parameters and the optimiser's moments stand at {self.standing_bytes() / 2**20:.1f} MiB beside the peak",
         ]
         return case
 
     def _errors(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, float], str]:
         """Loss and gradient of a small part of a batch against the same model in float64."""
-        kept = {**arguments(self.model, batch), "targets": targets(batch)}
-        kept.pop("cu_seqlens", None)  # the first tokens of a packed row are measured as one document
-        part = {name: x[:1, :256].contiguous() if x.ndim == 2 else x[:1].contiguous() for name, x in kept.items()}
-        if "source_lengths" in part:
-            part["source_lengths"] = part["source_lengths"].clamp(max=256)
+        part = self._part(batch)
         model, exact = copy.deepcopy(self.model), copy.deepcopy(self.model).double()
-        ours = self.loss(model, part)
+        ours = self.loss(part, model)
         wide = {name: x.double() if x.is_floating_point() else x for name, x in part.items()}
-        want = self.loss_of(exact(**arguments(exact, wide))[0], part["targets"])
+        task = self._task(exact) if self.by_task else None
+        want = self.mean(self.outputs(exact, task, wide), task, wide)  # outside of autocast
         flat = [
             torch.cat([torch.zeros(1) if g is None else g.double().cpu().flatten() for g in gradients])
             for gradients in (
@@ -199,9 +220,20 @@ class StepBench:
             "loss": relative_error(ours.detach()[None], want.detach()[None]),
             "gradient": relative_error(flat[0], flat[1]),
         }
-        row = next(iter(part.values()))
-        what = f"one row of {row.shape[1]} tokens" if row.ndim == 2 else "one image"
+        length = sizes(self.model, part).get("T")
+        what = f"one {self.unit}" if length is None else f"one row of {length} {self.unit}s"
         return errors, f"the same model in float64 on {what}"
+
+    def _part(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One row of a batch; of a row of tokens the first 256."""
+        if self.by_task:
+            return {name: x[:1].contiguous() if x.ndim else x for name, x in batch.items()}
+        kept = {**arguments(self.model, batch), "targets": targets(batch)}
+        kept.pop("cu_seqlens", None)  # the first tokens of a packed row are measured as one document
+        part = {name: x[:1, :256].contiguous() if x.ndim == 2 else x[:1].contiguous() for name, x in kept.items()}
+        if "source_lengths" in part:
+            part["source_lengths"] = part["source_lengths"].clamp(max=256)
+        return part
 
     def round(self) -> None:
         """Time a burst of each side."""

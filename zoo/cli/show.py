@@ -92,8 +92,9 @@ def _config_table(model: nn.Module, fields: Any) -> Table:
 
 def _work(model: nn.Module) -> str:
     flops, _ = forward_flops(model)
-    unit = as_model(model).unit
-    at = f" at T = {LENGTH}" if unit == "token" else ""
+    known = as_model(model)
+    unit = known.unit
+    at = f" at T = {LENGTH}" if any("T" in each.shape.split() for each in known.inputs) else ""
     return (
         f"FLOPs per {unit}{at}: {short_count(flops)} forward, {short_count(3 * flops)} in training "
         "(forward + backward, the backward counted as twice the forward)"

@@ -95,7 +95,7 @@ def collect(
         end = remedy(metric, columns, f"there is {', '.join(columns)}")
         raise UserError(f"no column {metric!r} in metrics.csv{end}")
     column = metric or next((name for name in METRICS if name in columns), None)
-    sign = -1.0 if METRICS.get(column or "", "acc" in (column or "")) else 1.0
+    sign = -1.0 if column is not None and larger_is_better(column, runs) else 1.0
 
     def rank(run: Run) -> float:
         value = float(last[run.folder].get(column or "", "nan"))
@@ -106,6 +106,22 @@ def collect(
         measured = {column: last[run.folder].get(column, "")} if column else {}
         rows.append({**run.values, **measured, "status": status.get(run.folder, "not run"), "run": str(run.folder)})
     return rows, column
+
+
+def larger_is_better(column: str, runs: Sequence[Run]) -> bool:
+    """Whether the best run has the largest value of a column, by the word of the metric behind it."""
+    if column in METRICS:
+        return METRICS[column]
+    from zoo.train.metrics.table import metric_of  # torch, which a sweep of known columns does not need
+    from zoo.train.run.folder import RunFolder
+    from zoo.train.run.instantiate import class_of
+
+    for run in runs:
+        if (run.folder / "config.yaml").is_file():
+            class_of("task", RunFolder(run.folder).read_config()["task"])  # its module declares its metrics
+            break
+    metric = metric_of(column)
+    return metric is not None and metric.better == "higher"
 
 
 def last_values(path: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.ops.attention.attention.blockwise import attention_blockwise
+from zoo.ops.attention.attention.named import Mask, named_mask
 from zoo.ops.attention.attention.parallel import attention_across
 from zoo.ops.attention.attention.reference import attention_reference, right_aligned
 from zoo.ops.attention.attention.sdpa import attention_sdpa, builds_a_large_mask, past_mask_is_large
@@ -103,8 +104,8 @@ def attention(
         cu_seqlens: boundaries (n + 1,) of packed queries, B = 1; documents do not see each other.
         cu_seqlens_k: boundaries of packed keys when they differ from the queries' (cached keys before each document).
         visible: which keys each query sees, in place of causal, window, past, and of lengths and boundaries, for bands,
-            trees, two streams and whatever else intervals can say; T and S may be any. It runs in plain torch, by
-            blocks, in O(T + S) memory; kernels do not take it yet. Keys that nobody sees must be finite, too.
+            trees, two streams and whatever else intervals can say; T and S may be any. "torch" goes by blocks in
+            O(T + S) memory, "triton" is our kernels. Keys that nobody sees must be finite, too.
         return_lse: also return the log-sum-exp, with which `zoo.ops.core.algebra.LogSumExp` merges partial results over
             disjoint keys.
         backend: "auto", "torch", "triton" or "reference". "torch" is torch's SDPA, or our blocks in plain torch where
@@ -122,9 +123,10 @@ def attention(
         "usp": the same among `inner` neighbouring ranks, and a ring across; contiguous or zigzag.
         "tokenring": queries go round and their answers come straight home; the better layout is zigzag.
         "lightseq": early ranks help late ones, P // 2 + 1 steps; contiguous and causal.
-    With a window in a contiguous layout only the keys that it reaches travel, by any method that does not share out
-    heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of activations reads
-    (o, lse) back.
+    A `visible` goes by "allgather", in any layout, with the labels of the rank's own queries and the intervals of its
+    own keys. With a window in a contiguous layout only the keys that it reaches travel, by any method that does not
+    share out heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of activations
+    reads (o, lse) back.
 
     Returns:
         o: (B, T, H, V), in the dtype of q. A query that sees no key gives zeros.
@@ -143,7 +145,7 @@ def attention(
     """
     name = "attention"
     sizes = check.shapes(name, {"q": (q, "B T H K"), "k": (k, "B S Hk K"), "v": (v, "B S Hk V")})
-    _B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
+    B, T, S, H, Hk, K = (sizes[dim] for dim in ("B", "T", "S", "H", "Hk", "K"))
     check.same_dtype(name, q=q, k=k, v=v)
     if not Hk or H % Hk:
         raise ValueError(f"{name}: the number of query heads must be a multiple of key heads; got {H}, {Hk}")
@@ -161,8 +163,16 @@ def attention(
             "window": window, "key_lengths": key_lengths, "past": past, "cu_seqlens": cu_seqlens,
             "cu_seqlens_k": cu_seqlens_k,
         }  # fmt: skip
-        _check_visible(name, sizes, visible, others, q.device, place is not None and place.shard.size > 1)
-        chosen = OPERATOR.decide(backend, q, sizes, problem="kernels take no visible").backend
+        _check_visible(name, sizes, visible, others, q.device)
+        if place is not None and place.shard.size > 1:
+            _across_ranks(name, sizes, None, None, None, None, None, backend)
+            OPERATOR.decide(backend, q, sizes, problem="blocks across ranks run in plain torch")
+            o, lse = attention_across(place, q, k, v, False, None, scale, visible)
+            return (o, lse) if return_lse else o
+        chosen = OPERATOR.decide(backend, q, sizes).backend
+        if chosen == "triton":
+            o, lse = kernels.attention_kernels(q, k, v, Mask(visible), scale)
+            return (o, lse) if return_lse else o
         o, lse = (_by_definition if chosen == "reference" else attention_visible)(q, k, v, visible, scale)
         return (o, lse) if return_lse else o
     if place is not None and place.shard.size > 1:
@@ -190,7 +200,8 @@ def attention(
     direct = dispatch.on_cuda(q) and not (masked or return_lse)
     chosen = OPERATOR.decide(backend, q, sizes, instead=lambda: SDPA if direct else None).backend
     if chosen == "triton":
-        o, lse = kernels.attention_kernels(q, k, v, causal, window, scale, key_lengths, cuts, keys)
+        mask = named_mask(B, T, S, causal, window, key_lengths, cuts, keys, q.device)
+        o, lse = kernels.attention_kernels(q, k, v, mask, scale)
         return (o, lse) if return_lse else o
 
     outputs, sums = [], []
@@ -211,7 +222,7 @@ def _by_definition(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scale: flo
 
 
 def _check_visible(
-    name: str, sizes: dict[str, int], visible: Visible, others: Mapping[str, object], device: torch.device, cut: bool
+    name: str, sizes: dict[str, int], visible: Visible, others: Mapping[str, object], device: torch.device
 ) -> None:
     """Refuse a Visible of other queries or keys, or beside another mask.
 
@@ -221,11 +232,6 @@ def _check_visible(
     given = [argument for argument, value in others.items() if value is not None]
     if given:
         raise ValueError(f"{name}: visible says all that is seen; leave out {', '.join(given)}")
-    if cut:
-        raise ValueError(
-            f"{name}: across ranks masks are causal, windows or documents, and visible is none of them; run it outside "
-            "zoo.ops.shard.use(...)"
-        )
     B, T, S = sizes["B"], sizes["T"], sizes["S"]
     rows, queries, keys = *visible.label.shape, visible.first.shape[1]
     if rows not in (1, B) or (queries, keys) != (T, S) or visible.label.device != device:

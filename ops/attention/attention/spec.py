@@ -1,11 +1,13 @@
 """What attention must prove."""
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 
 import torch
+from torch import Tensor
 
-from zoo.ops.attention.attention import attention
+from zoo.ops.attention.attention import Visible, attention
 from zoo.ops.core.spec import Inputs, OperatorSpec, Sizes, randn
 
 
@@ -42,6 +44,16 @@ _ATTENTION_EXTREMES: dict[str, Callable[[Inputs], Inputs]] = {
 }
 
 
+@wraps(attention)
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Under two intervals for each key: the last 20 keys, and the first four, which all later queries see."""
+    T, device = k.shape[1] if isinstance(k, Tensor) else 0, k.device if isinstance(k, Tensor) else None
+    near, all_ = Visible.causal(T, window=20, device=device), Visible.causal(T, device=device)
+    sink = torch.arange(T, device=device) < 4
+    visible = Visible(near.label, near.first, near.end, all_.first, all_.end.where(sink, all_.first))
+    return attention(q, k, v, visible=visible, return_lse=True, backend=backend)
+
+
 SPECS = (
     _attention(
         "attention",
@@ -55,6 +67,11 @@ SPECS = (
         {"window": 20},
         {"H": 4, "Hk": 2, "K": 16, "V": 16},
         {"H": 1, "Hk": 1, "K": 100, "V": 8},
+    ),
+    replace(
+        _attention("attention_visible", {}, {"H": 4, "Hk": 2, "K": 16, "V": 32}, {"H": 1, "Hk": 1, "K": 64, "V": 8}),
+        function=_with_sinks,
+        packed=False,
     ),
     _attention("attention_both_ways", {"causal": False}, {"H": 2, "Hk": 1, "K": 16, "V": 16}),
 )

@@ -1,11 +1,12 @@
 """Which query sees which key, as an interval of labels for each key: every mask of attention in O(T + S) memory."""
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = ["Visible"]
 
@@ -33,6 +34,7 @@ class Visible:
     end: Tensor
     first2: Tensor | None = None
     end2: Tensor | None = None
+    kept: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)  # tables made of it, for later calls
 
     def __post_init__(self) -> None:
         if (self.first2 is None) != (self.end2 is None):
@@ -63,7 +65,7 @@ class Visible:
         """
         S = T if S is None else S
         key = torch.arange(S, device=device)
-        first = torch.zeros_like(key) if right is None else key - right
+        first = torch.full_like(key, -ALL) if right is None else key - right
         end = torch.full_like(key, ALL) if left is None else key + left + 1
         return cls((torch.arange(T, device=device) + S - T)[None], first[None], end[None])
 
@@ -76,25 +78,32 @@ class Visible:
 
     @classmethod
     def documents(
-        cls, cu_seqlens: Sequence[int], *, causal: bool = True, window: int | None = None,
-        device: torch.device | None = None,
+        cls, cu_seqlens: Sequence[int], *, cu_seqlens_k: Sequence[int] | None = None, causal: bool = True,
+        window: int | None = None, device: torch.device | None = None,
     ) -> "Visible":  # fmt: skip
         """Packed documents with these boundaries (n + 1,), which do not see each other.
 
         Args:
             cu_seqlens: 0, the ends of all documents but the last, and T.
+            cu_seqlens_k: the same of the keys where they differ, as behind a cache: queries are then the last of the
+                keys of their document.
             causal: see only keys at or before the query; both sides otherwise.
             window: of these only keys less than `window` away.
         """
-        T = cu_seqlens[-1]
-        sizes = torch.tensor([right - left for left, right in itertools.pairwise(cu_seqlens)], device=device)
-        bounds = torch.tensor(cu_seqlens, device=device)
-        start, stop = (bounds[i : len(sizes) + i].repeat_interleave(sizes, output_size=T) for i in (0, 1))
-        key = torch.arange(T, device=device)
-        first, end = (key if causal else start), stop
+        queries, keys = (torch.tensor(cuts, device=device) for cuts in (cu_seqlens, cu_seqlens_k or cu_seqlens))
+        ends = torch.maximum(queries.diff(), keys.diff()).cumsum(0)  # labels of a document end here
+
+        def places(cuts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+            """The document of each token, and its label."""
+            document = torch.arange(len(ends), device=device).repeat_interleave(cuts.diff(), output_size=total)
+            return document, torch.arange(total, device=device) + (ends - cuts[1:])[document]
+
+        _, label = places(queries, cu_seqlens[-1])
+        document, key = places(keys, (cu_seqlens_k or cu_seqlens)[-1])
+        first, end = (key if causal else F.pad(ends, (1, 0))[document]), ends[document]
         if window is not None:
             first, end = torch.maximum(first, key - window + 1), torch.minimum(end, key + window)
-        return cls(key[None], first[None], end[None])
+        return cls(label[None], first[None], end[None])
 
     @classmethod
     def chunks(cls, T: int, size: int, *, device: torch.device | None = None) -> "Visible":
@@ -155,8 +164,24 @@ class Visible:
         second = [] if self.first2 is None or self.end2 is None else [(self.first2, self.end2)]
         return [(self.first, self.end), *second]
 
+    def stacked(self) -> Tensor:
+        """(B, 2, S), first and end of every key; (B, 4, S) with two intervals. Made once."""
+        if "stacked" not in self.kept:
+            with torch.inference_mode(False):
+                self.kept["stacked"] = torch.stack([x for each in self.intervals for x in each], dim=1)
+        made: Tensor = self.kept["stacked"]
+        return made
+
     def pairs(self) -> int:
-        """How many queries see a key, over all rows; O((T + S) log T), reads the device once."""
+        """How many queries see a key, over all rows; O((T + S) log T), reads the device at its first call."""
+        if "pairs" not in self.kept:
+            self.kept["pairs"] = self._pairs()
+        counted: int = self.kept["pairs"]
+        return counted
+
+    def _pairs(self) -> int:
+        if self.label.is_meta:  # nobody knows: as many as can be
+            return self.label.numel() * self.first.shape[1]
         labels = self.label.sort(dim=1).values
 
         def count(first: Tensor, end: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution with a carried tail: the short convolution in front of most mixers."""
+"""Causal depthwise convolution with a carried tail: the short convolution in front of most mixers, and dilated ones."""
 
 import torch
 from torch import Tensor
@@ -26,12 +26,12 @@ OPERATOR = Operator("causal_conv1d", cp_kind="halo")
 
 def _step(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, state: Tensor | None = None, *,
-    activation: str | None = None, cu_seqlens: Tensor | None = None, backend: str = "auto",
+    activation: str | None = None, dilation: int = 1, cu_seqlens: Tensor | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One token of decoding, checked."""
     D, W = weight.shape
-    state = x.new_zeros(len(x), W - 1, D) if state is None else state
-    return causal_conv1d_step(x, weight, bias, state, activation)
+    state = x.new_zeros(len(x), (W - 1) * dilation, D) if state is None else state
+    return causal_conv1d_step(x, weight, bias, state, activation, dilation)
 
 
 @OPERATOR.public(recomputed=True, step=_step)
@@ -42,45 +42,55 @@ def causal_conv1d(
     state: Tensor | None = None,
     *,
     activation: str | None = None,
+    dilation: int = 1,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Convolve each channel with its own W causal taps: y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1) + w}).
+    """Convolve each channel with its own causal taps: y_t = act(bias + sum_w weight[:, w] * x_{t - (W-1-w) dilation}).
 
     Args:
         x: input, (B, T, D), any float dtype.
         weight: taps, (D, W), W >= 1; the last tap is the present token.
         bias: (D,), or None.
-        state: the W - 1 inputs before the first token, oldest first, (B, W - 1, D); zeros when omitted. With packed
-            documents (n, W - 1, D).
+        state: the R = (W - 1) dilation inputs before the first token, oldest first, (B, R, D); zeros when omitted. With
+            packed documents (n, R, D).
         activation: None or "silu", applied to the sum.
+        dilation: steps between neighbouring taps, at least 1.
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; taps never cross a border.
         backend: "auto" (on CUDA the package causal-conv1d where it is installed and takes the call, else Triton;
             elsewhere torch), "triton", "torch" or "reference".
 
     Returns:
         y: (B, T, D), in the dtype of x.
-        tail: the last W - 1 inputs, (B, W - 1, D) or (n, W - 1, D), in the dtype of x; feed it back as `state`.
+        tail: the last R inputs, (B, R, D) or (n, R, D), in the dtype of x; feed it back as `state`.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, an unknown activation, or the backend cannot run here.
+        ValueError: shapes, dtypes or devices disagree, an unknown activation, a dilation below 1, or the backend cannot
+            run here.
 
-    Cost: 2 B T D W operations; bound by memory traffic. Kernels accumulate in float32.
-    Source: the depthwise short convolution of Mamba (arXiv 2312.00752), DeltaNet (arXiv 2406.06484) and others.
+    Cost: 2 B T D W operations whatever the dilation; bound by memory traffic. One token copies the state, R rows.
+        Across ranks R rows come from the ranks before, one after the other where a stretch is shorter. Kernels
+        accumulate in float32.
+    Source: the depthwise short convolution of Mamba (arXiv 2312.00752), DeltaNet (arXiv 2406.06484) and others;
+        dilation: arXiv 1803.01271, section 3.2.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"causal_conv1d: activation must be None or 'silu'; got {activation!r}")
+    _check_dilation(dilation)
     with_state = state is not None or shard.current() is not None
 
     def instead() -> Choice | None:
-        if not external.serves(x, weight.shape[1], packed=cu_seqlens is not None, with_state=with_state):
+        if dilation != 1 or not external.serves(
+            x, weight.shape[1], packed=cu_seqlens is not None, with_state=with_state
+        ):
             return None
         return Choice(external.PACKAGE, "the package is installed and takes the call")
 
     args = {"x": (x, "B T D"), "weight": (weight, "D W"), "bias": (bias, "D")}
     call = OPERATOR.begin(args, alike=("x", "weight", "bias"), cu_seqlens=cu_seqlens, backend=backend, instead=instead)
-    halo = weight.shape[1] - 1
-    state = call.state(state, "W-1 D", dtype=x.dtype, **{"W-1": halo})
+    halo = (weight.shape[1] - 1) * dilation
+    rows = "W-1" if dilation == 1 else "(W-1)*dilation"
+    state = call.state(state, f"{rows} D", dtype=x.dtype, **{rows: halo})
     if shard.current() is not None:
         (last,) = call.last_document(x)
         state = shard.halo(Tail.of(last, halo), state, call.several)
@@ -90,39 +100,55 @@ def causal_conv1d(
         return y, _tail(x, state, call.cuts)
     if call.backend == "reference":
         return each_document(
-            lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation), call.cuts, (x,), state
+            lambda x, state: causal_conv1d_reference(x, weight, bias, state, activation, dilation),
+            call.cuts,
+            (x,),
+            state,
         )
     if call.backend == "torch" and call.one_token:
-        return causal_conv1d_step(x, weight, bias, state, activation)
+        return causal_conv1d_step(x, weight, bias, state, activation, dilation)
     if call.backend == "torch":
-        return causal_conv1d_shifted(x, weight, bias, state, activation, call.cuts)
+        return causal_conv1d_shifted(x, weight, bias, state, activation, call.cuts, dilation)
     table = chunk_table(x.shape[0], x.shape[1], kernels.BLOCK_T, call.cuts, x.device)
-    y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu")
+    y = kernels.causal_conv1d_fwd(x, weight, bias, state, *table, activation == "silu", dilation)
     return y, _tail(x, state, call.cuts)
 
 
-def causal_conv1d_summary(x: Tensor, width: int, *, cu_seqlens: Tensor | None = None) -> Tail:
-    """What a stretch of time leaves to the taps after it: its last W - 1 inputs.
+def causal_conv1d_summary(
+    x: Tensor, width: int, *, dilation: int = 1, cu_seqlens: Tensor | None = None
+) -> Tail:  # fmt: skip
+    """What a stretch of time leaves to the taps after it: its last R = (W - 1) dilation inputs.
 
     Args:
         x: input, (B, T, D).
         width: W, the number of taps.
+        dilation: steps between neighbouring taps.
         cu_seqlens: boundaries of packed documents, B = 1: only the last one hands inputs on, and before a document that
             begins inside the stretch there are zeros.
 
     Returns:
-        Up to W - 1 rows, (B, min(T, W - 1), D); `apply` gives the final tail.
+        Up to R rows, (B, min(T, R), D); `apply` gives the final tail.
+
+    Raises:
+        ValueError: x is no (B, T, D), or a dilation is below 1.
     """
+    _check_dilation(dilation)
+    halo = (width - 1) * dilation
     call = OPERATOR.begin({"x": (x, "B T D")}, cu_seqlens=cu_seqlens, name="causal_conv1d_summary")
     (last,) = call.last_document(x)
-    element = Tail.of(last, width - 1)
+    element = Tail.of(last, halo)
     if call.cuts is None or len(call.cuts) == 2:
         return element
-    return element.reset_to(element.apply(x.new_zeros(1, width - 1, x.shape[2])))
+    return element.reset_to(element.apply(x.new_zeros(1, halo, x.shape[2])))
+
+
+def _check_dilation(dilation: int) -> None:
+    if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+        raise ValueError(f"causal_conv1d: dilation must be an integer of at least 1; got {dilation!r}, use 1 for none")
 
 
 def _tail(x: Tensor, state: Tensor, cuts: tuple[int, ...] | None) -> Tensor:
-    """The last W - 1 rows of [state, document] for every document."""
+    """The last rows of [state, document] for every document, as many as a state has."""
     return each_document(lambda x, s: (x, _last(s, x)), cuts, (x,), state)[1]
 
 

@@ -20,24 +20,25 @@ BLOCK_MIN = 16  # steps
 
 
 def causal_conv1d_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None, dilation: int = 1
 ) -> tuple[Tensor, Tensor]:
     """One token, T = 1: what decoding calls."""
-    window = torch.cat([state, x], dim=1)  # (B, W, D)
-    y = (window * weight.t()).sum(1, keepdim=True)
+    window = torch.cat([state, x], dim=1)  # (B, (W - 1) dilation + 1, D)
+    y = (window[:, ::dilation] * weight.t()).sum(1, keepdim=True)
     if bias is not None:
         y = y + bias
     return F.silu(y) if activation == "silu" else y, window[:, 1:]
 
 
 def causal_conv1d_shifted(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None, cuts: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor]:
-    """Every document is preceded by its W - 1 rows of history, so that no tap ever crosses a border."""
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, activation: str | None, cuts: tuple[int, ...] | None,
+    dilation: int = 1,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Every document is preceded by its (W - 1) dilation rows of history, so that no tap ever crosses a border."""
     silu = activation == "silu"
-    halo, length = weight.shape[1] - 1, x.shape[1]
+    halo, length = (weight.shape[1] - 1) * dilation, x.shape[1]
     if cuts is None:
-        y = apply(_Taps, x, state, weight, bias, silu)
+        y = _convolved(x, state, weight, bias, silu, dilation)
         # A copy: a view would keep all of x alive as long as the state.
         return y, torch.cat([state[:, min(length, halo) :], x[:, max(0, length - halo) :]], dim=1)
     rows: list[int] = []  # of the stream with every document's history before it: indices into [x; state]
@@ -48,14 +49,38 @@ def causal_conv1d_shifted(
         outputs += range(len(rows) - halo, len(rows) - halo + right - left)
         rows += range(left, right)
         tails += range(len(rows) - halo, len(rows))
-    stream = torch.cat([x[0], state.flatten(0, 1)])[torch.tensor(rows, device=x.device)]  # (T + n (W - 1), D)
-    y = apply(_Taps, stream[None, halo:], stream[None, :halo], weight, bias, silu)
+        rows += [left] * (-(right - left) % dilation)  # the next document begins at the phase of this one
+    stream = torch.cat([x[0], state.flatten(0, 1)])[torch.tensor(rows, device=x.device)]  # (T + n halo + ..., D)
+    y = _convolved(stream[None, halo:], stream[None, :halo], weight, bias, silu, dilation)
     y = y[:, torch.tensor(outputs, dtype=torch.long, device=x.device)]
     return y, stream[torch.tensor(tails, dtype=torch.long, device=x.device)].unflatten(0, state.shape[:2])
 
 
+def _convolved(
+    x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, dilation: int
+) -> Tensor:  # fmt: skip
+    """Steps of one phase, t modulo `dilation`, see each other alone: they are channels side by side, and nothing moves.
+
+    time            0 1 2 3 4 5 6 7      dilation 2      (0 1) (2 3) (4 5) (6 7)      four steps of two phases
+    """
+    if dilation == 1:
+        near: Tensor = apply(_Taps, x, state, weight, bias, silu)
+        return near
+    length = x.shape[1]
+    ragged = -length % dilation
+    x = F.pad(x, (0, 0, 0, ragged)) if ragged else x
+    y: Tensor = apply(
+        _Taps, x.reshape(x.shape[0], -(-length // dilation), dilation, x.shape[2]),
+        state.reshape(state.shape[0], weight.shape[1] - 1, dilation, state.shape[2]), weight, bias, silu,
+    )  # fmt: skip
+    return y.flatten(1, 2)[:, :length]
+
+
 class _Taps(torch.autograd.Function):
-    """(B, T, D) after (B, W - 1, D) -> (B, T, D). The backward makes the sums before the activation again."""
+    """(B, T, ..., D) after (B, W - 1, ..., D) -> (B, T, ..., D), the same taps for all numbers of a channel.
+
+    The backward makes the sums before the activation again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
@@ -77,6 +102,7 @@ class _Taps(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         dtaps = torch.zeros_like(taps, dtype=wide)
         dbias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        channels = tuple(range(x.ndim - 1))  # all dimensions but theirs
         for left, right in _blocks(x):
             # dx needs the W - 1 steps after its own: they are made twice
             n, after = right - left, min(right + halo, length)
@@ -84,11 +110,11 @@ class _Taps(torch.autograd.Function):
             if ctx.silu:
                 dz = torch.ops.aten.silu_backward(dz, _sums(window, taps, bias))
             for w in range(width):
-                dtaps[w] += (dz[:, :n] * window[:, w : w + n]).sum((0, 1), dtype=wide)
+                dtaps[w] += (dz[:, :n] * window[:, w : w + n]).sum(channels, dtype=wide)
             if dbias is not None:
-                dbias += dz[:, :n].sum((0, 1), dtype=wide)
+                dbias += dz[:, :n].sum(channels, dtype=wide)
             if after < right + halo:
-                dz = F.pad(dz, (0, 0, 0, right + halo - after))
+                dz = F.pad(dz, (0, 0) * (x.ndim - 2) + (0, right + halo - after))
             here = torch.mul(dz[:, halo : halo + n], taps[0], out=dx[:, left:right])
             for w in range(1, width):
                 here.addcmul_(dz[:, halo - w : halo - w + n], taps[w])
@@ -106,8 +132,8 @@ class _Taps(torch.autograd.Function):
 
 def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
     """Cut time into stretches of about BLOCK_NUMBERS numbers."""
-    batch, length, width = x.shape
-    size = max(BLOCK_MIN, BLOCK_NUMBERS // max(1, batch * width))
+    length = x.shape[1]
+    size = max(BLOCK_MIN, BLOCK_NUMBERS // max(1, x[:, :1].numel()))
     return ((left, min(left + size, length)) for left in range(0, length, size))
 
 

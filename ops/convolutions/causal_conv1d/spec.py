@@ -1,5 +1,7 @@
 """What the causal convolution must prove."""
 
+from functools import partial
+
 import torch
 
 from zoo.ops.convolutions.causal_conv1d import causal_conv1d, causal_conv1d_summary, external
@@ -16,6 +18,9 @@ def conv_inputs(B: int, T: int, sizes: Sizes, generator: torch.Generator) -> Inp
     }
 
 
+DILATION = 5  # no divisor of a chunk, nor of any length that is proved but 15, 65 and 200
+
+
 SPECS = (
     OperatorSpec(
         name="causal_conv1d",
@@ -27,5 +32,15 @@ SPECS = (
         extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
         summary=lambda i, cu: causal_conv1d_summary(i["x"], i["weight"].shape[1], cu_seqlens=cu),
         library=lambda: external.PACKAGE if external.available() else "",
+    ),
+    OperatorSpec(
+        name="causal_conv1d dilated",
+        function=partial(causal_conv1d, dilation=DILATION, activation="silu"),
+        make=conv_inputs,
+        state=lambda n, sizes, generator: randn(generator, n, (sizes["W"] - 1) * DILATION, sizes["D"]),
+        sizes=({"D": 8, "W": 4}, {"D": 70, "W": 2}, {"D": 5, "W": 13}, {"D": 5, "W": 1}),
+        time=("x",),
+        extremes={"zero": lambda i: i | {"x": i["x"] * 0}},
+        summary=lambda i, cu: causal_conv1d_summary(i["x"], i["weight"].shape[1], dilation=DILATION, cu_seqlens=cu),
     ),
 )

@@ -136,7 +136,9 @@ class _Scan(torch.autograd.Function):
         d = dh.to(state.dtype, copy=True, memory_format=torch.contiguous_format)
         scan_backward_(a.to(state.dtype), d, dlast, ctx.chunks)
         da = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and torch.compiler.is_compiling():  # which takes no part of a tensor as `out`
+            da = (torch.cat([state.unsqueeze(1), h[:, :-1]], dim=1) * d).to(a.dtype)
+        elif ctx.needs_input_grad[0]:
             da = torch.empty(d.shape, dtype=a.dtype, device=a.device)
             torch.mul(d[:, 1:], h[:, :-1], out=da[:, 1:])
             torch.mul(d[:, 0], state, out=da[:, 0])

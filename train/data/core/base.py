@@ -91,8 +91,15 @@ class DataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of different tokens; may read the corpus to know it."""
-        raise NotImplementedError
+        """Number of different tokens; may read the corpus to know it.
+
+        Raises:
+            UserError: the data have no tokens.
+        """
+        raise UserError(
+            f"a vocabulary is that of tokens, and {type(self).__name__} has none; choose the task that the data are "
+            "for, or data of text"
+        )
 
     def make_sources(self) -> tuple[Source, Source]:
         """The sources of training and of validation batches, in this order."""

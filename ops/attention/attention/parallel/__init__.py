@@ -6,6 +6,7 @@
 | `local.py` | one block on this rank, forward and backward, and the sum of blocks |
 | `crossing.py` | what every method has |
 | `gathered.py` | "allgather", and for windows in a contiguous layout only the keys they reach |
+| `by_labels.py` | any `Visible`, by an all-gather |
 | `ring.py` | "ring", "zigzag", "striped": keys go round |
 | `heads.py` | "ulysses", "usp": heads are shared out among neighbours, which form a ring |
 | `visits.py`, `tokenring.py` | "tokenring": queries go round, answers come home |
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.attention.attention.parallel.by_labels import ByLabels
 from zoo.ops.attention.attention.parallel.crossing import Crossing
 from zoo.ops.attention.attention.parallel.gathered import Gathered, Reached
 from zoo.ops.attention.attention.parallel.heads import Heads
@@ -39,6 +41,7 @@ from zoo.ops.attention.attention.parallel.lightseq import LightSeq
 from zoo.ops.attention.attention.parallel.ring import Ring
 from zoo.ops.attention.attention.parallel.tokenring import TokenRing
 from zoo.ops.attention.attention.parallel.view import view
+from zoo.ops.attention.attention.visible import Visible
 from zoo.ops.core import check
 from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
@@ -59,26 +62,38 @@ HEADS = ("ulysses", "usp")
 
 
 def attention_across(
-    active: Scope, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float
-) -> tuple[Tensor, Tensor]:
+    active: Scope, q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, scale: float,
+    visible: Visible | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of this rank's queries to the keys of all ranks: o (B, T, H, V) and lse (B, T, H).
 
-    Arguments are those of zoo.ops.attention, of this rank's own tokens, in shapes that were checked.
+    Arguments are those of zoo.ops.attention, of this rank's own tokens, in shapes that were checked. A `visible` has
+    labels of the own queries and intervals of the own keys.
 
     Raises:
         ValueError: the shard does not hold what came, or its method cannot take it.
     """
-    crossing = _crossing(active.shard, q, k, causal, window, scale)
+    crossing = _crossing(active.shard, q, k, causal, window, scale, visible)
     result: tuple[Tensor, Tensor] = apply(_Across, active, crossing, q, k, v)
     return result
 
 
-def _crossing(shard: SequenceShard, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float) -> Crossing:
+def _crossing(
+    shard: SequenceShard, q: Tensor, k: Tensor, causal: bool, window: int | None, scale: float, visible: Visible | None
+) -> Crossing:
     name, layout = shard.attention, shard.layout or "contiguous"
     positions(shard, q.shape[1])  # refuses what the rank does not hold
     if shard.chunk > 1:
         raise ValueError(f"attention across ranks needs even stretches; got cuts at chunks of {shard.chunk}, use 1")
     length = q.shape[1] * shard.size if shard.length is None else shard.length
+    if visible is not None:
+        if name != "allgather" or shard.documents is not None:
+            beside = f"attention {name!r}" if name != "allgather" else "documents of the shard"
+            raise ValueError(
+                "attention across ranks takes visible by 'allgather', with documents said by visible itself; got "
+                f"{beside}, use 'allgather' and Visible.documents"
+            )
+        return ByLabels(shard, view(length, shard.size, layout, None, False, None, 1), scale, visible)
     if shard.documents is not None:
         check.boundaries("attention across ranks", torch.tensor(shard.documents), q.shape[0], length)
     if window is not None and window >= length:

@@ -1,82 +1,17 @@
-"""Metrics of language modelling: sums over scored targets, so that batches of any shape and any rank add up."""
+"""What the most likely token gets right, counted so that batches of any shape and any rank add up."""
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from zoo.ops import shard
 from zoo.ops.shard.exchange import all_gather
 
-__all__ = [
-    "Accuracy",
-    "BitsPerByte",
-    "LastAccuracy",
-    "MeanLoss",
-    "Perplexity",
-    "Right",
-    "SequenceAccuracy",
-    "count_right",
-]
+__all__ = ["IGNORED", "Right", "count_right"]
 
 IGNORED = -100  # the target of a position that is not scored
-
-
-class _Ratio(Metric):
-    """A sum over a count, both added up over batches and ranks."""
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, total: Tensor, count: Tensor) -> None:
-        """Add one batch."""
-        self.total += total
-        self.count += count
-
-    def compute(self) -> Tensor:
-        """The ratio so far."""
-        return self.total / self.count
-
-
-class MeanLoss(_Ratio):
-    """Nats per scored target. `update(nll, n_scored)`, both sums over the batch."""
-
-
-class Perplexity(_Ratio):
-    """exp of the nats per scored target. `update(nll, n_scored)`."""
-
-    def compute(self) -> Tensor:
-        """The perplexity so far: exp of the summed nats over the number of scored targets."""
-        return (self.total / self.count).exp()
-
-
-class BitsPerByte(_Ratio):
-    """Bits per byte of the text behind the scored targets. `update(nll, n_bytes)`."""
-
-    def compute(self) -> Tensor:
-        """nll / (ln 2 * n_bytes): comparable between tokenizers."""
-        return self.total / (math.log(2) * self.count)
-
-
-class Accuracy(_Ratio):
-    """The part of the scored positions whose most likely token is the target. `update(n_right, n_scored)`."""
-
-
-class SequenceAccuracy(_Ratio):
-    """The part of the sequences with every scored position right. `update(n_right, n_sequences)`."""
-
-
-class LastAccuracy(_Ratio):
-    """The part of the sequences whose last scored position is right. `update(n_right, n_sequences)`."""
 
 
 class Right(NamedTuple):
