@@ -1,5 +1,6 @@
 """Visible: the masks that it can say, and attention by blocks under it against the definition with a dense mask."""
 
+import itertools
 import resource
 from collections.abc import Callable
 
@@ -25,6 +26,8 @@ MASKS: dict[str, Callable[[], Visible]] = {
     "documents both ways, window": lambda: Visible.documents([0, 100, 300], causal=False, window=9),
     "chunks": lambda: Visible.chunks(300, 64),
     "block diffusion": lambda: Visible.block_diffusion(144, 16),
+    "block diffusion, documents": lambda: Visible.block_diffusion(150, 16, cu_seqlens=[0, 1, 70, 70, 150]),
+    "tree behind a text per row": lambda: Visible.tree([-1, 0, 0, 1, -1, 4, 3, 2], past=[150, 3], slots=170),
     "tree": lambda: Visible.tree([-1, 0, 0, 1, -1, 4, 3, 2], past=150),
     "two intervals": lambda: two_intervals(150, 190),
     "rows of their own": lambda: Visible(*random_intervals(2, 150, 190)),
@@ -235,6 +238,34 @@ def test_a_node_of_a_tree_sees_the_text_its_ancestors_and_itself(numbers: list[i
             at = parents[at]
         assert seen[node, :past].all()
         assert {j for j in range(len(parents)) if seen[node, past + j]} == line
+
+
+def test_two_streams_of_packed_documents_are_those_of_each_document() -> None:
+    bounds, block = [0, 5, 5, 6, 14], 4
+    T = bounds[-1]
+    seen = Visible.block_diffusion(T, block, cu_seqlens=bounds).dense()[0]
+    want = torch.zeros_like(seen)
+    for left, right in itertools.pairwise(bounds):
+        n = right - left
+        alone = Visible.block_diffusion(n, block).dense()[0].view(2, n, 2, n)
+        want.view(2, T, 2, T)[:, left:right, :, left:right] = alone
+    assert torch.equal(seen, want)
+    with pytest.raises(ValueError, match="must rise from 0 to T = 14 of one stream; got"):
+        Visible.block_diffusion(14, 4, cu_seqlens=[0, 5, 12])
+
+
+@pytest.mark.parametrize("slots", [None, 9])
+def test_each_row_of_a_tree_stands_behind_its_own_text(slots: int | None) -> None:
+    parents, past = [-1, 0, 0, 2], [0, 3, 5]
+    lines = [{0}, {0, 1}, {0, 2}, {0, 2, 3}]
+    seen = Visible.tree(parents, past=past, slots=slots).dense()
+    assert seen.shape == (3, 4, 9)
+    for row, text in enumerate(past):
+        for node, line in enumerate(lines):
+            want = {*range(text), *(text + i for i in line)}
+            assert set(seen[row, node].nonzero().flatten().tolist()) == want
+    with pytest.raises(ValueError, match="leave 4 of 8 slots to the nodes; got"):
+        Visible.tree(parents, past=past, slots=8)
 
 
 @pytest.mark.parametrize("masks", [{}, {"window": 100}, {"causal": False}, {"causal": False, "window": 30}])

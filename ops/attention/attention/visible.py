@@ -112,49 +112,71 @@ class Visible:
         return cls(key[None], key[None], ((key // size + 1) * size)[None])
 
     @classmethod
-    def block_diffusion(cls, T: int, block: int, *, device: torch.device | None = None) -> "Visible":
+    def block_diffusion(
+        cls, T: int, block: int, *, cu_seqlens: Sequence[int] | None = None, device: torch.device | None = None
+    ) -> "Visible":
         """The two streams of training by block diffusion, [noisy | clean]: T tokens each, 2 T queries and keys.
 
         A noisy token sees the noisy ones of its own block and the clean ones of all blocks before. A clean token sees
         the clean ones of its own block and of those before. These are T (T + block) pairs where block divides T.
 
+        Args:
+            T: tokens of one stream.
+            block: tokens that are denoised together; the last block of a document may be shorter.
+            cu_seqlens: boundaries (n + 1,) of packed documents in one stream, from 0 to T. They do not see each other,
+                and blocks are counted from the beginning of each.
+
+        Raises:
+            ValueError: cu_seqlens do not go from 0 to T.
+
         Source: arXiv 2503.09573.
         """
-        at = torch.arange(T, device=device) // block
+        bounds = [0, T] if cu_seqlens is None else list(cu_seqlens)
+        if bounds[0] != 0 or bounds[-1] != T or sorted(bounds) != bounds:
+            raise ValueError(
+                f"Visible.block_diffusion: cu_seqlens must rise from 0 to T = {T} of one stream; got {bounds}"
+            )
+        cuts = torch.tensor(bounds, device=device)
+        sizes = cuts.diff()
+        stops = ((sizes + block - 1) // block).cumsum(0)  # a document's blocks end here
+        document = torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=T)
+        at = F.pad(stops, (1, 0))[document] + (torch.arange(T, device=device) - cuts[document]) // block
         label = torch.cat([2 * at, 2 * at + 1])
-        first = torch.cat([2 * at, 2 * at + 1])
-        end = torch.cat([2 * at + 1, torch.full_like(at, ALL)])
-        return cls(label[None], first[None], end[None])
+        end = torch.cat([2 * at + 1, 2 * stops[document]])
+        return cls(label[None], label[None], end[None])
 
     @classmethod
-    def tree(cls, parents: Sequence[int], *, past: int = 0, device: torch.device | None = None) -> "Visible":
+    def tree(
+        cls, parents: Sequence[int], *, past: int | Sequence[int] = 0, slots: int | None = None,
+        device: torch.device | None = None,
+    ) -> "Visible":  # fmt: skip
         """Nodes of trees of tokens behind a text: each sees the text, its ancestors and itself.
 
         Args:
             parents: of every node, an earlier node's index, or -1 for one that follows the text.
-            past: tokens of the text, whose keys come first.
+            past: tokens of the text, whose keys come first; a number for each row where the rows' texts differ. The
+                key of node i is in slot past + i.
+            slots: S, the slots of the cache. Omitted, as many as the longest text and the nodes need. Nobody sees the
+                slots behind a row's nodes.
 
         Raises:
-            ValueError: a parent is no earlier node.
+            ValueError: a parent is no earlier node, or past and the nodes have no room.
         """
         n = len(parents)
-        sizes, places = [1] * n, [0] * n
-        for node in reversed(range(n)):
-            if not -1 <= parents[node] < node:
-                raise ValueError(
-                    f"Visible.tree: a parent must be an earlier node or -1; node {node} has {parents[node]}"
-                )
-            if parents[node] >= 0:
-                sizes[parents[node]] += sizes[node]
-        free = {-1: 0}  # the first place in preorder that no child of a node has taken
-        for node in range(n):
-            places[node] = free[parents[node]]
-            free[parents[node]] += sizes[node]
-            free[node] = places[node] + 1
-        label = torch.tensor(places, device=device, dtype=torch.int64)
-        first = torch.cat([label.new_zeros(past), label])
-        end = torch.cat([label.new_full((past,), ALL), label + label.new_tensor(sizes)])
-        return cls(label[None], first[None], end[None])
+        texts = [past] if isinstance(past, int) else list(past)
+        slots = max(texts, default=0) + n if slots is None else slots
+        if any(text < 0 or text + n > slots for text in texts):
+            raise ValueError(
+                f"Visible.tree: past must be at least 0 and leave {n} of {slots} slots to the nodes; got {past}"
+            )
+        places, sizes = _preorder(parents)
+        first, size = (torch.tensor([*numbers, 0], device=device, dtype=torch.int64) for numbers in (places, sizes))
+        node = torch.arange(slots, device=device) - torch.tensor(texts, device=device, dtype=torch.int64)[:, None]
+        at = node.clamp(0, n)  # entry n: the slots behind the nodes
+        text = node < 0
+        begin = first[at].masked_fill(text, 0)
+        end = (first + size)[at].masked_fill(text, ALL)
+        return cls(first[:n].repeat(len(texts), 1), begin, end)
 
     # -- what is known of it ----------------------------------------------------------------------------------------
 
@@ -199,3 +221,20 @@ class Visible:
         label = self.label[:, :, None]
         seen = [(first[:, None] <= label) & (label < end[:, None]) for first, end in self.intervals]
         return seen[0] if len(seen) == 1 else seen[0] | seen[1]
+
+
+def _preorder(parents: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The place of each node in a walk that goes down before it goes on, and the nodes of its subtree."""
+    n = len(parents)
+    places, sizes = [0] * n, [1] * n
+    for node in reversed(range(n)):
+        if not -1 <= parents[node] < node:
+            raise ValueError(f"Visible.tree: a parent must be an earlier node or -1; node {node} has {parents[node]}")
+        if parents[node] >= 0:
+            sizes[parents[node]] += sizes[node]
+    free = {-1: 0}  # the first place in preorder that no child of a node has taken
+    for node in range(n):
+        places[node] = free[parents[node]]
+        free[parents[node]] += sizes[node]
+        free[node] = places[node] + 1
+    return places, sizes
