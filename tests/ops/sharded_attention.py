@@ -216,7 +216,7 @@ def refusals(place: shard.SequenceShard) -> Errors:
         ({"documents": (0, 4 * P + 1)}, {}, f"end at T = {4 * P}; got 0 and {4 * P + 1}"),
         ({}, {"cu_seqlens": torch.tensor([0, 4])}, "give SequenceShard documents"),
         ({}, {"key_lengths": torch.tensor([4])}, "no others; got T = 4, S = 4, key_lengths"),
-        ({"attention": "ring"}, {"visible": Visible.causal(4)}, "takes visible by 'allgather'"),
+        ({"attention": "tokenring"}, {"visible": Visible.causal(4)}, "takes visible by 'allgather' or a ring"),
         ({"documents": (0, 4 * P)}, {"visible": Visible.causal(4)}, "got documents of the shard, use 'allgather'"),
         ({}, {"backend": "reference"}, "run in plain torch; got backend 'reference'"),
     ]
@@ -286,9 +286,12 @@ def checks() -> dict[str, Check]:
         placed(place, "zigzag", EVEN), "transformer", TRANSFORMER, cross=False
     )
     for name in masks():
-        for way in ("allgather", "allgather, zigzag"):
+        for way in ("allgather", "allgather, zigzag", "ring", "zigzag", "striped"):
             made[f"visible {name}, {way}"] = lambda place, n=name, w=way: labelled(placed(place, w, EVEN), n)
-    made["visible recomputed"] = lambda place: labelled(placed(place, "allgather", EVEN), "two streams", recompute=True)
+    for way, after in (("allgather", ""), ("ring", ", ring")):
+        made[f"visible recomputed{after}"] = lambda place, w=way: labelled(
+            placed(place, w, EVEN), "two streams", recompute=True
+        )
     made["dropped visible"] = lambda place: labelled(placed(place, "allgather", EVEN), "two streams", cross=False)
     made |= sharded_attention_bytes.checks()
     made["refusals"] = refusals

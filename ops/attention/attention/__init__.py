@@ -123,10 +123,10 @@ def attention(
         "usp": the same among `inner` neighbouring ranks, and a ring across; contiguous or zigzag.
         "tokenring": queries go round and their answers come straight home; the better layout is zigzag.
         "lightseq": early ranks help late ones, P // 2 + 1 steps; contiguous and causal.
-    A `visible` goes by "allgather", in any layout, with the labels of the rank's own queries and the intervals of its
-    own keys. With a window in a contiguous layout only the keys that it reaches travel, by any method that does not
-    share out heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of activations
-    reads (o, lse) back.
+    A `visible` goes by "allgather" or a ring, in any layout, with the labels of the rank's own queries and the
+    intervals of its own keys. With a window in a contiguous layout only the keys that it reaches travel, by any method
+    that does not share out heads. What each method moves is in `zoo.ops.attention.attention.parallel`. Recomputation of
+    activations reads (o, lse) back.
 
     Returns:
         o: (B, T, H, V), in the dtype of q. A query that sees no key gives zeros.

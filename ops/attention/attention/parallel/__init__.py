@@ -6,7 +6,7 @@
 | `local.py` | one block on this rank, forward and backward, and the sum of blocks |
 | `crossing.py` | what every method has |
 | `gathered.py` | "allgather", and for windows in a contiguous layout only the keys they reach |
-| `by_labels.py` | any `Visible`, by an all-gather |
+| `by_labels.py` | any `Visible`, by an all-gather or a ring |
 | `ring.py` | "ring", "zigzag", "striped": keys go round |
 | `heads.py` | "ulysses", "usp": heads are shared out among neighbours, which form a ring |
 | `visits.py`, `tokenring.py` | "tokenring": queries go round, answers come home |
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.ops.attention.attention.parallel.by_labels import ByLabels
+from zoo.ops.attention.attention.parallel.by_labels import ByLabels, RingByLabels
 from zoo.ops.attention.attention.parallel.crossing import Crossing
 from zoo.ops.attention.attention.parallel.gathered import Gathered, Reached
 from zoo.ops.attention.attention.parallel.heads import Heads
@@ -57,6 +57,12 @@ WAYS: dict[str, type[Crossing]] = {
     "striped": Ring,
     "tokenring": TokenRing,
     "lightseq": LightSeq,
+}
+BY_LABELS: dict[str, type[ByLabels | RingByLabels]] = {
+    "allgather": ByLabels,
+    "ring": RingByLabels,
+    "zigzag": RingByLabels,
+    "striped": RingByLabels,
 }
 HEADS = ("ulysses", "usp")
 
@@ -87,13 +93,14 @@ def _crossing(
         raise ValueError(f"attention across ranks needs even stretches; got cuts at chunks of {shard.chunk}, use 1")
     length = q.shape[1] * shard.size if shard.length is None else shard.length
     if visible is not None:
-        if name != "allgather" or shard.documents is not None:
-            beside = f"attention {name!r}" if name != "allgather" else "documents of the shard"
+        way = BY_LABELS.get(name)
+        if way is None or shard.documents is not None:
+            beside = f"attention {name!r}" if way is None else "documents of the shard"
             raise ValueError(
-                "attention across ranks takes visible by 'allgather', with documents said by visible itself; got "
-                f"{beside}, use 'allgather' and Visible.documents"
+                "attention across ranks takes visible by 'allgather' or a ring, with documents said by visible itself; "
+                f"got {beside}, use 'allgather' or 'ring' and Visible.documents"
             )
-        return ByLabels(shard, view(length, shard.size, layout, None, False, None, 1), scale, visible)
+        return way(shard, view(length, shard.size, layout, None, False, None, 1), scale, visible)
     if shard.documents is not None:
         check.boundaries("attention across ranks", torch.tensor(shard.documents), q.shape[0], length)
     if window is not None and window >= length:

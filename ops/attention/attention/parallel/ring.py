@@ -19,39 +19,55 @@ class Ring(Crossing):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """o (B, T, H, V) and the log-sum-exp (B, T, H) of this rank's queries."""
-        total = Sum(q, v)
+        total, keys = Sum(q, v), self.travelling(k, v)
         n = len(self.ranks)
         for step in range(n):
             source = (self.seat - step) % n
-            coming = self._turn(source, k, v) if step + 1 < n else None
-            add_part(total, self.view.block(self.seat, source), q, k, v, self.scale)
+            coming = self._turn(source, *keys) if step + 1 < n else None
+            self.add_part(total, source, q, keys)
             if coming is not None:
-                k, v = coming.wait()[self._previous]
+                keys = coming.wait()[self._previous]
         return total.o, total.lse
 
     def backward(self, inputs: Sequence[Tensor], do: Tensor, D: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of this rank's q, k and v; those of keys travel with the keys and end at home."""
         q, k, v = inputs
         (dq,) = sums_like(q)
-        home = sums_like(k, v)
+        home, keys = sums_like(k, v), self.travelling(k, v)
         n = len(self.ranks)
         behind = None  # gradients under way, one hop behind their keys
         for step in range(n):
             source = (self.seat - step) % n
-            coming = self._turn(source, k, v) if step + 1 < n else None
-            dk, dv = sums_like(k, v) if step else home
-            add_gradients((dq, dk, dv), self.view.block(self.seat, source), q, k, v, do, D, m, self.scale)
+            coming = self._turn(source, *keys) if step + 1 < n else None
+            dk, dv = sums_like(*keys[:2]) if step else home
+            self.add_gradients((dq, dk, dv), source, q, keys, do, D, m)
             if behind is not None:
                 for x, part in zip((dk, dv), behind.wait()[self._previous], strict=True):
                     x.add_(part)
             if step:
                 behind = self._turn(source, dk, dv)
             if coming is not None:
-                k, v = coming.wait()[self._previous]
+                keys = coming.wait()[self._previous]
         if behind is not None:
             for x, part in zip(home, behind.wait()[self._previous], strict=True):
                 x.add_(part)
         return dq, *home  # type: ignore[return-value]
+
+    def travelling(self, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+        """What goes round: keys, values, and whatever else belongs to them, (B, S, ...) each."""
+        return k, v
+
+    def add_part(self, total: Sum, source: int, q: Tensor, keys: Sequence[Tensor]) -> None:
+        """Let this rank's queries see what travels of seat `source`."""
+        add_part(total, self.view.block(self.seat, source), q, keys[0], keys[1], self.scale)
+
+    def add_gradients(
+        self, into: tuple[Tensor, Tensor, Tensor], source: int, q: Tensor, keys: Sequence[Tensor], do: Tensor,
+        D: Tensor, m: Tensor,
+    ) -> None:  # fmt: skip
+        """The same for gradients, added into (dq, dk, dv)."""
+        block = self.view.block(self.seat, source)
+        add_gradients(into, block, q, keys[0], keys[1], do, D, m, self.scale)
 
     @property
     def _previous(self) -> int:
