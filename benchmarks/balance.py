@@ -19,7 +19,7 @@ from balancing.lengths import CORPORA, power_tail
 from balancing.published import PARAMETERS_7B_384K, PUBLISHED
 from balancing.simulate import lower_bound, simulate
 
-from zoo.train.balance import CostModel, Flexible, Hybrid, Plan, Planner, Ring, Uniform
+from zoo.train.balance import CostModel, Flexible, Hybrid, Plan, Planner, RingTraffic, Uniform
 from zoo.train.balance.assignment import partitions, powers_of_two
 
 RANKS = 64
@@ -77,7 +77,7 @@ def first(batches: int, sequences: int, seed: int, file: Path | None) -> None:
 def second(batches: int, seed: int) -> None:
     """Growing contexts on 1,024 ranks."""
     cost = CostModel(
-        a1=PUBLISHED["7b"].a1, a2=PUBLISHED["7b"].a2, b1=0.0, capacity=8192, communication=Ring(0.035)
+        a1=PUBLISHED["7b"].a1, a2=PUBLISHED["7b"].a2, b1=0.0, capacity=8192, communication=RingTraffic(0.035)
     )  # fmt: skip
     print(f"\n32M tokens on 1,024 ranks of 8K, rings, {batches} batches, seed {seed}; seconds of a step, mean\n")
     print("| context | static | Hybrid by tokens | Hybrid by time | bound | gains | CPU s of planning, most |")

@@ -18,11 +18,13 @@ from zoo.layers.mixer import Mixer as Mixer
 from zoo.layers.mixer import Solver as Solver
 from zoo.layers.mixer import Surroundings as Surroundings
 from zoo.layers.mixer_registry import register_mixer as register_mixer
+from zoo.layers.mixers.aaren import Aaren as Aaren
 from zoo.layers.mixers.attention import Attention as Attention
 from zoo.layers.mixers.bidirectional_attention import BidirectionalAttention as BidirectionalAttention
 from zoo.layers.mixers.cross_attention import CrossAttention as CrossAttention
 from zoo.layers.mixers.delta_net import DeltaNet as DeltaNet
 from zoo.layers.mixers.delta_net import GatedDeltaNet as GatedDeltaNet
+from zoo.layers.mixers.gam import GAM as GAM
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra as Hydra
 from zoo.layers.mixers.mamba import Mamba as Mamba
@@ -32,6 +34,11 @@ from zoo.layers.mixers.mega import TCNCA as TCNCA
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
 from zoo.layers.mixers.parallel import Parallel as Parallel
+from zoo.layers.mixers.plstm import HeadwiseGate as HeadwiseGate
+from zoo.layers.mixers.plstm import PLSTM as PLSTM
+from zoo.layers.mixers.plstm_grid import DiffusionGates as DiffusionGates
+from zoo.layers.mixers.plstm_grid import PLSTMGrid as PLSTMGrid
+from zoo.layers.mixers.plstm_grid import PropagationGates as PropagationGates
 from zoo.layers.mixers.rnn import Elman as Elman
 from zoo.layers.mixers.rnn import GRU as GRU
 from zoo.layers.mixers.rnn import LSTM as LSTM

@@ -1,6 +1,6 @@
 """The backbone that every causal sequence model shares: embedding, blocks, norm, head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -60,10 +60,11 @@ class SequenceModel(Model):
 
     Args:
         config: a SequenceConfig.
-        mixer: i -> the mixer of layer i.
+        mixer: i -> the mixer of layer i, in LLaMA's block; or the blocks themselves.
         embed: tokens -> (B, T, D), in place of an nn.Embedding; one that says its `inputs` names the shape and type of
             what goes in as `tokens`.
         head: (B, T, D) -> (B, T, ...), in place of the linear layer to the vocabulary.
+        norm: behind the last block, (B, T, D) -> (B, T, D), in place of an RMSNorm.
 
     Raises:
         ValueError: a mixer sees the future (its `causal` is False): the next token would not have to be predicted.
@@ -74,10 +75,11 @@ class SequenceModel(Model):
     def __init__(
         self,
         config: SequenceConfig,
-        mixer: Callable[[int], nn.Module],
+        mixer: Callable[[int], nn.Module] | Iterable[Block],
         *,
         embed: nn.Module | None = None,
         head: nn.Module | None = None,
+        norm: nn.Module | None = None,
     ):
         super().__init__()
         self.config = config
@@ -86,15 +88,14 @@ class SequenceModel(Model):
         def feed_forward() -> nn.Module | None:
             return None if config.hidden_size == 0 else SwiGLU(d, hidden_size=config.hidden_size)
 
+        def block(mixer: nn.Module) -> Block:
+            scale, dropout = config.residual_scale, config.dropout
+            return Block(d, mixer, feed_forward(), norm_eps=eps, residual_scale=scale, dropout=dropout)
+
         self.embedding = nn.Embedding(config.vocab_size, d) if embed is None else embed
-        blocks = (
-            Block(
-                d, mixer(i), feed_forward(), norm_eps=eps, residual_scale=config.residual_scale, dropout=config.dropout
-            )
-            for i in range(config.n_layers)
-        )
+        blocks = (block(mixer(i)) for i in range(config.n_layers)) if callable(mixer) else mixer
         self.blocks = Stack(blocks, causal=True)
-        self.norm: nn.Module = RMSNorm(d, eps=eps)
+        self.norm: nn.Module = RMSNorm(d, eps=eps) if norm is None else norm
         self.lm_head = nn.Linear(d, config.vocab_size, bias=False) if head is None else head
         self._linear_head = head is None
         if config.tie_embeddings:

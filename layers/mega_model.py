@@ -10,12 +10,8 @@ from torch.nn import functional as F
 from zoo.layers.backbone import SequenceConfig, SequenceModel
 from zoo.layers.block import Block
 from zoo.layers.dropout import Dropout
-from zoo.layers.initialise import initialise
-from zoo.layers.memory import MemoryPlan
 from zoo.layers.mixer import FeedForward
 from zoo.layers.mixers.mega import GatedChunkedAttention
-from zoo.layers.model import Model
-from zoo.layers.stack import Stack
 from zoo.ranges import Range
 
 __all__ = ["MegaModel", "MegaSettings"]
@@ -87,19 +83,13 @@ class MegaModel(SequenceModel):
     """
 
     def __init__(self, config: MegaSettings, mixer: Callable[[int], nn.Module]):
-        Model.__init__(self)  # the parts of a SequenceModel are made here, not there
-        self.config = config
         d = config.d_model
-        self.embedding = ScaledEmbedding(config.vocab_size, d, dropout=config.dropout)
-        self.blocks = Stack((_block(config, mixer(i)) for i in range(config.n_layers)), causal=True)
-        self.norm = nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=False)
-        self.lm_head = nn.Linear(d, config.vocab_size, bias=False)
-        self._linear_head = True
-        initialise(self, std=config.init_std, n_layers=config.n_layers)
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embedding.weight
-        self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+        words = ScaledEmbedding(config.vocab_size, d, dropout=config.dropout)
+        super().__init__(
+            config, (_block(config, mixer(i)) for i in range(config.n_layers)), embed=words,
+            norm=nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=False),
+        )  # fmt: skip
+        nn.init.normal_(words.weight, std=d**-0.5)
 
 
 def _block(config: MegaSettings, mixer: nn.Module) -> Block:

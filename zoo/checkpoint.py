@@ -42,7 +42,7 @@ TEXT_FILES = (
 )  # fmt: skip
 
 
-class Tokenizer(Protocol):
+class SavesItself(Protocol):
     """Whatever can write itself into a folder."""
 
     def save(self, folder: Path) -> None:
@@ -53,9 +53,9 @@ class Tokenizer(Protocol):
 def save(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: SavesItself | None = None,
     *,
-    codec: Tokenizer | None = None,
+    codec: SavesItself | None = None,
 ) -> Path:
     """Write a model of the registry as model.safetensors + config.json (+ the files of the tokenizer or codec).
 
@@ -87,7 +87,7 @@ def save(
     return _replace_folder(Path(folder), write)
 
 
-def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Path:
+def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: SavesItself | None = None) -> Path:
     """Write a model as `transformers` (the transformer, as Llama or Mistral) or `flash-linear-attention` loads it.
 
     Args:

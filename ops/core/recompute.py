@@ -28,7 +28,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from zoo.ops import shard
 from zoo.ops.core.autograd import apply
 from zoo.ops.core.differentiation import first_order
-from zoo.ops.core.replay import Setting, Tape
+from zoo.ops.core.replay import Tape, Within
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -199,7 +199,7 @@ class _Scope(NamedTuple):
     keeping: Keeping
 
 
-_SCOPE: Setting[_Scope] = Setting("zoo_recompute")
+_SCOPE: Within[_Scope] = Within("zoo_recompute")
 
 
 def _alone() -> AbstractContextManager[None]:

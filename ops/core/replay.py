@@ -1,7 +1,7 @@
 """What recomputation must not do twice: a first pass writes down what it made, a second pass reads it back in order.
 
 Two things are dear inside a checkpointed block: operators over time (`zoo.ops.core.recompute`) and messages from other
-ranks (`zoo.ops.shard`). Both keep a `Tape` in a `Setting`, which says what holds inside a `with`.
+ranks (`zoo.ops.shard`). Both keep a `Tape` in a `Within`, which says what holds inside a `with`.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ class Tape(NamedTuple, Generic[T]):
         return Tape((), iter(own))
 
 
-class Setting(Generic[T]):
+class Within(Generic[T]):
     """A value that holds inside a `with`, on one thread; None outside."""
 
     def __init__(self, name: str):
@@ -70,7 +70,7 @@ class Setting(Generic[T]):
 class _Inside(AbstractContextManager[None], Generic[T]):
     def __init__(
         self,
-        setting: Setting[T],
+        setting: Within[T],
         value: Callable[[], T | None],
         others: tuple[Callable[[], AbstractContextManager[object]], ...],
     ):

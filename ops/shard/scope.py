@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from zoo.ops.core.replay import Setting, Tape
+from zoo.ops.core.replay import Tape, Within
 from zoo.ops.shard.sequence_shard import SequenceShard
 from zoo.ops.shard.torch_modules import watched
 
@@ -27,7 +27,7 @@ class Scope(NamedTuple):
         return tuple(x.detach() for x in self.tape.value(exchange))
 
 
-_SCOPE: Setting[Scope] = Setting("zoo_sequence_shard")
+_SCOPE: Within[Scope] = Within("zoo_sequence_shard")
 
 
 def scope() -> Scope | None:

@@ -16,7 +16,7 @@ from zoo.ops.core.table import OPERATORS
 from zoo.ops.shard import exchange
 
 Check = Callable[[shard.SequenceShard], Errors]
-SPEC = OPERATORS["grid_scan"]
+SPEC, PLSTM_GRID = OPERATORS["grid_scan"], OPERATORS["plstm_grid"]
 
 
 def leaves_of() -> dict[str, Tensor]:
@@ -104,11 +104,18 @@ def checks() -> dict[str, Check]:
         made[f"{layout}, {length}{'' if given else ', no state'}"] = lambda place, lay=layout, n=length, g=given: (
             operator(place, SPEC, lay, length=n, given=g)
         )
+    for layout, length, given in itertools.product(LAYOUTS, (LENGTH, 3), (True, False)):
+        made[f"plstm_grid, {layout}, {length}{'' if given else ', no state'}"] = (
+            lambda place, lay=layout, n=length, g=given: operator(place, PLSTM_GRID, lay, length=n, given=g)
+        )
     for layout, cuts in LAYOUTS.items():
         made[f"upward, {layout}"] = lambda place, c=cuts: upward(place, c)
     for groups, blocks in ((1, 1), (1, 9), (2, 1), (2, 4), (9, 99)):
         made[f"in {groups} x {blocks}"] = lambda place, g=groups, b=blocks: in_blocks(place, g, b)
     made["recomputed"] = recomputed
+    made["dropped message of plstm_grid"] = lambda place: operator(
+        place, PLSTM_GRID, "batch", given=False, within=without
+    )
     made["dropped message"] = lambda place: operator(place, SPEC, "batch", given=False, within=without)
     made["lost gradient"] = lost_gradient
     return made

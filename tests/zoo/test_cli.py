@@ -21,7 +21,7 @@ import zoo
 import zoo.train.run
 from zoo import cli, decoding, tokenizers
 from zoo.cli import sweep as sweep_module
-from zoo.cli.generate import Request, StopText
+from zoo.cli.generate import GenerateRequest, StopText
 from zoo.cli.models import parse_count, short_count
 from zoo.cli.show import forward_flops, parameter_rows
 from zoo.config import read_yaml
@@ -470,7 +470,7 @@ def test_stop_text_is_never_shown_even_in_pieces():
 def test_sampling_is_checked(wrong):
     (name,) = wrong
     with pytest.raises(UsageError, match=f"decoder.{name} must be"):
-        Request(flags=wrong).decoder()
+        GenerateRequest(flags=wrong).decoder()
 
 
 @pytest.fixture

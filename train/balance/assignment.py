@@ -50,7 +50,7 @@ def partitions(ranks: int) -> np.ndarray:
     return rows
 
 
-class Problem:
+class AssignmentProblem:
     """A step's sequences, longest first, with their times on groups of every size.
 
     Args:
@@ -204,13 +204,13 @@ class Problem:
 
 def best_assignment(tokens: np.ndarray, ranks: int, cost: CostModel) -> Assignment:
     """A good way to run sequences (descending lengths) in one step; its milliseconds are infinite where none fits."""
-    problem = Problem(tokens, ranks, cost)
+    problem = AssignmentProblem(tokens, ranks, cost)
     earnest = problem.assign(problem.candidates(), keep=IMPROVED)
     return min((problem.improve(a) for a in earnest), key=lambda a: a.milliseconds)
 
 
 def uniform_assignment(tokens: np.ndarray, ranks: int, degree: int, cost: CostModel) -> Assignment:
     """Groups of one size only."""
-    problem = Problem(tokens, ranks, cost)
+    problem = AssignmentProblem(tokens, ranks, cost)
     counts = np.where(problem.sizes == degree, ranks // degree, 0)
     return problem.improve(problem.assign(counts[None], keep=1)[0])

@@ -27,8 +27,8 @@ class Communication(Protocol):
 
 
 @dataclass(frozen=True)
-class Ring:
-    """Ring attention: the keys and values of all other ranks pass by, s (d - 1) / d tokens on every rank.
+class RingTraffic:
+    """RingTraffic attention: the keys and values of all other ranks pass by, s (d - 1) / d tokens on every rank.
 
     The transfer is added to the compute and not hidden behind it.
     """
@@ -118,7 +118,7 @@ class CostModel:
         return -(-np.asarray(tokens, np.int64) // self.capacity)
 
 
-class Measured(NamedTuple):
+class MeasuredStep(NamedTuple):
     """A micro-step that was timed: its lengths, the ranks it ran on, and milliseconds."""
 
     lengths: tuple[int, ...]
@@ -126,7 +126,7 @@ class Measured(NamedTuple):
     ms: float
 
 
-def refit(cost: CostModel, measured: Iterable[Measured], forget: float = 1.0) -> CostModel:
+def refit(cost: CostModel, measured: Iterable[MeasuredStep], forget: float = 1.0) -> CostModel:
     """Fit a1, a2 and b1 to measured steps by least squares, none below zero; communication stays as it is.
 
     Args:

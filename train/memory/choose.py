@@ -15,7 +15,7 @@ from zoo.layers.offload import HOST_FRACTION, free_host_memory
 from zoo.train.memory.estimate import Estimate, estimate, size_text
 from zoo.train.memory.offload_fraction import measure, offload_fraction
 
-__all__ = ["Choice", "MemoryConfig", "choose", "device_budget", "parse_size"]
+__all__ = ["ChosenPlan", "MemoryConfig", "choose", "device_budget", "parse_size"]
 
 SPARE = 0.05  # of a device is left free: losses became NaN near the edge (arXiv 2506.13996), and kernels want workspace
 UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
@@ -66,7 +66,7 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenPlan:
     """A plan, what it is estimated to take, and what it was held against."""
 
     plan: MemoryPlan
@@ -93,7 +93,7 @@ def choose(
     precision: str = "32-true",
     device: torch.device | str = "cpu",
     trial: Callable[[], tuple[float, float]] | None = None,
-) -> Choice:
+) -> ChosenPlan:
     """The plan for a step of (batch, length) tokens: the first that fits, in the order of what they cost in time.
 
     Args:
@@ -121,14 +121,14 @@ def choose(
         if config.offload == "alpha:auto":
             plan = _with_alpha(plan, model, batch, length, precision, device, trial)
         if not auto:
-            return Choice(plan, estimated(plan) if config.estimate or budget is not None else None, budget)
+            return ChosenPlan(plan, estimated(plan) if config.estimate or budget is not None else None, budget)
         bytes_ = estimated(plan)
         fitting.append((bytes_.peak, plan, bytes_))
         assert budget is not None
         if bytes_.peak <= budget * (1 - SPARE):
             break
     _, plan, bytes_ = min(fitting, key=lambda item: item[0])
-    return Choice(plan, bytes_, budget)
+    return ChosenPlan(plan, bytes_, budget)
 
 
 def candidates(config: MemoryConfig, own: MemoryPlan, device: torch.device) -> Iterator[MemoryPlan]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.train.balance.cost import CostModel, Ring, StateHandOff
+from zoo.train.balance.cost import CostModel, RingTraffic, StateHandOff
 from zoo.train.contracts import model_of
 from zoo.train.strategies.kinds import kinds
 
@@ -50,5 +50,5 @@ def nominal(model: nn.Module, capacity: int) -> CostModel:
         a2=1e3 * max(linear, 1.0) / FLOPS,
         b1=LAYER * layers,
         capacity=capacity,
-        communication=Ring(1e3 * passed / BANDWIDTH) if names else StateHandOff(),
+        communication=RingTraffic(1e3 * passed / BANDWIDTH) if names else StateHandOff(),
     )

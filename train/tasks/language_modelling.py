@@ -27,7 +27,7 @@ from zoo.train.tasks.task import Batch, Task
 __all__ = ["LanguageModelling"]
 
 
-class Measured(Protocol):
+class MeasuredInBytes(Protocol):
     """Data that say what they can be judged by, of "bits_per_byte", "perplexity", "accuracy", "last_accuracy"."""
 
     metrics: tuple[Any, ...]
@@ -52,7 +52,7 @@ class LanguageModelling(Task):
         model: nn.Module,
         optim: Recipe,
         limits: Limits,
-        data: Measured,
+        data: MeasuredInBytes,
         *,
         max_nonfinite_steps: int = 10,
     ) -> None:

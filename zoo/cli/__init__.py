@@ -155,11 +155,11 @@ def _generate_arguments(parser: Parser) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     limit_spinning()
-    from zoo.cli.generate import Request, generate_command
+    from zoo.cli.generate import GenerateRequest, generate_command
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     flags = ("max_tokens", "temperature", "top_k", "top_p", "seed", "compile")
-    request = Request(
+    request = GenerateRequest(
         settings=args.settings,
         flags={name: getattr(args, name) for name in flags},
         stop=args.stop,

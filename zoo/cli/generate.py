@@ -18,7 +18,7 @@ from zoo.targets import TARGET, load_class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerateRequest:
     """What `zoo generate` is asked for, beside the model and the prompt.
 
     settings: decoder=NAME and decoder.KEY=VALUE.
@@ -86,7 +86,7 @@ class StopText:
         return any(stop.startswith(end) for stop in self.stops)
 
 
-def generate_command(path: str, prompt: str, request: Request) -> int:
+def generate_command(path: str, prompt: str, request: GenerateRequest) -> int:
     """Print the continuation of a prompt piece by piece, or write it to a file."""
     source = checkpoint.locate(path)
     model = cast(SequenceModel, checkpoint.load(source))

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.ops.core.spec import relative_error
-from zoo.train.balance import CostModel, Flexible, Group, Hybrid, PackedStream, Plan, Ring, Uniform
+from zoo.train.balance import CostModel, Flexible, Group, Hybrid, PackedStream, Plan, RingTraffic, Uniform
 
 RANKS = 4
 PLANS = 200
 HANGS_AFTER = 280  # seconds; then every process says where it stands
-COST = CostModel(a1=2e-2, a2=0.1, b1=1.0, capacity=16, communication=Ring(0.01))
-DEAR = replace(COST, communication=Ring(2.0))  # short sequences stay on one rank
+COST = CostModel(a1=2e-2, a2=0.1, b1=1.0, capacity=16, communication=RingTraffic(0.01))
+DEAR = replace(COST, communication=RingTraffic(2.0))  # short sequences stay on one rank
 
 
 def tokens_of(document: int, length: int) -> Tensor:

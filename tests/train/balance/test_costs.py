@@ -8,7 +8,7 @@ from balancing.lengths import CORPORA
 from balancing.offload import Offload
 from balancing.published import PARAMETERS_7B_384K, PUBLISHED, capacity
 
-from zoo.train.balance import CostModel, Measured, Ring, refit
+from zoo.train.balance import CostModel, MeasuredStep, RingTraffic, refit
 
 SEVEN = PUBLISHED["7b"].cost()
 
@@ -36,11 +36,11 @@ def test_a_refit_finds_the_coefficients_and_follows_a_drift() -> None:
     rng = np.random.default_rng(0)
     true = replace(SEVEN, a1=7e-6, a2=0.21, b1=400.0)
 
-    def steps(cost: CostModel, n: int, noise: float = 0.0) -> list[Measured]:
+    def steps(cost: CostModel, n: int, noise: float = 0.0) -> list[MeasuredStep]:
         found = []
         for _ in range(n):
             s, d = CORPORA["wikipedia"].sample(20, rng, 50_000), int(2 ** rng.integers(0, 5))
-            found.append(Measured(tuple(s.tolist()), d, cost.step(s, d) * (1 + noise * rng.normal())))
+            found.append(MeasuredStep(tuple(s.tolist()), d, cost.step(s, d) * (1 + noise * rng.normal())))
         return found
 
     def coefficients(cost: CostModel) -> list[float]:
@@ -53,14 +53,14 @@ def test_a_refit_finds_the_coefficients_and_follows_a_drift() -> None:
     assert abs(refit(SEVEN, drifted).b1 - true.b1) > 50
     assert refit(SEVEN, steps(replace(true, a1=0.0), 50, 0.05)).a1 >= 0
     with pytest.raises(ValueError, match="do not determine a1, a2 and b1"):
-        refit(SEVEN, [Measured((100,), 1, 1.0)] * 5)
+        refit(SEVEN, [MeasuredStep((100,), 1, 1.0)] * 5)
 
 
 def test_a_model_without_work_or_room_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 0 and a2 above it"):
-        CostModel(a1=0.0, a2=0.0, b1=1.0, capacity=1, communication=Ring(0.0))
+        CostModel(a1=0.0, a2=0.0, b1=1.0, capacity=1, communication=RingTraffic(0.0))
     with pytest.raises(ValueError, match="capacity of 0 tokens"):
-        CostModel(a1=0.0, a2=1.0, b1=1.0, capacity=0, communication=Ring(0.0))
+        CostModel(a1=0.0, a2=1.0, b1=1.0, capacity=0, communication=RingTraffic(0.0))
 
 
 @pytest.mark.parametrize("name", CORPORA)

@@ -7,7 +7,7 @@ from balancing.published import PUBLISHED
 from balancing.simulate import lower_bound
 from exact_plans import best_step
 
-from zoo.train.balance import CostModel, Ring, StateHandOff
+from zoo.train.balance import CostModel, RingTraffic, StateHandOff
 from zoo.train.balance.assignment import best_assignment, powers_of_two
 
 SEVEN = PUBLISHED["7b"].cost()
@@ -16,7 +16,7 @@ SEVEN = PUBLISHED["7b"].cost()
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "cost",
-    [SEVEN, CostModel(a1=5e-6, a2=0.2, b1=1.0, capacity=6000, communication=Ring(0.03))],
+    [SEVEN, CostModel(a1=5e-6, a2=0.2, b1=1.0, capacity=6000, communication=RingTraffic(0.03))],
     ids=["all-to-all", "ring"],
 )
 def test_the_greedy_step_is_within_five_percent_of_the_optimum(seed: int, cost: CostModel) -> None:

@@ -21,14 +21,14 @@ from zoo.train.balance import (
     PackedStream,
     Plan,
     Planner,
-    Ring,
+    RingTraffic,
     StateHandOff,
     Uniform,
 )
-from zoo.train.balance.assignment import Problem, partitions, powers_of_two
+from zoo.train.balance.assignment import AssignmentProblem, partitions, powers_of_two
 from zoo.train.balance.micro_batches import buckets, consecutive_parts, rounding_error
 
-COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=Ring(0.03))
+COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=RingTraffic(0.03))
 SEVEN = PUBLISHED["7b"].cost()
 
 
@@ -95,9 +95,9 @@ def test_ranges_and_boundaries_are_those_of_a_shard(lengths: list[int], size: in
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths_and_ranks, st.sampled_from([Ring(0.03), StateHandOff(2.0)]), st.sampled_from([0.0, 1e-3]))
+@given(lengths_and_ranks, st.sampled_from([RingTraffic(0.03), StateHandOff(2.0)]), st.sampled_from([0.0, 1e-3]))
 def test_plans_lie_between_the_bound_and_uniform_ones(
-    drawn: tuple[list[int], int], communication: Ring | StateHandOff, a1: float
+    drawn: tuple[list[int], int], communication: RingTraffic | StateHandOff, a1: float
 ) -> None:
     lengths, ranks = drawn
     cost = CostModel(a1=a1, a2=0.1, b1=5.0, capacity=64, communication=communication)
@@ -199,7 +199,9 @@ def test_partitions_are_all_there() -> None:
 def test_many_ranks_are_searched_without_naming_all_partitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The climb finds partitions about as good as all of them would give."""
     tokens = np.sort(CORPORA["magi"].sample(200, np.random.default_rng(1), 100_000))[::-1]
-    problem = Problem(tokens, 32, CostModel(a1=5e-6, a2=0.18, b1=600.0, capacity=16_000, communication=Ring(0.035)))
+    problem = AssignmentProblem(
+        tokens, 32, CostModel(a1=5e-6, a2=0.18, b1=600.0, capacity=16_000, communication=RingTraffic(0.035))
+    )
     best = problem.fluid(partitions(32)).min()
     monkeypatch.setattr("zoo.train.balance.assignment.ENUMERATED", 16)
     assert problem.fluid(problem.candidates()).min() <= 1.02 * best
@@ -265,7 +267,7 @@ def test_plans_for_512_sequences_take_under_a_second() -> None:
 @pytest.mark.everything
 def test_longer_contexts_gain_more_from_hybrid_plans() -> None:
     """The shape of ByteScale's results: static groups take about twice as long with every doubling of the context."""
-    cost = CostModel(a1=SEVEN.a1, a2=SEVEN.a2, b1=0.0, capacity=8192, communication=Ring(0.035))
+    cost = CostModel(a1=SEVEN.a1, a2=SEVEN.a2, b1=0.0, capacity=8192, communication=RingTraffic(0.035))
     times = []
     for cap in (2**18, 2**19, 2**20, 2**21):
         rng = np.random.default_rng(0)

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
-from zoo.train.balance import BalancedBatchSampler, CostModel, Flexible, Hybrid, PackedStream, Plan, Planner, Ring
+from zoo.train.balance import (
+    BalancedBatchSampler,
+    CostModel,
+    Flexible,
+    Hybrid,
+    PackedStream,
+    Plan,
+    Planner,
+    RingTraffic,
+)
 
-COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=Ring(0.03))
+COST = CostModel(a1=1e-3, a2=0.1, b1=5.0, capacity=64, communication=RingTraffic(0.03))
 LENGTHS = np.random.default_rng(0).integers(1, 200, 150)
 PLANNERS: list[Planner] = [Flexible(4, COST), Hybrid(4, COST), PackedStream(4, 64, chunk=8)]
 

@@ -6,7 +6,7 @@
 | `local.py` | one block on this rank, forward and backward, and the sum of blocks |
 | `crossing.py` | what every method has |
 | `gathered.py` | "allgather", and for windows in a contiguous layout only the keys they reach |
-| `labelled.py` | any `Visible`, by an all-gather |
+| `by_labels.py` | any `Visible`, by an all-gather |
 | `ring.py` | "ring", "zigzag", "striped": keys go round |
 | `heads.py` | "ulysses", "usp": heads are shared out among neighbours, which form a ring |
 | `visits.py`, `tokenring.py` | "tokenring": queries go round, answers come home |
@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.ops.attention.attention.parallel.by_labels import ByLabels
 from zoo.ops.attention.attention.parallel.crossing import Crossing
 from zoo.ops.attention.attention.parallel.gathered import Gathered, Reached
 from zoo.ops.attention.attention.parallel.heads import Heads
-from zoo.ops.attention.attention.parallel.labelled import Labelled
 from zoo.ops.attention.attention.parallel.lightseq import LightSeq
 from zoo.ops.attention.attention.parallel.ring import Ring
 from zoo.ops.attention.attention.parallel.tokenring import TokenRing
@@ -93,7 +93,7 @@ def _crossing(
                 "attention across ranks takes visible by 'allgather', with documents said by visible itself; got "
                 f"{beside}, use 'allgather' and Visible.documents"
             )
-        return Labelled(shard, view(length, shard.size, layout, None, False, None, 1), scale, visible)
+        return ByLabels(shard, view(length, shard.size, layout, None, False, None, 1), scale, visible)
     if shard.documents is not None:
         check.boundaries("attention across ranks", torch.tensor(shard.documents), q.shape[0], length)
     if window is not None and window >= length:

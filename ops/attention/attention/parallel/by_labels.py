@@ -16,10 +16,10 @@ from zoo.ops.attention.attention.visible_blocks import VisibleBlocks
 from zoo.ops.core.dispatch import state_dtype
 from zoo.ops.shard.sequence_shard import SequenceShard
 
-__all__ = ["Labelled"]
+__all__ = ["ByLabels"]
 
 
-class Labelled(Gathered):
+class ByLabels(Gathered):
     """All keys, values and intervals on every rank.
 
     Args:
