@@ -84,12 +84,12 @@ class MegaModel(SequenceModel):
 
     def __init__(self, config: MegaSettings, mixer: Callable[[int], nn.Module]):
         d = config.d_model
+        words = ScaledEmbedding(config.vocab_size, d, dropout=config.dropout)
         super().__init__(
-            config, (_block(config, mixer(i)) for i in range(config.n_layers)),
-            embed=ScaledEmbedding(config.vocab_size, d, dropout=config.dropout),
+            config, (_block(config, mixer(i)) for i in range(config.n_layers)), embed=words,
             norm=nn.LayerNorm(d, eps=config.norm_eps, elementwise_affine=False),
         )  # fmt: skip
-        nn.init.normal_(self.embedding.weight, std=d**-0.5)
+        nn.init.normal_(words.weight, std=d**-0.5)
 
 
 def _block(config: MegaSettings, mixer: nn.Module) -> Block:
