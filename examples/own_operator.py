@@ -73,10 +73,8 @@ SPEC = OperatorSpec(
     sizes=({"D": 6},),
     time=("x", "a"),
     extremes={"forget all": lambda i: i | {"a": i["a"] * 0}, "forget nothing": lambda i: i | {"a": i["a"] * 0 + 1}},
-    cp_kind="affine",
     summary=lambda i, cu_seqlens: leaky_summary(i["x"], i["a"]),
     packed=False,
-    forms=("torch",),
 )
 
 

@@ -20,7 +20,7 @@ from zoo.bench.models import run_model
 from zoo.bench.operators import OperatorBench, operator_sizes
 from zoo.bench.record import CaseResult, Phase, Record, SideResult, read, write
 from zoo.bench.run import run_operators
-from zoo.bench.shapes import SETS, parse_request
+from zoo.bench.shapes import SETS, Case, parse_request
 from zoo.bench.steps import ModelRequest, Products, StepBench
 from zoo.config import compose
 from zoo.errors import UserError
@@ -447,3 +447,14 @@ def test_operators_run_of_several_lengths(monkeypatch: pytest.MonkeyPatch) -> No
     assert "round 1 of 2" in said[-2]
     assert said[-1].startswith("causal_conv1d: round 2 of 2; causal_conv1d ")
     assert "forward+backward: torch " in said[-1], "the first times are said after the first round"
+
+
+@pytest.mark.parametrize("name", ["gated_linear_attention", "plstm", "plstm_grid", "swiglu"])
+def test_attention_competes_with_operators_on_queries(name: str) -> None:
+    spec = OPERATORS[name]
+    sizes = {"B": 1, "T": 16, **spec.sizes[0]}
+    sides, _ = choose_sides(spec, Case(name, sizes, "float32"), CPU, ())
+    attends = name in ("gated_linear_attention", "plstm")
+    assert ("sdpa" in [side.name for side in sides]) == attends
+    for side in sides:
+        assert side.spec.operator.name == ("attention" if side.name == "sdpa" else name)

@@ -1,6 +1,7 @@
 """Who competes: zoo's own forms, the loop, and other libraries' functions behind our signature."""
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def _why_not(name: str, spec: OperatorSpec, case: Case, device: torch.device) ->
             return "it is not installed; pip install flash-linear-attention"
         return None if device.type == "cuda" else "its kernels need a CUDA device"
     if name == "sdpa":
-        return None if {"H", "K", "V"} <= case.sizes.keys() else "it takes q, k and v"
+        return None if _has_queries(spec) else "it takes q, k and v"
     if name not in forms(spec):
         return f"the operator's forms are {', '.join(forms(spec))}"
     if name == "triton" and device.type != "cuda":
@@ -96,14 +97,18 @@ def _why_not(name: str, spec: OperatorSpec, case: Case, device: torch.device) ->
     return None
 
 
-def _dear(case: Case, device: torch.device) -> bool:
-    return device.type == "cpu" and attention_flops(case.sizes)[1] > DEAR
+def _has_queries(spec: OperatorSpec) -> bool:
+    """Whether the operator takes q, k and v (B, T, H, ...), as softmax attention does."""
+    if not {"H", "K", "V"} <= spec.sizes[0].keys():
+        return False
+    inputs = spec.make(1, 1, spec.sizes[0], torch.Generator())
+    return all(name in inputs and inputs[name].ndim == 4 for name in ("q", "k", "v"))
 
 
 def _side(name: str, spec: OperatorSpec) -> Side:
     if name == "fla":
         where, names = FLA[spec.name]
-        return Side("fla", dataclasses.replace(spec, function=_Fla(where, names)), "auto")
+        return Side("fla", dataclasses.replace(spec, function=_Fla(where, names, spec)), "auto")
     if name == "sdpa":
         return Side("sdpa", _attention_beside(spec), "sdpa")
     return Side(name, spec, name)
@@ -112,7 +117,8 @@ def _side(name: str, spec: OperatorSpec) -> Side:
 class _Fla:
     """A function of flash-linear-attention, called like ours."""
 
-    def __init__(self, where: str, names: tuple[str, ...]) -> None:
+    def __init__(self, where: str, names: tuple[str, ...], spec: OperatorSpec) -> None:
+        functools.update_wrapper(self, spec.function)
         self.names = names
         self.function = resolve(where)
 
@@ -122,6 +128,7 @@ class _Fla:
         return out
 
 
+@functools.wraps(attention)
 def _sdpa(*, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Causal softmax attention by torch, in our layout; zoo's own for the exact numbers."""
     if backend != "sdpa":

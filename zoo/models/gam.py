@@ -28,7 +28,7 @@ class GAMConfig(SequenceConfig):
     norm_eps: float = 1e-5
     n_slots: Annotated[int | None, Range(1)] = None  # None: as many as d_model
     conv_size: Annotated[int, Range(1)] = 3
-    score_scale: float = 1.0  # the paper has no 1 / sqrt(d_model)
+    score_scale: Annotated[float, Range(0)] = 1.0  # the paper has no 1 / sqrt(d_model)
     max_length: Annotated[int | None, Range(1)] = 256
     init: Literal["official", "zoo"] = "official"
 
