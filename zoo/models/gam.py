@@ -102,4 +102,5 @@ def gam(config: GAMConfig) -> SequenceModel:
 )
 def gam_hybrid(config: GAMHybridConfig) -> SequenceModel:
     """GAM's blocks with a layer of attention in place of every second one."""
-    return _model(config, config.pattern or f"gam, attention(n_heads={config.n_heads})")
+    alternating = ("gam", f"attention(n_heads={config.n_heads})") * config.n_layers
+    return _model(config, config.pattern or ", ".join(alternating[: config.n_layers]))
