@@ -22,6 +22,9 @@ from zoo.ranges import Range, check_fields
 __all__ = ["AutoregressivePolicy", "Policy", "PolicyConfig", "SlotPolicy"]
 
 
+WITHOUT_DATA = {"observation_size": 9, "n_slots": 15, "ends": False}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
     """What every policy is told; a model's configuration adds its mixers' fields.
@@ -32,6 +35,7 @@ class PolicyConfig:
     n_slots: tokens of a chunk, the longest where they differ.
     vocab_size: different tokens.
     ends: the last token of the vocabulary ends a chunk.
+        What is None is decided by the data; without data it is 9, 15 and False, as data=reaching has it.
     dropout: share of the numbers that each part of a block adds which is dropped in training.
     norm_eps: of all norms.
     init_std: standard deviation of every linear and embedding weight, and of the slots.
@@ -40,15 +44,18 @@ class PolicyConfig:
     d_model: Annotated[int, Range(1)] = 256
     n_layers: Annotated[int, Range(1, 10_000)] = 6
     hidden_size: Annotated[int | None, Range(1)] = None
-    observation_size: Annotated[int, Range(1)] = 9
-    n_slots: Annotated[int, Range(1)] = 15
+    observation_size: Annotated[int | None, Range(1)] = None
+    n_slots: Annotated[int | None, Range(1)] = None
     vocab_size: Annotated[int, Range(2)] = 256
-    ends: bool = False
+    ends: bool | None = None
     dropout: Annotated[float, Range(0, below=1)] = 0.1
     norm_eps: Annotated[float, Range(0)] = 1e-5
     init_std: Annotated[float, Range(0)] = 0.02
 
     def __post_init__(self) -> None:
+        for name, value in WITHOUT_DATA.items():
+            if vars(self)[name] is None:
+                object.__setattr__(self, name, value)
         check_fields(self)
 
 
@@ -100,6 +107,9 @@ class Policy(Model):
     def __init__(self, config: PolicyConfig, mixer: Callable[[int], nn.Module]):
         super().__init__()
         self.config, d = config, config.d_model
+        assert config.observation_size is not None
+        assert config.n_slots is not None
+        self.observation_size, self.n_slots = config.observation_size, config.n_slots
         self.observation_embedding = ObservationEmbedding(config.observation_size, d)
         self.blocks = Stack(
             (
@@ -141,7 +151,7 @@ class Policy(Model):
     def block_shape(self, batch: Any) -> tuple[int, int]:
         """Observations and tokens go through the blocks in one row."""
         rows, seen, _ = batch["observations"].shape
-        return int(rows), int(seen) + self.config.n_slots
+        return int(rows), int(seen) + self.n_slots
 
     def embedded(self, observations: Tensor) -> Tensor:
         """(B, S, O) -> (B, S, D).
@@ -150,10 +160,8 @@ class Policy(Model):
             ValueError: the observations have another size; or time is cut across ranks.
         """
         shard.refuse("A policy")
-        if observations.ndim != 3 or observations.shape[2] != self.config.observation_size:
-            raise ValueError(
-                f"observations must be (B, S, {self.config.observation_size}); got {tuple(observations.shape)}"
-            )
+        if observations.ndim != 3 or observations.shape[2] != self.observation_size:
+            raise ValueError(f"observations must be (B, S, {self.observation_size}); got {tuple(observations.shape)}")
         embedded: Tensor = self.observation_embedding(observations)
         return embedded
 
@@ -168,7 +176,7 @@ class SlotPolicy(Policy):
 
     def __init__(self, config: PolicyConfig, mixer: Callable[[int], nn.Module]):
         super().__init__(config, mixer)
-        self.slots = Slots(config.n_slots, config.d_model, std=config.init_std)
+        self.slots = Slots(self.n_slots, config.d_model, std=config.init_std)
         initialise(self, std=config.init_std, n_layers=config.n_layers)
 
     @property
@@ -178,7 +186,7 @@ class SlotPolicy(Policy):
 
     def sizes(self, batch: int, length: int) -> dict[str, int]:
         """One observation, whatever the length."""
-        return {"B": batch, "S": 1, "O": self.config.observation_size}
+        return {"B": batch, "S": 1, "O": self.observation_size}
 
     def forward(self, observations: Tensor, state: Any = None) -> tuple[Tensor, None]:
         """Logits of all tokens of the next chunk.
@@ -199,7 +207,8 @@ class SlotPolicy(Policy):
 
     def act(self, observations: Tensor) -> Tensor:
         """The likeliest token of every slot, (B, n_slots) int64."""
-        return self(observations)[0].argmax(-1)
+        chosen: Tensor = self(observations)[0].argmax(-1)
+        return chosen
 
 
 class AutoregressivePolicy(Policy):
@@ -222,7 +231,7 @@ class AutoregressivePolicy(Policy):
 
     def sizes(self, batch: int, length: int) -> dict[str, int]:
         """One observation, whatever the length."""
-        return {"B": batch, "S": 1, "O": self.config.observation_size, "J": self.config.n_slots}
+        return {"B": batch, "S": 1, "O": self.observation_size, "J": self.n_slots}
 
     def forward(self, observations: Tensor, state: Any = None, *, tokens: Tensor) -> tuple[Tensor, None]:
         """Logits of every token from the observations and the tokens before it.
@@ -248,7 +257,7 @@ class AutoregressivePolicy(Policy):
         x, state = self.blocks(self.embedded(observations), final=self.norm)
         tokens: list[Tensor] = []
         ended = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        while len(tokens) < self.config.n_slots:
+        while len(tokens) < self.n_slots:
             token = self.head(x[:, -1:]).argmax(-1)  # (B, 1)
             if self.config.ends:
                 token = torch.where(ended[:, None], end, token)
@@ -258,4 +267,4 @@ class AutoregressivePolicy(Policy):
                 break
             x, state = self.blocks(self.embedding(token), state, final=self.norm)
         chunk = torch.cat(tokens, 1)
-        return F.pad(chunk, (0, self.config.n_slots - chunk.shape[1]), value=end)
+        return F.pad(chunk, (0, self.n_slots - chunk.shape[1]), value=end)
