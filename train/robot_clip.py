@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from zoo.errors import UserError
@@ -16,6 +17,7 @@ except ImportError:  # the extra "plots" is not installed
 __all__ = ["draw_clip"]
 
 COLUMNS = 4
+SIDE = 2.2  # of the square of an episode, whose coordinates reach from -1 to 1
 EVERY = 2  # steps of a frame
 
 
@@ -36,23 +38,23 @@ def draw_clip(path: Path, places: Tensor, succeeded: list[bool], *, seconds: flo
         raise UserError(f"{path.name} needs matplotlib, which is not installed; pip install 'seqzoo[plots]'")
     number, columns = places.shape[1], min(COLUMNS, places.shape[1])
     rows = -(-number // columns)
-    figure = Figure(figsize=(1.6 * columns, 1.6 * rows), layout="constrained")
+    figure = Figure(figsize=(1.6 * columns, 1.6 * rows))
     FigureCanvasAgg(figure)
-    links, targets = [], []
-    for i in range(number):
-        axes = figure.add_subplot(rows, columns, i + 1)
-        axes.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal", xticks=[], yticks=[])
-        links += axes.plot([], [], "o-", color="black", linewidth=2, markersize=3)
-        targets += axes.plot([], [], "o", color="red", markersize=6, alpha=0.7)
-    shown = places[::EVERY].cpu().numpy()
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, SIDE * columns), ylim=(0, SIDE * rows), xticks=[], yticks=[])
+    at = torch.arange(number)
+    corner = torch.stack([at % columns, rows - 1 - at // columns], 1) * SIDE + SIDE / 2  # all in one pair of axes
+    shown = (places.cpu() + corner[:, None])[::EVERY].numpy()
+    links = [axes.plot([], [], "o-", color="black", linewidth=2, markersize=3)[0] for _ in range(number)]
+    targets = axes.scatter(*shown[0, :, -1].T, s=40, color="red", alpha=0.7)
+    colours = ["green" if good else "red" for good in succeeded]
 
     def draw(frame: int) -> list[object]:
-        for i, (link, target) in enumerate(zip(links, targets, strict=True)):
-            link.set_data(*shown[frame, i, :-1].T)
-            target.set_data(*shown[frame, i, -1:].T)
-            if frame == len(shown) - 1 and succeeded[i]:
-                target.set_color("green")
-        return [*links, *targets]
+        for link, joints in zip(links, shown[frame], strict=True):
+            link.set_data(*joints[:-1].T)
+        targets.set_offsets(shown[frame, :, -1])
+        if frame == len(shown) - 1:
+            targets.set_color(colours)
+        return [*links, targets]
 
     clip = FuncAnimation(figure, draw, frames=len(shown), blit=False)  # type: ignore[arg-type]
     clip.save(path, writer=PillowWriter(fps=round(1 / (EVERY * seconds))), dpi=60)
