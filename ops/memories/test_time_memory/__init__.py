@@ -16,6 +16,8 @@
 
 # ruff: noqa: PT028 - the operator's name begins like a test's
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,7 +114,7 @@ def test_time_memory(
     call = OPERATOR.begin(args, alike=("q", "k", "v"), cu_seqlens=local, backend=backend)
     _refuse(rule, given, gain is not None or offset is not None, call.sizes)
     if over_heads:
-        return _over_heads(rule, q, k, v, given, gain, offset, state, cu_seqlens, backend)
+        return _over_heads(rule, q, k, v, eta, given, gain, offset, state, cu_seqlens, backend)
     begun = state is not None
     state = _state(call, rule, state)
     each = (given[name] for name in rule.gates)
@@ -141,9 +143,9 @@ def _form(
     if call.backend != "reference":
         return memory_chunked(rule, tokens, norm, state, call.cuts, begun)
 
-    def loop(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> tuple[Tensor, MemoryState]:
-        *gates, state = rest
-        return memory_reference(rule, Tokens(q, k, v, tuple(gates)), norm, state)
+    def loop(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, MemoryState]:
+        *gates, before = rest
+        return memory_reference(rule, Tokens(q, k, v, tuple(gates)), norm, before)
 
     q, k, v, gates = tokens
     return each_document(loop, call.cuts, (q, k, v, *gates), state)
@@ -200,8 +202,8 @@ def _state(call: Call, rule: MemoryRule, given: MemoryState | None) -> MemorySta
 
 
 def _over_heads(
-    rule: MemoryRule, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Tensor | None], gain: Tensor | None,
-    offset: Tensor | None, state: MemoryState | None, cu_seqlens: Tensor | None, backend: str,
+    rule: MemoryRule, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, given: dict[str, Tensor | None],
+    gain: Tensor | None, offset: Tensor | None, state: MemoryState | None, cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Slices of time become slices of heads, and the state never travels."""
     K, V = k.shape[3], v.shape[3]
@@ -220,7 +222,8 @@ def _over_heads(
     by_heads.__name__ = OPERATOR.name
     split = dict.fromkeys(("q", "k", "v", *given), 2) | {"gain": 0, "offset": 0}
     flat = None if state is None else packed(state)
+    g, theta, delta = (given[name] for name in ("g", "theta", "delta"))
     y, last = shard.over_heads(split=split)(by_heads)(
-        q, k, v, *given.values(), gain, offset, flat, cu_seqlens=cu_seqlens
+        q, k, v, eta, g, theta, delta, gain, offset, flat, cu_seqlens=cu_seqlens
     )
     return y, unpacked(last, like)

@@ -49,10 +49,12 @@ def from_rank_to_rank(
 
     def rows(*given: Tensor) -> tuple[Tensor, Tensor]:
         *inputs, others, before = given
-        own = Tokens(*(x.movedim(0, 2) for x in inputs[:3]), tuple(x.movedim(0, 2) for x in inputs[3 : 3 + n]))
+        q, k, v, *gates = (x.movedim(0, 2) for x in inputs[: 3 + n])
         learnt = iter(inputs[3 + n :])
         here = Norm(*(None if x is None else next(learnt) for x in norm))
-        y, after = form(own, here, unpacked(torch.cat([before, others], dim=1).transpose(0, 1), state))
+        y, after = form(
+            Tokens(q, k, v, tuple(gates)), here, unpacked(torch.cat([before, others], dim=1).transpose(0, 1), state)
+        )
         flat = packed(after).transpose(0, 1)
         both = torch.cat([y.movedim(2, 0).flatten(1), flat.flatten(1)], dim=1)
         return both, flat if cuts is None else flat[:, -1:]

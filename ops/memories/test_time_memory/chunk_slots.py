@@ -118,5 +118,5 @@ class ChunkSlots:
 
     def back(self, y: Tensor) -> Tensor:
         """(G, H, C, F) -> (B, T, H, F), the slots of this call's tokens."""
-        rows: Tensor = y.transpose(1, 2).flatten(0, 1)[self._back]
-        return rows.unflatten(0, (self.batch, self.length))
+        made: Tensor = y.transpose(1, 2).flatten(0, 1)[self._back].unflatten(0, (self.batch, self.length))
+        return made

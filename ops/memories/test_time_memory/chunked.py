@@ -44,7 +44,10 @@ class Coefficients(NamedTuple):
 
     def of(self, rows: slice) -> "Coefficients":
         """Those of some chunks."""
-        return Coefficients(*(None if x is None else x[rows] for x in self))
+        sums, last_sums, last_gradients = (
+            None if x is None else x[rows] for x in (self.sums, self.last_sums, self.last_gradients)
+        )
+        return Coefficients(self.start[rows], sums, self.gradients[rows], last_sums, last_gradients)
 
 
 def coefficients(eta: Tensor, g: Tensor, theta: Tensor | None, *, last: bool) -> Coefficients:

@@ -157,7 +157,8 @@ class RowNormRetention(Retention):
 
     def border(self, before: Tensor, after: Tensor) -> Tensor:
         """The new rows, at the lengths of the old ones."""
-        lengths, own = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (before, after))
+        lengths: Tensor = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
+        own: Tensor = torch.linalg.vector_norm(after, dim=-1, keepdim=True)
         return after * (lengths / (own + SMALLEST))
 
 
