@@ -31,6 +31,9 @@ from zoo.layers.mixers.mamba import Mamba as Mamba
 from zoo.layers.mixers.mamba import Mamba2 as Mamba2
 from zoo.layers.mixers.mega import Mega as Mega
 from zoo.layers.mixers.mega import TCNCA as TCNCA
+from zoo.layers.mixers.miras import Memora as Memora
+from zoo.layers.mixers.miras import Moneta as Moneta
+from zoo.layers.mixers.miras import Yaad as Yaad
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
 from zoo.layers.mixers.parallel import Parallel as Parallel

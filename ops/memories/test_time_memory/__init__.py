@@ -66,6 +66,7 @@ def test_time_memory(
     delta: Tensor | None = None,
     gain: Tensor | None = None,
     offset: Tensor | None = None,
+    start: tuple[Tensor, ...] | None = None,
     state: MemoryState | None = None,
     *,
     rule: MemoryRule,
@@ -85,8 +86,9 @@ def test_time_memory(
         theta: log decay of the running sum of gradients, (B, T, H), <= 0; with the algorithm Momentum alone.
         delta: threshold of the loss, (B, T, H), > 0; with HuberLoss alone. The gates may have a wider dtype than q.
         gain, offset: of the norm of the memory's output, (H, V); 1 and 0 when omitted. Learnt slowly, not a state.
-        state: before the first token. Omitted, all accumulators are zero; an MLP of zeros never learns, so pass
-            `first_state(rule, learnt start, n, K, V)`. With packed documents it has n rows.
+        start: the accumulators at which a sequence begins, (H, out, in) as `rule.memory.shapes(K, V)` says; zeros when
+            omitted, and a network of zeros never learns. For weights W they are `rule.retention.start(W)`.
+        state: before the first token, in the place of `start`; with packed documents it has n rows.
         rule: memory, loss, retention, algorithm and chunk, a `MemoryRule`.
         cu_seqlens: boundaries (n + 1,) of packed documents, B = 1; an empty document hands its state through.
         backend: "auto" and "torch" are the chunked form, "reference" is the loop over tokens.
@@ -114,9 +116,9 @@ def test_time_memory(
     call = OPERATOR.begin(args, alike=("q", "k", "v"), cu_seqlens=local, backend=backend)
     _refuse(rule, given, gain is not None or offset is not None, call.sizes)
     if over_heads:
-        return _over_heads(rule, q, k, v, eta, given, gain, offset, state, cu_seqlens, backend)
+        return _over_heads(rule, q, k, v, eta, given, gain, offset, start, state, cu_seqlens, backend)
     begun = state is not None
-    state = _state(call, rule, state)
+    state = _state(call, rule, start, state)
     each = (given[name] for name in rule.gates)
     gates = tuple(torch.zeros_like(eta, dtype=call.dtype) if x is None else x.to(call.dtype) for x in each)
     tokens = Tokens(q.to(call.dtype), k.to(call.dtype), v.to(call.dtype), gates)
@@ -130,6 +132,7 @@ def test_time_memory(
     else:
         begun = True  # another rank may have begun a chunk
         y, last = from_rank_to_rank(form, tokens, norm, state, call.cuts)
+        y = shard.tied(y, *(start or ()))  # ranks that share it wait for a gradient, if only of zeros
     return y.to(v.dtype), last
 
 
@@ -172,14 +175,24 @@ def _refuse(rule: MemoryRule, given: dict[str, Tensor | None], learnt: bool, siz
         )
 
 
-def _state(call: Call, rule: MemoryRule, given: MemoryState | None) -> MemoryState:
-    """The state before the first token, checked; zeros when none is given."""
+def _state(
+    call: Call, rule: MemoryRule, start: tuple[Tensor, ...] | None, given: MemoryState | None
+) -> MemoryState:  # fmt: skip
+    """The state before the first token, checked; that of the start, or zeros, when none is given."""
     H, K, V = (call.sizes[name] for name in "HKV")
+    shapes = rule.memory.shapes(K, V)
+    wanted = [(H, *shape) for shape in shapes]
+    if start is not None and [tuple(x.shape) for x in start] != wanted:
+        raise ValueError(
+            f"test_time_memory: start must be {len(shapes)} tensors {wanted}, heads, outputs, inputs of a matrix; got "
+            f"{[tuple(x.shape) for x in start]}"
+        )
+    if given is None and start is not None:
+        return first_state(rule, tuple(x.to(call.dtype) for x in start), call.documents, K, V)
     if given is None:
         like = call.state(None, "H")
         return zero_state(rule, call.documents, H, K, V, dtype=call.dtype, device=like.device)
     weights, momentum, chunk, filled = given
-    shapes = rule.memory.shapes(K, V)
     sums = len(shapes) if rule.algorithm.momentum else 0
     if (len(weights), len(momentum)) != (len(shapes), sums):
         raise ValueError(
@@ -203,27 +216,37 @@ def _state(call: Call, rule: MemoryRule, given: MemoryState | None) -> MemorySta
 
 def _over_heads(
     rule: MemoryRule, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, given: dict[str, Tensor | None],
-    gain: Tensor | None, offset: Tensor | None, state: MemoryState | None, cu_seqlens: Tensor | None, backend: str,
+    gain: Tensor | None, offset: Tensor | None, start: tuple[Tensor, ...] | None, state: MemoryState | None,
+    cu_seqlens: Tensor | None, backend: str,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Slices of time become slices of heads, and the state never travels."""
     K, V = k.shape[3], v.shape[3]
     like = zero_state(rule, 1, 1, K, V, dtype=torch.float32, device=q.device)
+    shapes = rule.memory.shapes(K, V)
+    sizes = [rows * columns for rows, columns in shapes]
 
     def by_heads(
         q: Tensor, k: Tensor, v: Tensor, eta: Tensor, g: Tensor | None, theta: Tensor | None, delta: Tensor | None,
-        gain: Tensor | None, offset: Tensor | None, state: Tensor | None, *, cu_seqlens: Tensor | None,
+        gain: Tensor | None, offset: Tensor | None, start: Tensor | None, state: Tensor | None, *,
+        cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         own = None if state is None else unpacked(state, like)
+        begin = (
+            None
+            if start is None
+            else tuple(x.unflatten(1, s) for x, s in zip(start.split(sizes, 1), shapes, strict=True))
+        )
         y, last = test_time_memory(
-            q, k, v, eta, g, theta, delta, gain, offset, own, rule=rule, cu_seqlens=cu_seqlens, backend=backend
+            q, k, v, eta, g, theta, delta, gain, offset, begin, own, rule=rule, cu_seqlens=cu_seqlens, backend=backend
         )
         return y, packed(last)
 
     by_heads.__name__ = OPERATOR.name
-    split = dict.fromkeys(("q", "k", "v", *given), 2) | {"gain": 0, "offset": 0}
+    split = dict.fromkeys(("q", "k", "v", *given), 2) | dict.fromkeys(("gain", "offset", "start"), 0)
+    begin = None if start is None else torch.cat([x.flatten(1) for x in start], dim=1)
     flat = None if state is None else packed(state)
     g, theta, delta = (given[name] for name in ("g", "theta", "delta"))
     y, last = shard.over_heads(split=split)(by_heads)(
-        q, k, v, eta, g, theta, delta, gain, offset, flat, cu_seqlens=cu_seqlens
+        q, k, v, eta, g, theta, delta, gain, offset, begin, flat, cu_seqlens=cu_seqlens
     )
     return y, unpacked(last, like)

@@ -37,12 +37,16 @@ class _Tables(NamedTuple):
     step: Tensor
 
 
+_Steps = tuple[tuple[int, int], ...]
+_Full = tuple[bool | None, ...]
+
+
 @cached_tensors()
-def _tables(
+def _of_documents(
     lengths: tuple[int, ...], size: int, begun: bool, device: torch.device
-) -> tuple[_Tables, tuple[tuple[int, int], ...], tuple[bool | None, ...]]:
+) -> tuple[_Tables, _Steps, _Full]:
     """The tables; at each position, which chunks run, (start, stop), and whether all are full, or None."""
-    counts = [-(-(n + (size - 1 if begun else 0)) // size) if n else 0 for n in lengths]
+    counts = [_count(n, size, begun) for n in lengths]
     order = sorted(range(len(lengths)), key=lambda i: -counts[i])
     steps, document, first = [], list[int](), list[int]()
     for j in range(max(counts, default=0)):
@@ -61,6 +65,26 @@ def _tables(
     whole = [[lengths[i] >= (j + 1) * size for i in order[: stop - start]] for j, (start, stop) in enumerate(steps)]
     full = [None if begun or len({*each}) > 1 else each[0] for each in whole]
     return _Tables(*(x.to(device) for x in made)), tuple(steps), tuple(full)
+
+
+def _of_batch(
+    batch: int, length: int, size: int, begun: bool, device: torch.device
+) -> tuple[_Tables, _Steps, _Full]:  # fmt: skip
+    """The same of rows of one length; on the device alone, for compilers follow no cache."""
+    count = _count(length, size, begun)
+    rows, chunks = torch.arange(batch, device=device), torch.arange(count, device=device)
+    made = _Tables(
+        rows, rows, rows.repeat(count), (chunks * size).repeat_interleave(batch), rows * length,
+        torch.full_like(rows, length), chunks * batch, rows.repeat_interleave(length),
+        torch.arange(length, device=device).repeat(batch),
+    )  # fmt: skip
+    steps = tuple((j * batch, (j + 1) * batch) for j in range(count))
+    return made, steps, tuple(None if begun else (j + 1) * size <= length for j in range(count))
+
+
+def _count(length: int, size: int, begun: bool) -> int:
+    """Chunks that so many tokens may need, wherever the first one stands in its chunk."""
+    return -(-(length + (size - 1 if begun else 0)) // size) if length else 0
 
 
 class ChunkSlots:
@@ -82,9 +106,12 @@ class ChunkSlots:
         device: torch.device,
     ):  # fmt: skip
         self.batch, self.length, self.size = batch, length, size
-        lengths = (length,) * batch if cuts is None else tuple(b - a for a, b in itertools.pairwise(cuts))
-        self.documents = len(lengths)
-        self.tables, self.steps, whole = _tables(lengths, size, filled is not None, device)
+        self.documents = batch if cuts is None else len(cuts) - 1
+        if cuts is None:
+            self.tables, self.steps, whole = _of_batch(batch, length, size, filled is not None, device)
+        else:
+            lengths = tuple(b - a for a, b in itertools.pairwise(cuts))
+            self.tables, self.steps, whole = _of_documents(lengths, size, filled is not None, device)
         begun = torch.zeros_like(self.tables.start) if filled is None else filled
         after = begun + self.tables.length
         self.filled = after % size  # (n,) of the chunk that is open behind this call

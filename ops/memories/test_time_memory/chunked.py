@@ -82,6 +82,8 @@ def memory_chunked(
     gate = dict(zip(rule.gates, each.unbind(-1), strict=True))
     weigh = coefficients(gate["eta"], gate["g"], gate.get("theta"), last=rule.reads == "chunk")
     delta = gate["delta"].unsqueeze(-1) if "delta" in gate else None
+    if delta is not None:  # in free slots it is 0, where the root of its square has no slope
+        delta = delta.masked_fill(delta == 0, 1)
     order = slots.tables.order
     A, S = ([x[order].flatten(0, 1) for x in kept] for kept in (state.weights, state.momentum))
     ended: list[list[Tensor]] = []  # accumulators of documents that end, shortest first
