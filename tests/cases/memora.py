@@ -10,10 +10,13 @@ MIXERS = {
 }
 
 MODELS = {
-    "memora": CausalCase(fields={"n_heads": 2, "chunk_size": 5}),
+    # Positive weights have nearly equal outputs, and the norm magnifies what is left: with the cases' large gains a
+    # whole forward pass in float32 is off by 4e-5 of one in float64, in any order of steps.
+    "memora": CausalCase(fields={"n_heads": 2, "chunk_size": 5}, rounding=1e-4),
     "memora + window": CausalCase(
         name="memora",
         fields={"n_heads": 2, "chunk_size": 4, "pattern": "memora, attention(window=7, n_heads=2)"},
+        rounding=1e-4,
         tier=EVERYTHING,
     ),
 }

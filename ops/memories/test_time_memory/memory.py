@@ -76,27 +76,37 @@ class Memory(ABC):
         """M(x) from the network's output o."""
         if self.norm:
             o = F.layer_norm(o, o.shape[-1:], eps=self.norm_eps)
-            o = o if norm.gain is None else o * norm.gain
-            o = o if norm.offset is None else o + norm.offset
-        return x + o if self.residual else o
+        return self._behind_norm(o, x, norm)
 
     def pulled(self, o: Tensor, x: Tensor, norm: Norm, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         """The loss's gradient by the network's output o, from `gradient`, the one by M(x)."""
         if not self.norm:
-            return gradient(x + o if self.residual else o)
-        o = o - o.mean(-1, keepdim=True)
-        scale = (o.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
-        o = o * scale
-        y = o if norm.gain is None else o * norm.gain
-        y = y if norm.offset is None else y + norm.offset
-        d = gradient(x + y if self.residual else y)
+            return gradient(self._behind_norm(o, x, norm))
+        o, scale = self._standardised(o)
+        d = gradient(self._behind_norm(o, x, norm))
         d = d if norm.gain is None else d * norm.gain
         return (d - d.mean(-1, keepdim=True) - o * (d * o).mean(-1, keepdim=True)) * scale
 
     def __call__(self, weights: Sequence[Tensor], x: Tensor, norm: Norm) -> Tensor:
         """M(x; W) of one token a row: weights (..., out, in), x (..., K) -> (..., V)."""
         o = self.network(lambda l, z: (weights[l] @ z.unsqueeze(-1)).squeeze(-1), x)
-        return self.output(o, x, norm)
+        if (
+            self.norm
+        ):  # written out: the third derivatives of torch's layer_norm are wrong, and a loss's gradient has one
+            o = self._standardised(o)[0]
+        return self._behind_norm(o, x, norm)
+
+    def _standardised(self, o: Tensor) -> tuple[Tensor, Tensor]:
+        """o with mean 0 and variance 1, and what it was multiplied by."""
+        o = o - o.mean(-1, keepdim=True)
+        scale = (o.square().mean(-1, keepdim=True) + self.norm_eps).rsqrt()
+        return o * scale, scale
+
+    def _behind_norm(self, o: Tensor, x: Tensor, norm: Norm) -> Tensor:
+        """Gain, offset and the residual, each where there is one."""
+        o = o if norm.gain is None else o * norm.gain
+        o = o if norm.offset is None else o + norm.offset
+        return x + o if self.residual else o
 
 
 @dataclass(frozen=True, kw_only=True)
