@@ -33,7 +33,7 @@ class Moneta(MemoryMixer):
         chunk_size: int = 16,
         conv_size: int | None = 4,
         eta_max: float = 0.1,
-        keep: float = 0.995,
+        keep: float = 0.9999,
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ):
@@ -69,7 +69,7 @@ class Yaad(MemoryMixer):
         chunk_size: int = 16,
         conv_size: int | None = 4,
         eta_max: float = 0.3,
-        keep: float = 0.995,
+        keep: float = 0.999,
         norm_eps: float = 1e-5,
         backend: str = "auto",
     ):
@@ -109,7 +109,7 @@ class Memora(MemoryMixer):
         exact: bool = False,
         conv_size: int | None = 4,
         eta_max: float = 0.3,
-        keep: float = 0.995,
+        keep: float = 0.999,
         log_weights: float = 1.0,
         memory_eps: float = 1e-2,
         norm_eps: float = 1e-5,

@@ -30,7 +30,7 @@ class Titans(MemoryMixer):
         chunk_size: int = 16,
         conv_size: int | None = 4,
         eta_max: float = 0.3,
-        keep: float = 0.995,
+        keep: float = 0.999,
         keep_momentum: float = 0.9,
         norm_eps: float = 1e-5,
         backend: str = "auto",

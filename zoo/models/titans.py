@@ -18,7 +18,7 @@ class TitansConfig(SequenceConfig):
     chunk_size: Annotated[int, Range(1, 65_536)] = 16
     conv_size: Annotated[int | None, Range(1)] = 4
     eta_max: Annotated[float, Range(above=0)] = 0.3
-    keep: Annotated[float, Range(above=0, below=1)] = 0.995
+    keep: Annotated[float, Range(above=0, below=1)] = 0.999
     keep_momentum: Annotated[float, Range(above=0, below=1)] = 0.9
     output_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head's output
 
