@@ -98,8 +98,7 @@ class MemoryMixer(Mixer):
                     accumulator.normal_(std=self.log_weights)
                     continue
                 columns = accumulator.shape[-1] - memory.bias
-                sees_keys = memory.widths(self.size, self.size)[i][1] == self.size and (i > 0 or len(self.start) == 1)
-                weight = torch.randn_like(accumulator) * (1.0 if sees_keys else columns**-0.5)
+                weight = torch.randn_like(accumulator) * (1.0 if i in memory.on_keys else columns**-0.5)
                 if memory.bias:
                     weight[..., -1] = 0
                 accumulator.copy_(retention.start(weight))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -34,6 +36,8 @@ from zoo.ops import (
     first_state,
     gated_linear_attention,
 )
+from zoo.ops.core.spec import parity
+from zoo.ops.core.table import OPERATORS
 
 memory = ops.test_time_memory  # by a name that pytest does not take for a test's
 B, H, D = 2, 2, 12
@@ -543,3 +547,16 @@ def test_free_slots_of_a_chunk_mean_nothing() -> None:
     dirty.chunk[:, :, 1:] = 7.0
     for a, b in itertools.zip_longest(*(memory(**given, state=s, rule=rule)[0] for s in (state, dirty))):
         assert torch.equal(a, b)
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name.startswith("test_time_memory")])
+def test_float32_gradients_are_as_exact_as_the_loops_on_average(name: str) -> None:
+    """One ratio is chance, for memories magnify rounding; the mean over seeds, inputs and gates is not."""
+    spec, logs = OPERATORS[name], []
+    for seed in range(2):
+        given = spec.inputs(2, 200, seed=seed)
+        for inputs in (given, spec.extremes["no decay"](given)):
+            ours, loop = (parity(spec, inputs, backend=form, dtype=torch.float32) for form in ("torch", "reference"))
+            logs += [math.log(ours[key] / loop[key]) for key in ours if key.startswith("d ") and loop[key] > 1e-8]
+    assert math.exp(statistics.mean(logs)) < 1.0

@@ -32,22 +32,23 @@ class Coefficients(NamedTuple):
     """What tokens of N chunks weigh in the accumulators behind each of R tokens: all C of them, or the last one.
 
     start: (N, R, 1) the accumulator at the beginning; sums: the same of the running sum there, None without momentum;
-    gradients: (N, R, C) the gradient of token i, 0 for i > t. last_sums, last_gradients: (N, 1, 1) and (N, C, 1), the
+    gradients: (N, R, C) the gradient of token i, 0 for i > t; on_keys: the same times the key of i and the query of t,
+    None where queries do not read the chunk's own tokens. last_sums, last_gradients: (N, 1, 1) and (N, C, 1), the
     running sum behind the chunk, from the one before it and from gradients.
     """
 
     start: Tensor
     sums: Tensor | None
     gradients: Tensor
+    on_keys: Tensor | None
     last_sums: Tensor | None
     last_gradients: Tensor | None
 
-    def of(self, rows: slice) -> "Coefficients":
-        """Those of some chunks."""
-        sums, last_sums, last_gradients = (
-            None if x is None else x[rows] for x in (self.sums, self.last_sums, self.last_gradients)
-        )
-        return Coefficients(self.start[rows], sums, self.gradients[rows], last_sums, last_gradients)
+    def split(self, sizes: list[int]) -> "list[Coefficients]":
+        """Those of so many chunks each; cut at once, for the gradient of a slice is as large as the whole."""
+        none = [None] * len(sizes)
+        fields = (none if x is None else x.split(sizes) for x in self)
+        return [Coefficients(*each) for each in zip(*fields, strict=True)]
 
 
 def coefficients(eta: Tensor, g: Tensor, theta: Tensor | None, *, last: bool) -> Coefficients:
@@ -60,13 +61,13 @@ def coefficients(eta: Tensor, g: Tensor, theta: Tensor | None, *, last: bool) ->
     between = (l[:, -1:] - l).exp().unsqueeze(1) if last else decay.between(l, torch.float64)
     start = (l[:, -1:] if last else l).exp().unsqueeze(-1)
     if theta is None:
-        return Coefficients(start.to(eta.dtype), None, between.to(eta.dtype) * eta.unsqueeze(-2), None, None)
+        return Coefficients(start.to(eta.dtype), None, between.to(eta.dtype) * eta.unsqueeze(-2), None, None, None)
     m = decay.sums(theta)
     inner, begun = decay.between(m, torch.float64), m.exp().unsqueeze(-1)
     start, sums, weighed = (x.to(eta.dtype) for x in (start, between @ begun, between @ inner))
     eta_ = eta.unsqueeze(-2)
     last_gradients = (inner[:, -1:].to(eta.dtype) * eta_).mT
-    return Coefficients(start, sums, weighed * eta_, begun[:, -1:].to(eta.dtype), last_gradients)
+    return Coefficients(start, sums, weighed * eta_, None, begun[:, -1:].to(eta.dtype), last_gradients)
 
 
 def memory_chunked(
@@ -81,21 +82,26 @@ def memory_chunked(
     k, v, each, q = laid.flatten(0, 1).split([K, V, len(gates), K], dim=-1)  # (G * H, C, .)
     gate = dict(zip(rule.gates, each.unbind(-1), strict=True))
     weigh = coefficients(gate["eta"], gate["g"], gate.get("theta"), last=rule.reads == "chunk")
+    if rule.reads == "token":
+        weigh = weigh._replace(on_keys=weigh.gradients * (rule.memory.seen(q) @ rule.memory.seen(k).mT))
     delta = gate["delta"].unsqueeze(-1) if "delta" in gate else None
     if delta is not None:  # in free slots it is 0, where the root of its square has no slope
         delta = delta.masked_fill(delta == 0, 1)
     order = slots.tables.order
     A, S = ([x[order].flatten(0, 1) for x in kept] for kept in (state.weights, state.momentum))
     ended: list[list[Tensor]] = []  # accumulators of documents that end, shortest first
-    ys = []
-    for (start, stop), full in zip(slots.steps, slots.full, strict=True):
-        running = (stop - start) * H
-        ended.append([x[running:] for x in (*A, *S)])
-        A, S = [x[:running] for x in A], [x[:running] for x in S]
-        rows = slice(start * H, stop * H)
-        chunk = _Chunk(rule, weigh.of(rows), _repeated(norm, stop - start), A, S)
-        chunk.see(k[rows], v[rows], None if delta is None else delta[rows], ends=full is not False)
-        ys.append(chunk.read(q[rows]))
+    ys, rows = [], [(stop - start) * H for start, stop in slots.steps]
+    cut = [x.split(rows) for x in (q, k, v)]
+    deltas = [None] * len(rows) if delta is None else delta.split(rows)
+    for q_, k_, v_, delta_, weighed, full in zip(*cut, deltas, weigh.split(rows), slots.full, strict=True):
+        running = len(q_)
+        if not ys or running < len(A[0]):
+            ended.append([x[running:] for x in (*A, *S)])
+            A, S = [x[:running] for x in A], [x[:running] for x in S]
+            own = _repeated(norm, running // H)
+        chunk = _Chunk(rule, weighed, own, A, S)
+        chunk.see(k_, v_, delta_, ends=full is not False)
+        ys.append(chunk.read(q_))
         A, S = chunk.after(full if isinstance(full, bool) else full.repeat_interleave(H).view(-1, 1, 1))
     ended.append([*A, *S])
     last = [torch.cat(parts[::-1]).unflatten(0, (-1, H))[slots.tables.rank] for parts in zip(*ended, strict=True)]
@@ -145,7 +151,9 @@ class _Chunk:
     def _behind_token(self, l: int, x: Tensor) -> Tensor:
         """A product with the matrix at the beginning, less one masked attention."""
         e, h = self.factors[l]
-        y = self.weigh.start * (x @ self.A[l].mT) - (self.weigh.gradients * (x @ h.mT)) @ e
+        near = self.weigh.on_keys if l in self.rule.memory.on_keys else None  # made for all chunks at once
+        near = self.weigh.gradients * (x @ h.mT) if near is None else near
+        y = self.weigh.start * (x @ self.A[l].mT) - near @ e
         if self.weigh.sums is not None:
             y = y + self.weigh.sums * (x @ self.S[l].mT)
         scale = self.scales[l]

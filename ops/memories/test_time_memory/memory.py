@@ -5,11 +5,10 @@ loss by matrix l is e_l h_l^T, where h_l is what the matrix sees and e_l what co
 sum of gradients is one product, and no gradient of one token is ever formed.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +46,7 @@ class Memory(ABC):
     norm: bool = True
     bias: bool = False
     norm_eps: float = 1e-6
+    on_keys: ClassVar[tuple[int, ...]]  # the matrices that multiply keys and queries themselves
 
     @abstractmethod
     def widths(self, K: int, V: int) -> tuple[tuple[int, int], ...]:
@@ -74,8 +74,8 @@ class Memory(ABC):
 
     def output(self, o: Tensor, x: Tensor, norm: Norm) -> Tensor:
         """M(x) from the network's output o."""
-        if self.norm:
-            o = F.layer_norm(o, o.shape[-1:], eps=self.norm_eps)
+        if self.norm:  # written out: layer_norm is less exact where a variance is small, and wrong in third derivatives
+            o = self._standardised(o)[0]
         return self._behind_norm(o, x, norm)
 
     def pulled(self, o: Tensor, x: Tensor, norm: Norm, gradient: Callable[[Tensor], Tensor]) -> Tensor:
@@ -90,11 +90,7 @@ class Memory(ABC):
     def __call__(self, weights: Sequence[Tensor], x: Tensor, norm: Norm) -> Tensor:
         """M(x; W) of one token a row: weights (..., out, in), x (..., K) -> (..., V)."""
         o = self.network(lambda l, z: (weights[l] @ z.unsqueeze(-1)).squeeze(-1), x)
-        if (
-            self.norm
-        ):  # written out: the third derivatives of torch's layer_norm are wrong, and a loss's gradient has one
-            o = self._standardised(o)[0]
-        return self._behind_norm(o, x, norm)
+        return self.output(o, x, norm)
 
     def _standardised(self, o: Tensor) -> tuple[Tensor, Tensor]:
         """o with mean 0 and variance 1, and what it was multiplied by."""
@@ -112,6 +108,8 @@ class Memory(ABC):
 @dataclass(frozen=True, kw_only=True)
 class MatrixMemory(Memory):
     """M(x) = W x, with the residual, norm and bias that are asked for; TTT-Linear has all three."""
+
+    on_keys = (0,)
 
     def widths(self, K: int, V: int) -> tuple[tuple[int, int], ...]:
         """One matrix, V x K."""
@@ -135,6 +133,7 @@ class MLPMemory(Memory):
     """
 
     expansion: float = 4.0
+    on_keys = (1,)
 
     def widths(self, K: int, V: int) -> tuple[tuple[int, int], ...]:
         """Outer and inner matrix, V x E and E x K."""
@@ -150,11 +149,9 @@ class MLPMemory(Memory):
         outer, inner = weights
         x = self.seen(k)
         z = x @ inner.mT
-        below = 0.5 * torch.erfc(z * -(0.5**0.5))  # gelu(z) = z below(z)
-        h = self.seen(z * below)
+        h = self.seen(F.gelu(z))
         e = pull(h @ outer.mT)
-        slope = below + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
-        return [Factors(e, h), Factors((e @ self.without_bias(outer)) * slope, x)]
+        return [Factors(e, h), Factors(torch.ops.aten.gelu_backward(e @ self.without_bias(outer), z), x)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +159,7 @@ class GatedMLPMemory(Memory):
     """M(x) = W_0 (silu(W_1 x) * (W_2 x)): SwiGLU, the inner layer `expansion` V wide."""
 
     expansion: float = 1.0
+    on_keys = (1, 2)
 
     def widths(self, K: int, V: int) -> tuple[tuple[int, int], ...]:
         """Outer, gate's and inner matrix, V x E, E x K and E x K."""
