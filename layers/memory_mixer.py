@@ -75,9 +75,9 @@ class MemoryMixer(Mixer):
         self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.o_proj = (
             nn.Linear(d_model, d_model, bias=False) for _ in range(5)
         )
-        self.convs = nn.ModuleList(
-            ShortConvolution(d_model, conv_size, backend=backend) for _ in range(0 if conv_size is None else 3)
-        )
+        self.convs = nn.ModuleList()
+        if conv_size is not None:
+            self.convs.extend(ShortConvolution(d_model, conv_size, backend=backend) for _ in range(3))
         self.gates = nn.ModuleDict(
             {gate: nn.Linear(d_model, n_heads) for gate in rule.gates if gate != "g" or keep is not None}
         )

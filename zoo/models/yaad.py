@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from zoo.layers import SequenceConfig, SequenceModel, Yaad, layer_mixers
 from zoo.ranges import Range
@@ -14,7 +14,7 @@ class YaadConfig(SequenceConfig):
     """Settings of Yaad; those of the mixer are explained at `zoo.layers.Yaad`."""
 
     n_heads: Annotated[int, Range(1)] = 4
-    huber: str = "norm"
+    huber: Literal["norm", "switch", "coordinate"] = "norm"
     expansion: Annotated[float, Range(above=0, most=64)] = 4.0
     chunk_size: Annotated[int, Range(1, 65_536)] = 16
     conv_size: Annotated[int | None, Range(1)] = 4

@@ -90,7 +90,8 @@ def memory_chunked(
     order = slots.tables.order
     A, S = ([x[order].flatten(0, 1) for x in kept] for kept in (state.weights, state.momentum))
     ended: list[list[Tensor]] = []  # accumulators of documents that end, shortest first
-    ys, rows = [], [(stop - start) * H for start, stop in slots.steps]
+    ys: list[Tensor] = []
+    rows = [(stop - start) * H for start, stop in slots.steps]
     cut = [x.split(rows) for x in (q, k, v)]
     deltas = [None] * len(rows) if delta is None else delta.split(rows)
     for q_, k_, v_, delta_, weighed, full in zip(*cut, deltas, weigh.split(rows), slots.full, strict=True):

@@ -52,9 +52,9 @@ def _start(rule: MemoryRule, n: int, sizes: Sizes) -> tuple[Tensor, ...]:
 
 
 @functools.wraps(test_time_memory)
-def _with_named_start(*args: Any, outer: Tensor, inner: Tensor | None = None, **kwargs: Any) -> Any:
+def _with_named_start(*, outer: Tensor, inner: Tensor | None = None, **given: Any) -> Any:
     """The start by the names of its matrices, for a proof's inputs are tensors."""
-    return test_time_memory(*args, start=(outer,) if inner is None else (outer, inner), **kwargs)
+    return test_time_memory(**given, start=(outer,) if inner is None else (outer, inner))
 
 
 def _empty(rule: MemoryRule, state: MemoryState) -> MemoryState:
