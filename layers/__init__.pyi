@@ -27,10 +27,14 @@ from zoo.layers.mixers.delta_net import GatedDeltaNet as GatedDeltaNet
 from zoo.layers.mixers.gam import GAM as GAM
 from zoo.layers.mixers.gated_linear_attention import GatedLinearAttention as GatedLinearAttention
 from zoo.layers.mixers.hydra import Hydra as Hydra
+from zoo.layers.mixers.lact import LaCT as LaCT
 from zoo.layers.mixers.mamba import Mamba as Mamba
 from zoo.layers.mixers.mamba import Mamba2 as Mamba2
 from zoo.layers.mixers.mega import Mega as Mega
 from zoo.layers.mixers.mega import TCNCA as TCNCA
+from zoo.layers.mixers.miras import Memora as Memora
+from zoo.layers.mixers.miras import Moneta as Moneta
+from zoo.layers.mixers.miras import Yaad as Yaad
 from zoo.layers.mixers.para_rnn import ParaGRU as ParaGRU
 from zoo.layers.mixers.para_rnn import ParaLSTM as ParaLSTM
 from zoo.layers.mixers.parallel import Parallel as Parallel
@@ -45,6 +49,9 @@ from zoo.layers.mixers.rnn import LSTM as LSTM
 from zoo.layers.mixers.rnn import SLSTM as SLSTM
 from zoo.layers.mixers.s4 import S4 as S4
 from zoo.layers.mixers.s5 import S5 as S5
+from zoo.layers.mixers.titans import Titans as Titans
+from zoo.layers.mixers.ttt import TTT as TTT
+from zoo.layers.mixers.vig import ViG as ViG
 from zoo.layers.model import Input as Input
 from zoo.layers.model import Model as Model
 from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm

@@ -38,9 +38,10 @@ def _gradients(spec: OperatorSpec, inputs: Inputs, form: str) -> dict[str, Tenso
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
     outputs = spec.run({**inputs, **leaves}, backend=form)
     generator = torch.Generator().manual_seed(1)
-    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    floating = [y for y in outputs if y.is_floating_point()]
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in floating]
     gradients = torch.autograd.grad(
-        outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
+        floating, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True
     )
     named = {f"d {name}": g for name, g in zip(leaves, gradients, strict=True)}
     return {f"output {i}": y.detach() for i, y in enumerate(outputs)} | named

@@ -57,12 +57,14 @@ class ModelCase:
         fields: what it needs besides SMALL to be tested in seconds.
         name: the registered name; None for the name of the case.
         published: {size: number of parameters}, counted in the authors' own configuration or code.
+        rounding: what float32 logits may differ by between two ways, over the largest; more than 1e-5 with the reason.
         tier: as for a mixer.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
     published: Mapping[str, int] = field(default_factory=dict)
+    rounding: float = 1e-5
     tier: str = DEFAULT
 
 

@@ -110,6 +110,7 @@ def cases() -> list[Case]:
              resume="fsdp-1x2"),
         Case(name="own", model="own", layouts=ALL),
         Case(name="deltanet packed", model="deltanet", fields=SMALL, data=PACKED, strategy={"method": "lasp"}),
+        Case(name="yaad packed", model="yaad", fields={**SMALL, "n_heads": 2, "chunk_size": 3}, data=PACKED),
         Case(name="mamba2 recomputed", model="mamba2", strategy={"method": "lasp2"},
              fields={"d_model": 16, "n_layers": 1, "head_dim": 8, "d_state": 4, "activation_checkpointing": True}),
         Case(name="bf16", fields=gla, double=False, precision="bf16-mixed", layouts=((1, 1), (1, 2))),

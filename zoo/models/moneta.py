@@ -1,0 +1,63 @@
+"""Moneta: an l_p loss and l_q retention, in LLaMA's block."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from zoo.layers import Moneta, SequenceConfig, SequenceModel, layer_mixers
+from zoo.ranges import Range
+from zoo.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonetaConfig(SequenceConfig):
+    """Settings of Moneta; those of the mixer are explained at `zoo.layers.Moneta`."""
+
+    n_heads: Annotated[int, Range(1)] = 4
+    p: Annotated[float, Range(1)] = 3.0
+    q: Annotated[float, Range(above=1)] = 4.0
+    expansion: Annotated[float, Range(above=0, most=64)] = 4.0
+    chunk_size: Annotated[int, Range(1, 65_536)] = 16
+    conv_size: Annotated[int | None, Range(1)] = 4
+    eta_max: Annotated[float, Range(above=0)] = 0.1
+    keep: Annotated[float, Range(above=0, below=1)] = 0.9999
+    output_norm_eps: Annotated[float, Range(0)] = 1e-5  # of the norm over each head's output
+
+
+_340M = {"d_model": 1024, "n_layers": 24, "n_heads": 16}
+_HYBRID = {"pattern": "moneta, attention(window=2048)"}  # the paper alternates; its window is not given
+
+
+@register(
+    "moneta",
+    config=MonetaConfig,
+    sizes={
+        "tiny": {"n_heads": 4, "hidden_size": 256, "vocab_size": 257},
+        "170m": {"d_model": 768, "n_layers": 12, "n_heads": 16},
+        "340m": _340M,
+        "340m_hybrid": _340M | _HYBRID,
+        "780m": {"d_model": 1536, "n_layers": 24, "n_heads": 16},
+    },
+    task="language_modelling",
+    data="pydocs",
+    decoder="sampling",
+    produces="text",
+    tags=("causal", "recurrent", "test-time"),
+    paper="Behrouz et al., It's All Connected (Miras), arXiv 2504.13173",
+)
+def moneta(config: MonetaConfig) -> SequenceModel:
+    """A deep memory with an l_p loss, whose weights are inverted by their norm."""
+    mixer = partial(
+        Moneta,
+        n_heads=config.n_heads,
+        p=config.p,
+        q=config.q,
+        expansion=config.expansion,
+        chunk_size=config.chunk_size,
+        conv_size=config.conv_size,
+        eta_max=config.eta_max,
+        keep=config.keep,
+        norm_eps=config.output_norm_eps,
+    )
+    mixers = {"moneta": mixer}
+    return SequenceModel(config, layer_mixers(config.d_model, config.n_layers, config.pattern or "moneta", mixers))
