@@ -45,7 +45,7 @@ def draw_clip(path: Path, places: Tensor, succeeded: list[bool], *, seconds: flo
     corner = torch.stack([at % columns, rows - 1 - at // columns], 1) * SIDE + SIDE / 2  # all in one pair of axes
     shown = (places.cpu() + corner[:, None])[::EVERY].numpy()
     links = [axes.plot([], [], "o-", color="black", linewidth=2, markersize=3)[0] for _ in range(number)]
-    targets = axes.scatter(*shown[0, :, -1].T, s=40, color="red", alpha=0.7)
+    targets = axes.scatter(shown[0, :, -1, 0], shown[0, :, -1, 1], s=40, color="red", alpha=0.7)
     colours = ["green" if good else "red" for good in succeeded]
 
     def draw(frame: int) -> list[object]:

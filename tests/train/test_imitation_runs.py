@@ -30,7 +30,7 @@ def losses(run: Path) -> dict[int, str]:
     ("words", "slots"),
     [
         (("model=beast", "data.n_controls=6"), 18),
-        (("model=autoregressive_policy", "data.codec=bins"), 60),
+        pytest.param(("model=autoregressive_policy", "data.codec=bins"), 60, marks=pytest.mark.everything),
     ],
 )
 def test_a_policy_trains_resumes_and_keeps_its_codec(

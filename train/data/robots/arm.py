@@ -40,7 +40,8 @@ class Arm:
     gripper, the target, and the way from the tip to it, v / (|v| + 0.1), which is finest where it is short.
     """
 
-    observation_size, action_size, grippers, horizon = 9, 3, (2,), 80
+    observation_size, action_size, horizon = 9, 3, 80
+    grippers: tuple[int, ...] = (2,)
 
     def begin(self, numbers: np.ndarray) -> ArmState:
         """Arms at rest, and targets between 0.3 and 0.9 from the base, both in front; (B, 8) numbers in (0, 1)."""
