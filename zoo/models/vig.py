@@ -25,7 +25,7 @@ class ViGConfig(VisionConfig):
     activation: SiLU in mixers, as in the smallest plain model.
     """
 
-    pooling: Literal["mean"] = "mean"  # type: ignore[assignment]
+    pooling: Literal["mean"] = "mean"
     n_heads: Annotated[int, Range(1)] = 3
     hidden_multiple: Annotated[int, Range(1)] = 256
     stem: Literal["convolutions", "patches"] = "convolutions"

@@ -60,8 +60,9 @@ def bidirectional_gla(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "reference":
         shard.refuse("The two loops of bidirectional gated linear attention")
-        wide = (x.to(dispatch.state_dtype(q)) for x in (q, k, v, g))
-        return bidirectional_gla_reference(*wide, scale, call.cuts).to(v.dtype)
+        dtype = dispatch.state_dtype(q)
+        q, k, g = (x.to(dtype) for x in (q, k, g))
+        return bidirectional_gla_reference(q, k, v.to(dtype), g, scale, call.cuts).to(v.dtype)
     if q.shape[1] == 0 and shard.current() is None:
         return torch.zeros_like(v)
     return _two_scans(q, k, v, g, scale, call.cuts, backend)
