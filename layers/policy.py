@@ -12,7 +12,6 @@ from zoo.layers.block import Block
 from zoo.layers.feed_forward import MLP
 from zoo.layers.initialise import initialise
 from zoo.layers.memory import MemoryPlan
-from zoo.layers.mixer import Layer
 from zoo.layers.model import Input, Model
 from zoo.layers.stack import Stack
 from zoo.layers.state import refuse_state
@@ -71,24 +70,6 @@ class ObservationEmbedding(nn.Module):
         """Observations as vectors of the model's width."""
         embedded: Tensor = self.down_proj(F.gelu(self.up_proj(observations)))
         return embedded
-
-
-class Slots(Layer):
-    """One learnt vector for every token of a chunk."""
-
-    def __init__(self, n_slots: int, d_model: int, *, std: float):
-        super().__init__()
-        self.std = std
-        self.weight = nn.Parameter(torch.empty(n_slots, d_model))
-        self.initialise()
-
-    def initialise(self, n_layers: int = 1) -> None:
-        """Start normal with the model's standard deviation."""
-        nn.init.normal_(self.weight, std=self.std)
-
-    def forward(self, batch: int) -> Tensor:
-        """(B, J, D), the same for every row."""
-        return self.weight.expand(batch, -1, -1)
 
 
 class Policy(Model):
@@ -176,7 +157,7 @@ class SlotPolicy(Policy):
 
     def __init__(self, config: PolicyConfig, mixer: Callable[[int], nn.Module]):
         super().__init__(config, mixer)
-        self.slots = Slots(self.n_slots, config.d_model, std=config.init_std)
+        self.slots = nn.Embedding(self.n_slots, config.d_model)
         initialise(self, std=config.init_std, n_layers=config.n_layers)
 
     @property
@@ -201,7 +182,8 @@ class SlotPolicy(Policy):
         refuse_state(type(self).__name__, state)
         x = self.embedded(observations)
         seen = x.shape[1]
-        x, _ = self.blocks(torch.cat([x, self.slots(len(x))], 1), final=self.norm, keep=False)
+        slots = self.slots(torch.arange(self.n_slots, device=x.device)).expand(len(x), -1, -1)
+        x, _ = self.blocks(torch.cat([x, slots], 1), final=self.norm, keep=False)
         logits: Tensor = self.head(x[:, seen:])
         return logits, None
 

@@ -57,7 +57,7 @@ class Imitation(Task):
     """Mean cross entropy of the tokens of an expert's chunks.
 
     A batch holds "observations" (B, S, O) and "targets" (B, J), the tokens of the chunk that the expert would do next,
-    -100 where there is none.
+    -100 where there is none. Autoregressive policies also read "tokens" (B, J), the targets with 0 where there is none.
 
     Validation also lets the policy act: it sees, predicts a chunk, executes the first actions of it, and sees again.
     The episodes are the same every time, and are none of the demonstrations.
@@ -114,10 +114,6 @@ class Imitation(Task):
             "vocab_size": tokens.vocab_size,
             "ends": tokens.ends,
         }
-
-    def prepared(self, batch: Batch, index: int, *, training: bool) -> Batch:
-        """The tokens that an autoregressive policy reads are its targets, which it sees one step later."""
-        return batch if "tokens" in batch else {**batch, "tokens": batch["targets"].clamp(min=0)}
 
     def losses_of(self, outputs: Any, batch: Batch) -> dict[str, Loss]:
         """All tokens of all chunks alike."""

@@ -35,7 +35,8 @@ class Reaching(DataModule):
     Between two chunks the arm is pushed at random, so that the expert is also seen where it would not go by itself.
 
     A batch holds "observations" (B, 1, 9) float32; "targets" (B, J) int64, the chunk in the tokens of the codec, -100
-    behind its end and in rows that only fill up; "actions" (B, chunk, 3) float32, the same chunk as it is.
+    behind its end and in rows that only fill up; "tokens" (B, J) int64, the same with 0 there; "actions" (B, chunk, 3)
+    float32, the chunk as it is.
 
     The codec is fitted on the training demonstrations, kept, and stored with the model.
 
@@ -52,7 +53,7 @@ class Reaching(DataModule):
         seed: the run's seed.
     """
 
-    schema: Mapping[str, Part] = {"observations": "same", "targets": "same", "actions": "same"}
+    schema: Mapping[str, Part] = dict.fromkeys(("observations", "targets", "tokens", "actions"), "same")
 
     def __init__(
         self,
@@ -169,4 +170,9 @@ class Chunks:
             rows = order(len(self.targets), self.seed, epoch)[rows]
         chosen = torch.from_numpy(rows)
         targets = torch.where(torch.from_numpy(there)[:, None], self.targets[chosen], -100)
-        return {"observations": self.observations[chosen], "targets": targets, "actions": self.actions[chosen]}
+        return {
+            "observations": self.observations[chosen],
+            "targets": targets,
+            "tokens": targets.clamp(min=0),
+            "actions": self.actions[chosen],
+        }
