@@ -105,6 +105,7 @@ class BlockDiffusion(Task):
         if not 0 < lowest <= highest <= 1:
             raise UserError(f"task.lowest and task.highest must be 0 < lowest <= highest <= 1; got {lowest}, {highest}")
         super().__init__(model, optim, limits, max_nonfinite_steps=max_nonfinite_steps)
+        assert isinstance(model, SequenceModel)  # refused above otherwise
         config = model.config
         self.block_size = block_size_of(config) if block_size is None else block_size
         own = mask_token_of(config)
