@@ -127,7 +127,8 @@ class BlockDiffusion(Decoder):
         """Which of the masks are unmasked; p (masks, vocab)."""
         if self.unmask == "entropy":
             entropies, order = torch.special.entr(p).sum(-1).sort(stable=True)
-            return order[: max(1, int((entropies.cumsum(0) <= self.entropy).sum()))]
+            surest: Tensor = order[: max(1, int((entropies.cumsum(0) <= self.entropy).sum()))]
+            return surest
         steps = min(self.steps or size, size)
         n = min(size // steps + int(step < size % steps), len(p))
         if self.unmask == "sequential":
