@@ -52,6 +52,7 @@ from zoo.layers.mixers.s4 import S4 as S4
 from zoo.layers.mixers.s5 import S5 as S5
 from zoo.layers.mixers.titans import Titans as Titans
 from zoo.layers.mixers.ttt import TTT as TTT
+from zoo.layers.mixers.vig import ViG as ViG
 from zoo.layers.model import Input as Input
 from zoo.layers.model import Model as Model
 from zoo.layers.norms import GatedRMSNorm as GatedRMSNorm

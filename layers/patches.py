@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from zoo.layers.mixer import Layer
 
-__all__ = ["Downsample", "PatchEmbedding", "Positions"]
+__all__ = ["ConvolutionStem", "Downsample", "PatchEmbedding", "Positions", "StridedDownsample"]
 
 
 class PatchEmbedding(Layer):
@@ -77,3 +77,66 @@ class Downsample(nn.Module):
         x = x.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)  # (B, rows x columns, 4 D)
         joined: Tensor = self.proj(self.norm(x))
         return joined, (rows, columns)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """A LayerNorm over the channels of maps, (B, D, rows, columns)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape, every place by itself."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ConvolutionStem(Layer):
+    """Patches from two convolutions, each with a norm, (B, C, H, W) -> (B, D, H / P, W / P).
+
+    The first has D / 2 outputs, a stride of P / 2 and one more row and column than that; the second is 3 x 3 with a
+    stride of 2. Neighbouring patches overlap by a few pixels.
+
+    Args:
+        channels: C.
+        d_model: D, even.
+        patch_size: P, an even number from 4.
+        activation: between both.
+        eps: of the norms.
+
+    Raises:
+        ValueError: an odd width or a patch size that the strides do not make.
+
+    Source: arXiv 2405.18425; its code.
+    """
+
+    def __init__(self, channels: int, d_model: int, patch_size: int, *, activation: nn.Module, eps: float = 1e-6):
+        super().__init__()
+        if d_model % 2 or patch_size % 2 or patch_size < 4:
+            raise ValueError(
+                f"ConvolutionStem: d_model must be even, and patch_size an even number from 4; got {d_model} and "
+                f"{patch_size}"
+            )
+        half, stride = d_model // 2, patch_size // 2
+        self.channels = channels
+        self.proj = nn.Sequential(
+            nn.Conv2d(channels, half, stride + 1, stride=stride, padding=1), ChannelNorm(half, eps=eps), activation,
+            nn.Conv2d(half, d_model, 3, stride=2, padding=1), ChannelNorm(d_model, eps=eps),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) -> (B, D, rows, columns) of patches."""
+        if images.shape[1] != self.channels:
+            raise ValueError(f"images must have {self.channels} channels; got {images.shape[1]}")
+        embedded: Tensor = self.proj(images)
+        return embedded
+
+
+class StridedDownsample(nn.Module):
+    """Half the rows and columns by a 3 x 3 convolution with a stride of 2 and a norm, (B, N, D) -> (B, N / 4, 2 D)."""
+
+    def __init__(self, d_model: int, *, eps: float = 1e-6):
+        super().__init__()
+        self.proj = nn.Conv2d(d_model, 2 * d_model, 3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(2 * d_model, eps=eps)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Patches row by row, and their rows and columns; both come back for the smaller grid."""
+        maps = self.proj(x.transpose(1, 2).unflatten(2, grid))
+        return self.norm(maps.flatten(2).transpose(1, 2)), (maps.shape[2], maps.shape[3])

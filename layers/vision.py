@@ -148,9 +148,7 @@ class VisionModel(Model):
                 "a token in front of the patches sees none of them through causal mixers; use pooling='mean', or a "
                 "mixer that sees both sides"
             )
-        self.downsamples = nn.ModuleList(
-            Downsample(config.width(s), eps=config.norm_eps) for s in range(len(config.stages) - 1)
-        )
+        self.downsamples = nn.ModuleList(self._downsample(config.width(s)) for s in range(len(config.stages) - 1))
         last = config.width(len(config.stages) - 1)
         self.norm = None if config.features_only else norm(last)
         self.head: nn.Module | None = None
@@ -160,6 +158,10 @@ class VisionModel(Model):
         if self.class_token is not None:
             nn.init.normal_(self.class_token, std=1e-6)
         self.use_memory(MemoryPlan(recompute="block" if config.activation_checkpointing else "none"))
+
+    def _downsample(self, d: int) -> nn.Module:
+        """Between two stages: (x (B, N, D), grid) -> (x (B, N / 4, 2 D), grid)."""
+        return Downsample(d, eps=self.config.norm_eps)
 
     def _block(self, i: int, mixer: nn.Module, norm: Callable[[int], nn.Module]) -> Block:
         config = self.config

@@ -9,6 +9,7 @@ from zoo.ops.core.recompute import no_recompute as no_recompute
 from zoo.ops.core.recompute import runs_once as runs_once
 from zoo.ops.grids.grid_scan import grid_scan as grid_scan
 from zoo.ops.grids.plstm_grid import plstm_grid as plstm_grid
+from zoo.ops.linear_attention.bidirectional_gla import bidirectional_gla as bidirectional_gla
 from zoo.ops.linear_attention.delta_rule import delta_rule as delta_rule
 from zoo.ops.linear_attention.delta_rule import delta_rule_summary as delta_rule_summary
 from zoo.ops.linear_attention.gated_linear_attention import gated_linear_attention as gated_linear_attention

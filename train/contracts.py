@@ -5,16 +5,19 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from zoo.codecs import Codec
 from zoo.layers.memory import MemoryPlan
 from zoo.tokenizers import Tokenizer
 
 __all__ = [
     "CutsTime",
+    "HasCodec",
     "HasModel",
     "HasSchema",
     "HasTokenizer",
     "MakesPlans",
     "TakesMemoryPlan",
+    "codec_of",
     "model_of",
     "schema_of",
     "tokenizer_of",
@@ -26,6 +29,13 @@ class HasTokenizer(Protocol):
     """Data that are text."""
 
     tokenizer: Tokenizer | None
+
+
+@runtime_checkable
+class HasCodec(Protocol):
+    """Data that a codec makes tokens of."""
+
+    codec: Codec
 
 
 @runtime_checkable
@@ -82,6 +92,11 @@ class CutsTime(Protocol):
 def tokenizer_of(data: object) -> Tokenizer | None:
     """The tokenizer of data that are text."""
     return data.tokenizer if isinstance(data, HasTokenizer) else None
+
+
+def codec_of(data: object) -> Codec | None:
+    """The codec of data that are made into tokens by one, other than text."""
+    return data.codec if isinstance(data, HasCodec) else None
 
 
 def schema_of(data: object) -> Mapping[str, Any] | None:

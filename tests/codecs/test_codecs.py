@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import zoo
 from zoo import codecs, tokenizers
-from zoo.codecs import BinsCodec, Codec, Codes, TextCodec, padded, register_codec
+from zoo.codecs import BinsCodec, BSplineCodec, Codec, Codes, FASTCodec, TextCodec, padded, register_codec
 from zoo.codecs.codec import CODECS
 from zoo.errors import UsageError, UserError
 
@@ -26,9 +26,17 @@ def series(*lengths: int) -> list[torch.Tensor]:
     return [torch.randn(length, 3, generator=generator) * scale for length in lengths]
 
 
+def chunks(number: int) -> list[torch.Tensor]:
+    """Smooth chunks of 12 actions of 2 numbers."""
+    generator = torch.Generator().manual_seed(0)
+    return list((0.3 * torch.randn(number, 12, 2, generator=generator)).cumsum(1).unbind(0))
+
+
 CASES: dict[str, tuple[Callable[[], Codec], list[Any]]] = {
     "text": (lambda: TextCodec(tokenizers.ByteTokenizer()), TEXTS),
     "bins": (lambda: BinsCodec(64).fit(series(50, 7)), series(9, 0, 4)),
+    "bspline": (lambda: BSplineCodec(12, n_controls=5, degree=3).fit(chunks(40)), chunks(3)),
+    "fast": (lambda: FASTCodec(12, vocab=300).fit(chunks(40)), chunks(3)),
 }
 EVERY = pytest.mark.parametrize("name", CASES)
 
@@ -159,3 +167,13 @@ def test_what_codecs_refuse(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no codec that can be read .*; take another copy"):
         codecs.load(tmp_path)
     assert padded([]).ids.shape == (0, 0)
+
+
+def test_bins_refuse_what_has_no_bin() -> None:
+    codec = BinsCodec().fit(series(9))
+    with pytest.raises(UserError, match=r"numbers must be finite; series 1 has nan in channel 2: leave it out"):
+        codec.encode([series(4)[0], torch.tensor([[0.0, 0.0, float("nan")]])])
+    with pytest.raises(UserError, match=r"a series must be \(T, 3\), steps by channels; series 0 is \(4, 2\)"):
+        codec.encode([series(4)[0][:, :2]])
+    with pytest.raises(UserError, match="numbers must be finite"):
+        BinsCodec().fit([torch.tensor([[float("inf")]])])

@@ -10,6 +10,7 @@ from torch import nn
 
 from zoo import tokenizers
 from zoo.checkpoint import load, locate, run_of
+from zoo.codecs.codec import DESCRIPTION
 from zoo.config import check, compose, parse_fields
 from zoo.errors import UsageError, UserError, remedy
 from zoo.registry import model_info
@@ -48,6 +49,7 @@ def evaluate(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dic
     known = RunFolder.existing(run_folder).read_config() if run_folder is not None else None
     config = _evaluation_config(known, _task_of(model, overrides) if known is None else overrides)
     config["data"] = _with_own_tokenizer(config["data"], source, None if known is None else known["data"], overrides)
+    config["data"] = _with_own_codec(config["data"], source, overrides)
     seed_all(config["seed"])
     data = instantiate("data", config["data"], seed=config["seed"])
     kind = class_of("task", config["task"])
@@ -136,6 +138,13 @@ def _task_of(model: nn.Module, overrides: Sequence[str]) -> list[str]:
         return ["task=classification", *overrides]
     chosen = any(override.startswith("data=") for override in overrides)
     return [f"task={info.task}", *([] if chosen else [f"data={info.data}"]), *overrides]
+
+
+def _with_own_codec(data: dict[str, Any], source: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of data that a codec makes tokens of, with the codec that the model was trained with."""
+    if "codec" not in data or any(override.startswith("data.codec=") for override in overrides):
+        return data
+    return {**data, "codec": str(source)} if (source / DESCRIPTION).is_file() else data
 
 
 def _with_own_tokenizer(

@@ -25,7 +25,7 @@ from zoo.train.callbacks.operators import ReportOperators
 from zoo.train.callbacks.plot import plot_loss
 from zoo.train.callbacks.progress import Bar, describe
 from zoo.train.callbacks.show import ShowSamples
-from zoo.train.contracts import TakesMemoryPlan, tokenizer_of
+from zoo.train.contracts import TakesMemoryPlan, codec_of, tokenizer_of
 from zoo.train.data.core.base import DataModule
 from zoo.train.memory.choose import MemoryConfig
 from zoo.train.optim import Limits
@@ -283,11 +283,11 @@ def _finish(
     failed: bool,
 ) -> int:
     """The final model, which makes the run a finished one, and before it its average; the plot, the report."""
-    tokenizer = tokenizer_of(data)
+    tokenizer, codec = tokenizer_of(data), codec_of(data)
     try:
         if averaged is not None:
-            save(averaged, folder.average, tokenizer=tokenizer)
-        save(model, folder.final, tokenizer=tokenizer)
+            save(averaged, folder.average, tokenizer=tokenizer, codec=codec)
+        save(model, folder.final, tokenizer=tokenizer, codec=codec)
     except (OSError, UserError) as error:
         kept = f"; {folder.last} holds the run" if folder.last.exists() and not failed else ""
         raise UserError(f"the final model could not be written to {folder.final}: {error}{kept}") from error

@@ -5,5 +5,7 @@ from zoo.codecs.codec import StoredCodec as StoredCodec
 from zoo.codecs.codec import padded as padded
 from zoo.codecs.codec import register_codec as register_codec
 from zoo.codecs.formats.bins import BinsCodec as BinsCodec
+from zoo.codecs.formats.bspline import BSplineCodec as BSplineCodec
+from zoo.codecs.formats.fast import FASTCodec as FASTCodec
 from zoo.codecs.formats.text import TextCodec as TextCodec
 from zoo.codecs.load import load as load

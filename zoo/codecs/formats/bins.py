@@ -51,17 +51,21 @@ class BinsCodec(StoredCodec):
         """
         if self._ends is not None:
             raise UserError("a codec is fitted once, and this BinsCodec has its bins; make another one")
-        rows = [series.double() for series in samples]
+        rows = _checked(samples, None)
         if not sum(map(len, rows)):
             raise UserError("bins are fitted on numbers; got none, give series of (T, channels)")
         self._ends = torch.cat(rows).quantile(torch.tensor([self.cut, 1 - self.cut], dtype=torch.float64), dim=0)
         return self
 
     def encode(self, samples: Sequence[Tensor]) -> Codes:
-        """Ids (B, L, streams) of series (T_i, streams)."""
+        """Ids (B, L, streams) of series (T_i, streams).
+
+        Raises:
+            UserError: nothing is fitted; a series has other channels, or a number that is not finite.
+        """
         least, largest = self._fitted()
         width = (largest - least).clamp(min=torch.finfo(torch.float64).tiny)
-        rows = [((series.double() - least) / width * self.bins).floor() for series in samples]
+        rows = [((series - least) / width * self.bins).floor() for series in _checked(samples, self.streams)]
         return padded([row.clamp(0, self.bins - 1).long() for row in rows])
 
     def decode(self, codes: Codes) -> list[Tensor]:
@@ -93,3 +97,23 @@ class BinsCodec(StoredCodec):
         if self._ends is None:
             raise UserError("a codec is used after fit; this BinsCodec has no bins yet")
         return self._ends
+
+
+def _checked(samples: Iterable[Tensor], channels: int | None) -> list[Tensor]:
+    """Series as float64; the first says the channels where nobody knows them."""
+    rows: list[Tensor] = []
+    for i, series in enumerate(samples):
+        channels = series.shape[-1] if channels is None and series.ndim else channels
+        if series.ndim != 2 or series.shape[1] != channels:
+            raise UserError(
+                f"a series must be (T, {'streams' if channels is None else channels}), steps by channels; series {i} "
+                f"is {tuple(series.shape)}: give the same channels everywhere"
+            )
+        if not bool(torch.isfinite(series).all()):
+            step, channel = (~torch.isfinite(series)).nonzero()[0].tolist()
+            raise UserError(
+                f"numbers must be finite; series {i} has {series[step, channel].item()} in channel {channel}: leave it "
+                "out"
+            )
+        rows.append(series.double())
+    return rows

@@ -1,0 +1,1 @@
+"""Demonstrations of robots, and the worlds in which a policy is tried."""
