@@ -43,7 +43,7 @@ class SDARConfig(BlockDiffusionConfig):
     },
     task="block_diffusion",
     data="pydocs",
-    decoder="sampling",
+    decoder="block_diffusion",
     produces="text",
     tags=("attention", "causal", "diffusion"),
     paper="Cheng, Bian, Liu et al., SDAR, arXiv 2510.06303; Arriola et al., Block Diffusion, arXiv 2503.09573",
