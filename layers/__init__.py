@@ -8,6 +8,7 @@ from zoo import _discover
 from zoo.layers import mixers
 from zoo.layers.backbone import SequenceConfig, SequenceModel
 from zoo.layers.block import Block
+from zoo.layers.block_diffusion import BlockDiffusionConfig
 from zoo.layers.channel_dropout import ChannelDropout
 from zoo.layers.conv import DepthwiseConvolution, ShortConvolution
 from zoo.layers.dropout import Dropout
@@ -25,6 +26,7 @@ from zoo.layers.vision import VisionConfig, VisionModel
 __all__ = [
     "MLP",
     "Block",
+    "BlockDiffusionConfig",
     "ChannelDropout",
     "DepthwiseConvolution",
     "Dropout",

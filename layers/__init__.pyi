@@ -2,6 +2,7 @@
 from zoo.layers.backbone import SequenceConfig as SequenceConfig
 from zoo.layers.backbone import SequenceModel as SequenceModel
 from zoo.layers.block import Block as Block
+from zoo.layers.block_diffusion import BlockDiffusionConfig as BlockDiffusionConfig
 from zoo.layers.channel_dropout import ChannelDropout as ChannelDropout
 from zoo.layers.conv import DepthwiseConvolution as DepthwiseConvolution
 from zoo.layers.conv import ShortConvolution as ShortConvolution

@@ -18,7 +18,7 @@ from zoo.layers.norms import RMSNorm
 from zoo.layers.padding import Rows
 from zoo.layers.stack import Stack
 from zoo.layers.state import LayersPrefixes, Prefixes
-from zoo.ops import linear_cross_entropy
+from zoo.ops import Visible, linear_cross_entropy
 from zoo.ranges import Range, check_fields
 
 
@@ -152,9 +152,30 @@ class SequenceModel(Model):
         """As `forward`, without the head: the normalised hidden vectors, (B, T, D), and the state."""
         return self._encode(tokens, state, mask, cu_seqlens)
 
-    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The hidden vectors of `encode` alone; no layer's state is held, which in attention is all keys and values."""
-        return self._encode(tokens, None, None, cu_seqlens, keep=False)[0]
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        positions: Tensor | None = None,
+        visible: Visible | None = None,
+    ) -> Tensor:
+        """The hidden vectors of `encode` alone; no layer's state is held, which in attention is all keys and values.
+
+        Args:
+            tokens: (B, T) integers in [0, vocab_size).
+            cu_seqlens: boundaries (n + 1,) of packed documents, B = 1.
+            positions: (B or 1, T), where the tokens stand; else one behind the other.
+            visible: which tokens see which, in place of the causal mask.
+
+        Raises:
+            ValueError: `visible` for a mixer that does not take it.
+        """
+        if positions is None and visible is None:
+            return self._encode(tokens, None, None, cu_seqlens, keep=False)[0]
+        around = Surroundings(cu_seqlens=cu_seqlens, positions=positions, visible=visible)
+        x: Tensor = self.blocks(self.embedding(tokens), around=around, final=self.norm, keep=False)[0]
+        return x
 
     def _encode(
         self, tokens: Tensor, state: Any, mask: Tensor | None, cu_seqlens: Tensor | None, keep: bool = True

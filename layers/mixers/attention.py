@@ -94,13 +94,14 @@ class Attention(Mixer):
             state: of an earlier call, or None.
             cu_seqlens: boundaries of packed documents.
             positions: (B or 1, T), where the tokens stand, for the rotation; else one behind the other.
-            visible: which tokens of the call see which, in place of the causal mask, for a call without a state.
+            visible: which tokens of the call see which, in place of the causal mask. Beside a state its keys are slots:
+                those of the state, and T behind them. Token i of row b is in slot state.length[b] + i.
 
         Raises:
-            ValueError: `visible` beside a state, documents or a window.
+            ValueError: `visible` beside documents or a window.
         """
         if visible is not None:
-            given = {"a state": state, "cu_seqlens": cu_seqlens, "a window": self.window}
+            given = {"cu_seqlens": cu_seqlens, "a window": self.window}
             beside = [name for name, value in given.items() if value is not None]
             if beside:
                 raise ValueError(f"Attention: visible says all that is seen; leave out {', '.join(beside)}")
@@ -149,7 +150,7 @@ class Attention(Mixer):
         if state is None or not state.k.shape[1] or not T:
             o, written = self._first(q, k, v, state, cu_seqlens, visible)
         elif cu_seqlens is None:
-            o, written = self._next(q, k, v, state, None)
+            o, written = self._next(q, k, v, state, None, visible)
         else:
             pad, unpad = _rows(cu_seqlens, T)
             o, written = self._next(pad(q), pad(k), pad(v), state, cu_seqlens.diff().long())
@@ -175,9 +176,13 @@ class Attention(Mixer):
             return o, KeyValues(state.k, state.v, state.length, state.length, lengths, type(state), None)
         return o, begin(k, v, past, lengths, keep)
 
-    def _next(self, q: Tensor, k: Tensor, v: Tensor, state: Cache, lengths: Tensor | None) -> tuple[Tensor, KeyValues]:
+    def _next(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Cache, lengths: Tensor | None, visible: Visible | None = None
+    ) -> tuple[Tensor, KeyValues]:
         """Rows (B, T, H, K) behind cached keys; of row b the first lengths[b] tokens count."""
         written = append(state, k, v, lengths, self._keep)
+        if visible is not None:
+            return attention(q, written.k, written.v, visible=visible, backend=self.backend), written
         o = attention(q, written.k, written.v, window=self.window, past=written.filled, backend=self.backend)
         return o, written
 

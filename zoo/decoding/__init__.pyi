@@ -5,6 +5,8 @@ from zoo.decoding.decoder import Piece as Piece
 from zoo.decoding.decoder import Prompt as Prompt
 from zoo.decoding.decoder import decode as decode
 from zoo.decoding.decoder import register_decoder as register_decoder
+from zoo.decoding.decoders.block_diffusion import BlockDiffusion as BlockDiffusion
+from zoo.decoding.decoders.block_diffusion import block_diffusion as block_diffusion
 from zoo.decoding.decoders.sampling import Sampling as Sampling
 from zoo.decoding.decoders.sampling import sampling as sampling
 from zoo.decoding.decoders.speculative import Speculative as Speculative

@@ -40,7 +40,7 @@ def describe(fields: Fields) -> Described:
         "n_kv_heads": fields.size("num_key_value_heads", 8 if kind == "mistral" else n_heads),
         "head_dim": fields.size("head_dim", d_model // n_heads),
         "window": window,
-        "rope_base": _rope_base(fields),
+        "rope_base": rope_base_of(fields),
         "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
         "tie_embeddings": fields.take("tie_word_embeddings", bool, False),
     }
@@ -52,7 +52,7 @@ def describe(fields: Fields) -> Described:
     return Described("transformer", config)
 
 
-def _rope_base(fields: Fields) -> float:
+def rope_base_of(fields: Fields) -> float:
     """The base of the rotary frequencies, wherever the version that wrote the file put it."""
     theta = fields.take("rope_theta", float, None)
     for place in ("rope_scaling", "rope_parameters"):
