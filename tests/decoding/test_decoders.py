@@ -316,7 +316,10 @@ def test_what_decoders_refuse() -> None:
     encoder = make_model("hydra")
     for kind in DECODERS.values():
         assert "sees both sides of every token" in str(why_not(kind, encoder))
-        assert why_not(kind, make_model("gru")) is None
+        by_blocks = "needs attention over the whole past in every layer, and GRU is none; take decoder=sampling"
+        refusal = why_not(kind, make_model("gru"))
+        assert refusal is None or (kind is DECODERS["block_diffusion"] and by_blocks in refusal)
+    assert why_not(DECODERS["block_diffusion"], make_model("gru")) is not None
     with pytest.raises(UserError, match="Linear has no encode or head; zoo"):
         Sampling().refuse(torch.nn.Linear(1, 1))
 

@@ -84,7 +84,10 @@ def operator(
     outputs = spec.run(inputs, backend=backend, cu_seqlens=here.cut())
     y, after = outputs[0], spec.states_after(outputs)
     dy, dafter = like(y, 1), {name: like(x, 2) for name, x in after.items() if x.is_floating_point()}
-    whole = torch.autograd.grad([y, *(after[name] for name in dafter)], list(leaves.values()), [dy, *dafter.values()])
+    whole = torch.autograd.grad(
+        [y, *(after[name] for name in dafter)], list(leaves.values()), [dy, *dafter.values()],
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
 
     own = {name: here.of(x) if name in spec.time else x for name, x in inputs.items()}
     for name in spec.state_names if given else ():

@@ -324,7 +324,7 @@ def test_moneta_at_q_2_is_titans_without_momentum() -> None:
 def test_ttt_linear_equals_the_public_form() -> None:
     """Of flash-linear-attention, whose step size belongs to the reader, so that one number alone is the same in both;
     it adds the memory's own output, and not the query, to the norm: weights and biases are compared."""
-    naive = pytest.importorskip("fla.ops.ttt.naive")
+    naive = pytest.importorskip("fla.ops.ttt.naive", reason="needs flash-linear-attention; install the extra parity")
     rule = MemoryRule(memory=MatrixMemory(bias=True), chunk_size=16)
     given = {name: x.float() for name, x in inputs_of(rule, 48).items()}
     given |= {"eta": torch.full_like(given["eta"], 0.05), "g": torch.zeros_like(given["g"])}

@@ -26,7 +26,7 @@ class AutoregressivePolicyConfig(PolicyConfig):
     data="reaching",
     decoder=None,
     produces="actions",
-    tags=("attention", "causal", "robots", "policy"),
+    tags=("attention", "robots", "policy"),
     paper="the decoder of Brohan et al., RT-2, arXiv 2307.15818, without its encoders of pictures and text",
 )
 def autoregressive_policy(config: AutoregressivePolicyConfig) -> AutoregressivePolicy:
