@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import zoo
+from zoo import checkpoint
+from zoo.errors import UserError
 from zoo.ops import Visible
 
 transformers = pytest.importorskip("transformers")
@@ -52,3 +54,27 @@ def test_an_sdar_folder_says_its_block_and_its_mask(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(said))
     ours = zoo.load(str(folder))
     assert (ours.config.block_size, ours.config.mask_token_id) == (8, 60)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_exported_model_is_read_by_transformers_and_by_us(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ours = zoo.create_model(
+        "sdar", d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, hidden_size=48, vocab_size=61,
+        tie_embeddings=tied, block_size=8, mask_token_id=60, init_std=0.3,
+    ).eval()  # fmt: skip
+    folder, tokens = tmp_path / "sdar", torch.randint(61, (2, 12))
+    checkpoint.export(ours, folder)
+    again = zoo.load(str(folder)).eval()
+    said = json.loads((folder / "config.json").read_text())
+    assert (said["model_type"], said["block_size"], said["mask_token_id"]) == ("sdar", 8, 60)
+    (folder / "config.json").write_text(json.dumps(said | {"model_type": "qwen3"}))  # sdar is no class of transformers
+    theirs = transformers.Qwen3ForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(again(tokens)[0], ours(tokens)[0], rtol=0, atol=0)
+
+
+def test_what_qwen3_cannot_say_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"norms of queries and keys, .* this model has qk_norm=False"):
+        checkpoint.export(zoo.create_model("sdar", qk_norm=False), tmp_path / "x")

@@ -27,29 +27,36 @@ _TABLES = re.compile(r"\.rotary_emb\.inv_freq$")  # old versions stored what rop
 def describe(fields: Fields) -> Described:
     """The transformer that a Llama's or Mistral's config means."""
     kind = fields.take("model_type", str)
-    d_model, n_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    config = decoder_of(fields)
+    d_model, n_heads = config["d_model"], config["n_heads"]
     window = None
     if kind == "mistral":  # whose window is 4096 when the file does not say otherwise
         window = fields.size("sliding_window", None) if fields.has("sliding_window") else 4096
-    config = {
-        "d_model": d_model,
-        "n_layers": fields.size("num_hidden_layers"),
-        "vocab_size": fields.size("vocab_size"),
-        "hidden_size": fields.size("intermediate_size"),
-        "n_heads": n_heads,
+    config |= {
         "n_kv_heads": fields.size("num_key_value_heads", 8 if kind == "mistral" else n_heads),
         "head_dim": fields.size("head_dim", d_model // n_heads),
         "window": window,
+    }
+    fields.demand("mlp_bias", False)
+    fields.finish()
+    return Described("transformer", config)
+
+
+def decoder_of(fields: Fields) -> dict[str, Any]:
+    """What all decoders of Llama's family say in the same words."""
+    fields.demand("hidden_act", "silu", "swish")
+    fields.demand("attention_bias", False)
+    fields.excuse("attention_dropout")  # only while training
+    return {
+        "d_model": fields.size("hidden_size"),
+        "n_layers": fields.size("num_hidden_layers"),
+        "vocab_size": fields.size("vocab_size"),
+        "hidden_size": fields.size("intermediate_size"),
+        "n_heads": fields.size("num_attention_heads"),
         "rope_base": rope_base_of(fields),
         "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
         "tie_embeddings": fields.take("tie_word_embeddings", bool, False),
     }
-    fields.demand("hidden_act", "silu", "swish")
-    fields.demand("attention_bias", False)
-    fields.demand("mlp_bias", False)
-    fields.excuse("attention_dropout")  # only while training
-    fields.finish()
-    return Described("transformer", config)
 
 
 def rope_base_of(fields: Fields) -> float:
@@ -85,9 +92,21 @@ def undescribe(model: nn.Module) -> dict[str, Any]:
             f"this model has qk_norm={c.qk_norm}, rope_base={first.rope_base}, hidden_size={c.hidden_size}"
         )
     kind = "llama" if first.window is None else "mistral"
-    config: dict[str, Any] = {
+    config = {
         "architectures": ["MistralForCausalLM" if kind == "mistral" else "LlamaForCausalLM"],
         "model_type": kind,
+        **config_of(model),
+    }
+    own = {"sliding_window": first.window} if kind == "mistral" else {"attention_bias": False, "mlp_bias": False}
+    return config | own
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """What all decoders of Llama's family say in the same words, of a model whose layers are alike."""
+    blocks: list[Any] = list(cast(SequenceModel, model).blocks)
+    c: Any = model.config
+    first = blocks[0].mixer
+    return {
         "hidden_size": c.d_model,
         "num_hidden_layers": c.n_layers,
         "vocab_size": c.vocab_size,
@@ -102,8 +121,6 @@ def undescribe(model: nn.Module) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "initializer_range": c.init_std,
     }
-    own = {"sliding_window": first.window} if kind == "mistral" else {"attention_bias": False, "mlp_bias": False}
-    return config | own
 
 
 LLAMA = Format(

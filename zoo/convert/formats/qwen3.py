@@ -6,7 +6,7 @@ from torch import nn
 
 from zoo.convert.fields import Fields
 from zoo.convert.format import Described, Format
-from zoo.convert.formats.llama import NAMES, rope_base_of, stands_for
+from zoo.convert.formats.llama import NAMES, config_of, decoder_of, stands_for
 from zoo.errors import UserError
 from zoo.layers import SequenceModel
 
@@ -14,26 +14,16 @@ from zoo.layers import SequenceModel
 def describe(fields: Fields) -> Described:
     """The sdar that a Qwen3's or SDAR's config means."""
     kind = fields.take("model_type", str)
-    config: dict[str, Any] = {
-        "d_model": fields.size("hidden_size"),
-        "n_layers": fields.size("num_hidden_layers"),
-        "vocab_size": fields.size("vocab_size"),
-        "hidden_size": fields.size("intermediate_size"),
-        "n_heads": fields.size("num_attention_heads"),
+    config = {
+        **decoder_of(fields),
         "n_kv_heads": fields.size("num_key_value_heads", 32),
         "head_dim": fields.size("head_dim", 128),
-        "rope_base": rope_base_of(fields),
-        "norm_eps": fields.take("rms_norm_eps", float, 1e-6),
-        "tie_embeddings": fields.take("tie_word_embeddings", bool, False),
     }
     if kind == "sdar":
         config["block_size"] = fields.size("block_size")
         config["mask_token_id"] = fields.take("mask_token_id", int, 151669)
         fields.excuse("fuse_cross_entropy")  # how its own code trains
-    fields.demand("hidden_act", "silu", "swish")
-    fields.demand("attention_bias", False)
     fields.demand("use_sliding_window", False)
-    fields.excuse("attention_dropout")  # only while training
     fields.excuse("sliding_window")  # not used, as demanded above
     fields.excuse("max_window_layers")
     fields.excuse("layer_types")
@@ -54,19 +44,8 @@ def undescribe(model: nn.Module) -> dict[str, Any]:
     return {
         "architectures": ["SDARForCausalLM"],
         "model_type": "sdar",
-        "hidden_size": c.d_model,
-        "num_hidden_layers": c.n_layers,
-        "vocab_size": c.vocab_size,
-        "intermediate_size": blocks[0].feed_forward.up_proj.out_features,
-        "num_attention_heads": first.n_heads,
-        "num_key_value_heads": first.n_kv_heads,
-        "head_dim": first.head_dim,
-        "hidden_act": "silu",
         "attention_bias": False,
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": first.rope_base,
-        "tie_word_embeddings": c.tie_embeddings,
-        "initializer_range": c.init_std,
+        **config_of(model),
         "block_size": c.block_size,
         "mask_token_id": c.vocab_size - 1 if c.mask_token_id is None else c.mask_token_id,
     }
