@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +12,12 @@ from zoo.ops import Visible, shard
 from zoo.ranges import Range
 from zoo.train.metrics import IGNORED, BitsPerByte
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.draws import draws
 from zoo.train.tasks.refusals import refuse_classes
 from zoo.train.tasks.task import Batch, Task
 
 __all__ = ["BlockDiffusion", "Grid"]
 
-TRAINING, VALIDATION = 0, 1  # streams of one seed that never meet
 Noise = Literal["subset", "block", "document"]
 
 
@@ -109,14 +108,13 @@ class BlockDiffusion(Task):
         config = model.config
         self.block_size = block_size_of(config) if block_size is None else block_size
         own = mask_token_of(config)
-        if (mask_id is None and own < data.vocab_size) or (mask_id or 0) >= config.vocab_size:
+        self.mask_id = own if mask_id is None else mask_id
+        if (mask_id is None and own < data.vocab_size) or self.mask_id >= config.vocab_size:
             raise UserError(
-                f"task=block_diffusion hides tokens behind a symbol that no text has, and {mask_id or own} is none of "
+                f"task=block_diffusion hides tokens behind a symbol that no text has, and {self.mask_id} is none of "
                 f"the model's {config.vocab_size} or one of the data's {data.vocab_size}; set model.vocab_size="
                 f"{data.vocab_size + 1}, or task.mask_id to an id that this text never has, such as 255 for bytes"
             )
-        mask_id = own if mask_id is None else mask_id
-        self.mask_id = mask_id
         self.noise, self.rates, self.weight, self.denominator = noise, (lowest, highest), weight, denominator
         self.seed = seed
         self.metrics = ("bits_per_byte",)
@@ -147,8 +145,8 @@ class BlockDiffusion(Task):
             )
         clean, scored, bounds = whole_text(batch)
         grid = Grid.of(bounds, self.block_size, clean.device)
-        draw = torch.Generator(clean.device)
-        draw.manual_seed(self._key(index, training))
+        sampler = self.trainer.distributed_sampler_kwargs
+        draw = draws(self.seed, index, sampler, clean.device, training=training)
         weights = self._weights(scored, grid, draw, self.noise if training else "subset")
         noisy = torch.where(weights > 0, self.mask_id, clean)
         seen = Visible.block_diffusion(len(grid.slot), self.block_size, cu_seqlens=bounds, device=clean.device)
@@ -173,12 +171,6 @@ class BlockDiffusion(Task):
         chance = torch.rand(rows, tokens, generator=draw, device=scored.device, dtype=torch.float32)
         weight = 1 / rate if self.weight == "inverse" else torch.ones_like(rate)
         return torch.where(scored & (chance < rate), weight, 0.0)
-
-    def _key(self, index: int, training: bool) -> int:
-        kwargs = self.trainer.distributed_sampler_kwargs
-        rank = int(kwargs["rank"]) if kwargs is not None else 0
-        words = np.random.SeedSequence([self.seed, TRAINING if training else VALIDATION, index, rank])
-        return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     # -- the loss -----------------------------------------------------------------------------------------------------
 

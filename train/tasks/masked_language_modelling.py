@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +9,7 @@ from zoo.errors import UserError
 from zoo.ops import shard
 from zoo.train.metrics import IGNORED, Accuracy
 from zoo.train.optim import Limits, Recipe
+from zoo.train.tasks.draws import draws
 from zoo.train.tasks.losses import summed_loss
 from zoo.train.tasks.refusals import refuse_classes
 from zoo.train.tasks.task import Batch, Task
@@ -17,7 +17,6 @@ from zoo.train.tasks.task import Batch, Task
 __all__ = ["MaskedLanguageModelling"]
 
 MASKED, REPLACED = 0.8, 0.1  # of the chosen tokens; the rest stays as it is (BERT, arXiv 1810.04805, section 3.1)
-TRAINING, VALIDATION = 0, 1  # streams of one seed that never meet
 
 
 class MaskedLanguageModelling(Task):
@@ -92,8 +91,8 @@ class MaskedLanguageModelling(Task):
     def prepared(self, batch: Batch, index: int, *, training: bool) -> Batch:
         """Tokens with some hidden, these as targets; "mask" says where there are tokens at all, None when packed."""
         tokens, there = batch["tokens"], batch["targets"] != IGNORED
-        draw = torch.Generator(tokens.device)
-        draw.manual_seed(self._key(index, training))
+        sampler = self.trainer.distributed_sampler_kwargs
+        draw = draws(self.seed, index, sampler, tokens.device, training=training)
         (rows, length), own = tokens.shape, None
         place = shard.current()
         if place is not None:  # draws are those of the whole row, of which this rank holds a part
@@ -112,12 +111,6 @@ class MaskedLanguageModelling(Task):
         if "cu_seqlens" in batch:  # what fills up the row is a document of its own
             return made | {"cu_seqlens": batch["cu_seqlens"]}
         return made | {"mask": there}
-
-    def _key(self, index: int, training: bool) -> int:
-        kwargs = self.trainer.distributed_sampler_kwargs  # ranks that share a sample hide the same tokens
-        rank = int(kwargs["rank"]) if kwargs is not None else 0
-        words = np.random.SeedSequence([self.seed, TRAINING if training else VALIDATION, index, rank])
-        return int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _chosen(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden vectors (1, n, D) and targets (1, n) of the chosen tokens alone: a sixth or a third of all."""
