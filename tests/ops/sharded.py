@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import sharded_attention
+import sharded_chunks
 import sharded_folds
 import sharded_frontiers
+import sharded_memories
 import sharded_methods as methods
 import sharded_models
 import sharded_sides
@@ -77,6 +79,8 @@ SUITES = {
     "between pairs": between_pairs,
     "folds": sharded_folds.checks,
     "frontiers": sharded_frontiers.checks,
+    "chunks": sharded_chunks.checks,
+    "memories": sharded_memories.checks,
 }
 
 

@@ -83,7 +83,7 @@ def operator(
 
     outputs = spec.run(inputs, backend=backend, cu_seqlens=here.cut())
     y, after = outputs[0], spec.states_after(outputs)
-    dy, dafter = like(y, 1), {name: like(x, 2) for name, x in after.items() if x.is_floating_point()}
+    dy, dafter = like(y, 1), {name: like(x, 2) for name, x in after.items() if x.requires_grad}  # not counts, nor zeros
     whole = torch.autograd.grad(
         [y, *(after[name] for name in dafter)], list(leaves.values()), [dy, *dafter.values()],
         allow_unused=True, materialize_grads=True,

@@ -1,16 +1,12 @@
-"""Chunks of attention that edges of ranks cut in their middle; started as a script by test_chunks_across_ranks.py.
+"""Chunks of attention that edges of ranks cut in their middle.
 
-As `sharded.py FOLDER`, for MEGA and TCNCA with chunks of 1, 4, 5 and 8 tokens. Stretches of 24 tokens over 1 to 4 ranks
-begin with chunks of 4, and inside those of 5.
+MEGA and TCNCA with chunks of 1, 4, 5 and 8 tokens. Stretches of 24 tokens over 1 to 4 ranks begin with chunks of 4, and
+inside those of 5.
 """
 
-import multiprocessing
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
-import sharded
 import sharded_models
 from sharded_cases import Errors
 
@@ -51,18 +47,3 @@ def checks() -> dict[str, Callable[[shard.SequenceShard], Errors]]:
     }
     made["no halo"] = silent
     return made | {f"dropped {name}": check(name, 5, packed=False, dropped=True) for name in ("mega", "tcnca")}
-
-
-sharded.SUITES["chunks"] = checks
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    args = Path(sys.argv[1]), "chunks", "".join(sys.argv[2:])
-    processes = [
-        context.Process(target=sharded.process, args=(rank, *args), daemon=True) for rank in range(sharded.RANKS)
-    ]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join()
-    sys.exit(any(p.exitcode for p in processes))

@@ -1,15 +1,8 @@
-"""Memories whose time is cut across ranks, against one process; started as a script by test_memories_across_ranks.py.
+"""Memories whose time is cut across ranks, against one process."""
 
-Called with FOLDER and, to look closer, a part of the names of checks.
-"""
-
-import multiprocessing
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import sharded
 import torch
 from sharded_cases import LAYOUTS, LENGTH, Errors, Slice, operator, summed, without
 from torch.utils.checkpoint import checkpoint
@@ -78,10 +71,7 @@ def checks() -> dict[str, Check]:
     made: dict[str, Check] = {}
     for name, spec in SPECS.items():
         for layout in LAYOUTS:
-            cases = [(LENGTH, True), (6, True), (3, True)]  # ranks without a token at 3
-            if name == "test_time_memory_matrix":  # a network of zeros learns nothing
-                cases.append((LENGTH, False))
-            for length, given in cases:
+            for length, given in ((LENGTH, True), (LENGTH, False), (6, True), (3, True)):  # ranks without a token at 3
                 made[f"{name}, {layout}, {length}{'' if given else ', no state'}"] = (
                     lambda place, s=spec, lay=layout, n=length, g=given: operator(place, s, lay, length=n, given=g)
                 )
@@ -93,18 +83,3 @@ def checks() -> dict[str, Check]:
             made[f"{name}, {layout}, heads"] = lambda place, n=name, lay=layout: by_heads(place, n, lay)
     made["recomputed"] = recomputed
     return made
-
-
-sharded.SUITES["memories"] = checks
-
-if __name__ == "__main__":
-    context = multiprocessing.get_context("fork")
-    args = Path(sys.argv[1]), "memories", "".join(sys.argv[2:])
-    processes = [
-        context.Process(target=sharded.process, args=(rank, *args), daemon=True) for rank in range(sharded.RANKS)
-    ]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join()
-    sys.exit(any(p.exitcode for p in processes))

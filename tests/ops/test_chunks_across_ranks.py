@@ -1,4 +1,4 @@
-"""Chunks of attention may be cut by the edges of ranks anywhere; the processes are in sharded_chunks.py."""
+"""Chunks of attention may be cut by the edges of ranks anywhere; the processes are in sharded.py."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 def test_chunks_that_ranks_cut_are_whole_chunks(tmp_path: Path) -> None:
     """Outputs, gradients and three steps of training; without messages the same comparisons fail."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("sharded_chunks.py")), str(tmp_path)],
+        [sys.executable, str(Path(__file__).with_name("sharded.py")), str(tmp_path), "chunks"],
         capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

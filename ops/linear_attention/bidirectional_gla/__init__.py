@@ -49,8 +49,8 @@ def bidirectional_gla(
         ValueError: shapes, dtypes or devices disagree, the backend cannot run here, or the reference is asked for where
             time is cut across ranks.
 
-    Cost: twice that of `gated_linear_attention`, in one launch. Across ranks each receives a memory from either side,
-        both at once.
+    Cost: twice that of `gated_linear_attention`, in one call on both orders of the tokens: q, k and v are copied twice.
+        Across ranks each receives a memory from either side, both at once.
     Source: arXiv 2405.18425, section 3.
     """
     args = {"q": (q, "B T H K"), "k": (k, "B T H K"), "v": (v, "B T H V"), "g": (g, "B T 2 H K")}

@@ -3,10 +3,12 @@
 A nonlinear memory is a dynamical system that may amplify rounding without bound, in every form alike. The proofs hold
 in this regime, with the common tolerances: 200 tokens, keys of length 1 and 16 numbers, steps up to 0.1, a decay of
 about 1/400 a token, values that are half a matrix times the key and half noise. In float32 the worst gradients are off
-by 2e-6 (Memora 1e-5), those of the loop by as much. Outside of it, over 200 tokens: with keys of 6 numbers and a decay
-of 1/50, 5e-3 (loop 8e-3); Memora with norm_eps 1e-6 and log weights of deviation 0.3 loses all digits, as its loop
-does. MLPs with a norm leave the regime where gates shut, or start at 0: outputs of weights near 0 have no variance to
-divide by. Where values are noise alone, a difference of 1e-10 is one of 1 after 3,000 tokens at a decay of 1/200.
+by 3e-6 (Memora 1e-5, Titans without decay 5e-5), those of the loop by as much.
+
+Outside of it, over 200 tokens: with keys of 6 numbers and a decay of 1/50, 5e-3 (loop 8e-3); Memora with norm_eps 1e-6
+and log weights of deviation 0.3 loses all digits, as its loop does. MLPs with a norm leave the regime where gates shut,
+or start at 0: outputs of weights near 0 have no variance to divide by. Where values are noise alone, a difference of
+1e-10 is one of 1 after 3,000 tokens at a decay of 1/200.
 """
 
 import functools
